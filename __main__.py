@@ -1,0 +1,5 @@
+"""`python -m vlmc` is the command `vlmc`."""
+
+from .cli import main
+
+main()

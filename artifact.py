@@ -1,0 +1,374 @@
+"""The artefact: one folder that each stage adds to and the next one reads, described by `manifest.json`.
+
+    manifest.json            written by `vlmc export`: source, components, KV cache, prompt, preprocessing, checksums
+    onnx/*.onnx (+ .data)    the canonical float graphs, named as in transformers.js
+    tokenizer.json           the tokenizer, as `tokenizers` reads it
+    golden/                  pictures, golden.json (prompts and greedy tokens) and golden.npz (component outputs)
+    plans/RECIPE.json        written by `vlmc calibrate`: a recipe with its scales
+    engines/DEVICE/…         written by `vlmc build`: engine.json beside each engine, RECIPE.json with the verdict
+    profile/DEVICE/…         written by `vlmc profile`: raw samples, report.json and what is drawn from it
+
+Nothing here knows torch, ONNX or a backend: this module is read on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import VlmcError
+from .files import inside, read_json, sha256_of, write_json
+
+SCHEMA = 1
+COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")
+GRAPH_FILES = {  # transformers.js' names, so that other tools find what they look for
+    "vision_encoder": "onnx/vision_encoder.onnx",
+    "embed_tokens": "onnx/embed_tokens.onnx",
+    "decoder": "onnx/decoder_model_merged.onnx",
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: ONNX name, numpy dtype name, shape with numbers or the names of free dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """One canonical float graph. `file` is relative to the artefact; `parameters` counts its distinct weights."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class KvSpec:
+    """The KV cache of the decoder: each layer keeps keys and values of shape (1, kv_heads, capacity, head_dim)."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """The chat template, rendered for one question: `{image}` (once a picture) and `{text}` are replaced."""
+
+    with_image: str
+    text_only: str
+    image_token: str
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from. `kind`: demo, folder, hub or random; `sha256` covers config and weights."""
+
+    kind: str
+    location: str
+    sha256: str
+    revision: str = ""
+    seed: int = 0
+
+    @property
+    def random_weights(self) -> bool:
+        return self.kind == "random"
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ParityLevel:
+    """One rung of the ladder that compares a graph with PyTorch float32; `passed` decides whether export goes on."""
+
+    level: str
+    component: str
+    max_abs: float
+    cosine: float
+    tolerance: float
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    schema: int
+    name: str
+    family: str
+    source: Source
+    components: dict[str, ComponentSpec]
+    kv: KvSpec
+    hidden_size: int
+    vocab_size: int
+    preprocessing: dict[str, Any]  # "kind" names the module in runtime/preprocessing that reads the rest
+    prompt: PromptSpec
+    parity: tuple[ParityLevel, ...]
+    files: dict[str, FileSpec]
+    versions: dict[str, str]
+    created: str
+
+
+@dataclass(frozen=True)
+class KvContract:
+    """How an engine wants its cache. `form`: `scatter` (canonical: past in, present out, written at write_index),
+    `shared` (past and present are one buffer that the engine updates in place) or `append` (the engine returns the
+    new keys and values and the runtime writes them). Layout is (batch, kv_heads, capacity, head_dim)."""
+
+    form: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What building and trying an engine showed. `products`: matrix products by the precision they really run in,
+    read from the optimised graph. `latency_ms`: measured median on the golden inputs, empty where the device is not
+    this machine. `agreement`: cosine with the golden outputs. `work`: operations and bytes of one golden run."""
+
+    seconds: float
+    peak_memory_bytes: int
+    size_bytes: int
+    products: dict[str, int]
+    latency_ms: dict[str, float] = field(default_factory=dict)
+    agreement: float | None = None
+    work: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One component built for one backend and precision. `file` is relative to the engine's folder; `key` is the
+    hash of all that went in, so that a second build is a cache hit."""
+
+    schema: int
+    component: str
+    backend: str
+    precision: str
+    device: str
+    file: str
+    key: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    files: dict[str, FileSpec]
+    report: BuildReport
+    versions: dict[str, str]
+    kv: KvContract | None = None
+    settings: dict[str, Any] = field(default_factory=dict)  # what the backend is to be started with
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The verdict on one component: `engine` (BACKEND-PRECISION) was kept, for `reason`, from `candidates`, each
+    with its measured milliseconds (empty: not measured here) and whether its outputs agree with the golden ones."""
+
+    engine: str
+    reason: str
+    candidates: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """`engines/DEVICE/RECIPE.json`: what `vlmc build` kept. `remaining` says what is left to do on the device."""
+
+    schema: int
+    device: str
+    recipe: str
+    choices: dict[str, Choice]
+    seconds: float
+    created: str
+    remaining: str = ""
+
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass as plain JSON values; tuples become lists."""
+    return dataclasses.asdict(value)
+
+
+def from_json(kind: type[T], data: Any, where: str) -> T:
+    """`data` as the dataclass `kind`, every field checked; what does not fit is named by its path in `where`."""
+    return typing.cast(T, _convert(kind, data, where))
+
+
+def _convert(kind: Any, data: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _convert_fields(kind, data, where)
+    if origin is tuple and isinstance(data, list):
+        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    if origin is dict and isinstance(data, dict):
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+    if origin in (typing.Union, types.UnionType):
+        if data is None and type(None) in arguments:
+            return None
+        for option in arguments:
+            if option is not type(None):
+                try:
+                    return _convert(option, data, where)
+                except VlmcError as error:
+                    failure = error
+        raise failure
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
+        return data
+    expected = getattr(kind, "__name__", str(kind))
+    raise VlmcError(f"{where} has the wrong type", found=type(data).__name__, expected=expected, fix=_REMAKE)
+
+
+_REMAKE = "make the artefact again with this version of vlmc"
+
+
+def _convert_fields(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise VlmcError(f"{where} is no JSON object", found=type(data).__name__, fix=_REMAKE)
+    hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
+    values = {}
+    for item in dataclasses.fields(kind):
+        if item.name in data:
+            values[item.name] = _convert(hints[item.name], data[item.name], f"{where}.{item.name}")
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise VlmcError(f"{where} lacks the field {item.name!r}", fix=_REMAKE)
+    return kind(**values)
+
+
+class Artifact:
+    """An opened artefact. Opening reads and checks the manifest; `path_of` checks a file's sha256 on first use."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        if not (root / "manifest.json").is_file():
+            raise VlmcError(
+                f"{root} is no artefact",
+                found="no manifest.json in it",
+                fix=f"run `vlmc export MODEL -o {root}` first",
+            )
+        self.manifest = read_record(Manifest, root / "manifest.json")
+        self._checked: set[str] = set()
+
+    def path_of(self, relative: str) -> Path:
+        """The file's path, once its size and sha256 agree with the manifest."""
+        path = inside(self.root, relative)
+        if relative not in self._checked:
+            known = self.manifest.files.get(relative)
+            if known is None:
+                raise VlmcError(f"{relative} is not listed in {self.root / 'manifest.json'}", fix=_REMAKE)
+            check_file(path, known)
+            self._checked.add(relative)
+        return path
+
+    def graph(self, component: str) -> Path:
+        """The component's canonical ONNX file, checked together with its external data."""
+        spec = self.manifest.components.get(component)
+        if spec is None:
+            have = ", ".join(self.manifest.components)
+            raise VlmcError(f"{self.root} has no component {component!r}", found=have)
+        if spec.file + ".data" in self.manifest.files:
+            self.path_of(spec.file + ".data")
+        return self.path_of(spec.file)
+
+    def engine_folder(self, device: str, component: str, engine: str) -> Path:
+        """Where `vlmc build` keeps the engine BACKEND-PRECISION of a component."""
+        return inside(self.root, f"engines/{device}/{component}/{engine}")
+
+    def engine(self, device: str, component: str, engine: str) -> tuple[EngineSpec, Path]:
+        """The engine's record and the path of its file, every file of it checked against its sha256."""
+        folder = self.engine_folder(device, component, engine)
+        if not (folder / "engine.json").is_file():
+            raise VlmcError(
+                f"There is no engine {engine} of {component} for device {device!r} in {self.root}",
+                fix=f"run `vlmc build {self.root} --device {device}`",
+            )
+        spec = read_record(EngineSpec, folder / "engine.json")
+        if spec.device != device:
+            raise VlmcError(
+                f"The engine in {folder} was built for another device",
+                found=spec.device,
+                expected=device,
+                fix=f"run `vlmc build {self.root} --device {device}` on that device",
+            )
+        for name, known in spec.files.items():
+            check_file(inside(folder, name), known)
+        return spec, inside(folder, spec.file)
+
+    def builds(self) -> list[BuildSpec]:
+        """Every build in the artefact, the newest first."""
+        found = [read_record(BuildSpec, path) for path in self.root.glob("engines/*/*.json")]
+        return sorted(found, key=lambda build: build.created, reverse=True)
+
+    def build(self, device: str = "", recipe: str = "") -> BuildSpec:
+        """The newest build for the device and recipe, where given."""
+        for build in self.builds():
+            if device in ("", build.device) and recipe in ("", build.recipe):
+                return build
+        wanted = " ".join(filter(None, [device and f"device {device}", recipe and f"recipe {recipe}"]))
+        have = ", ".join(f"{b.device}/{b.recipe}" for b in self.builds()) or "none"
+        raise VlmcError(
+            f"{self.root} holds no build" + (f" for {wanted}" if wanted else ""),
+            found=have,
+            fix=f"run `vlmc build {self.root} --device {device or 'cpu'} --recipe {recipe or 'int8'}`",
+        )
+
+
+def read_record(kind: type[T], path: Path) -> T:
+    """A JSON record with a `schema` field, refused by number where this version does not know it."""
+    data = read_json(path)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise VlmcError(
+            f"{path} has a schema that this version of vlmc does not read",
+            found=str(schema),
+            expected=str(SCHEMA),
+            fix=_REMAKE,
+        )
+    return from_json(kind, data, path.name)
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Writes the dataclass as JSON, in one step."""
+    write_json(path, to_json(record))
+
+
+def check_file(path: Path, known: FileSpec) -> None:
+    """Raises where the file is missing, of another size, or of other content than recorded."""
+    if not path.is_file():
+        raise VlmcError(f"{path} is missing", fix=_REMAKE)
+    size = path.stat().st_size
+    if size != known.bytes:
+        raise VlmcError(
+            f"{path} is truncated or altered", found=f"{size} bytes", expected=f"{known.bytes}", fix=_REMAKE
+        )
+    if sha256_of(path) != known.sha256:
+        raise VlmcError(f"{path} was altered: its sha256 is not the recorded one", fix=_REMAKE)
+
+
+def describe_files(folder: Path) -> dict[str, FileSpec]:
+    """Size and sha256 of every file below the folder, by relative path, records of the folder itself left out."""
+    return {
+        path.relative_to(folder).as_posix(): FileSpec(sha256_of(path), path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("manifest.json", "engine.json")
+    }

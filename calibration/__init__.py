@@ -1,0 +1,1 @@
+"""Image+prompt sets, observers, recipes, the quantisation plan and the PyTorch baselines."""

@@ -1,0 +1,1 @@
+"""Devices as data, and the protocol that measures latency, memory and energy."""

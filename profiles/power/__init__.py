@@ -1,0 +1,1 @@
+"""One file a power source, found by its file's name; one that cannot answer says why."""

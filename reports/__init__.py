@@ -1,0 +1,1 @@
+"""What people look at: tables, CSV, Markdown, plots and the page."""

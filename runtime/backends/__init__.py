@@ -1,0 +1,1 @@
+"""One file a backend, found by its name: it loads an engine and runs it."""
