@@ -34,9 +34,7 @@ def inside(root: Path, relative: str) -> Path:
     base = root.resolve()
     path = (base / relative).resolve()
     if Path(relative).is_absolute() or not path.is_relative_to(base):
-        raise VlmcError(
-            f"The path {relative!r} leaves the folder {root}", fix="use an artefact that vlmc wrote"
-        )
+        raise VlmcError(f"The path {relative!r} leaves the folder {root}", fix="use an artefact that vlmc wrote")
     return path
 
 
@@ -45,9 +43,7 @@ def read_json(path: Path) -> Any:
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
-            raise VlmcError(
-                f"{path} is too large", found=f"{size} bytes", expected=f"at most {MAX_JSON_BYTES}"
-            )
+            raise VlmcError(f"{path} is too large", found=f"{size} bytes", expected=f"at most {MAX_JSON_BYTES}")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise VlmcError(f"{path} is missing", fix="run the stage that writes it again") from None
@@ -126,9 +122,7 @@ def _remove_leftovers(target: Path) -> None:
         pid, _, kind = path.name.removeprefix(f".{target.name}.").partition(".")
         if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
             continue
-        if (
-            kind == "old" and not target.exists()
-        ):  # killed between the two renames: the old one is the artefact
+        if kind == "old" and not target.exists():  # killed between the two renames: the old one is the artefact
             os.replace(path, target)
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,42 @@
+"""The terminal: one width, progress on stderr, results on stdout, so that `--json` output stays clean."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+WIDTH = 100  # tables fit it; a wider terminal does not change them, so that logs and screens agree
+
+
+def output() -> Console:
+    """Where results go: stdout, at most WIDTH columns."""
+    console = Console(highlight=False, soft_wrap=False)
+    console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    return console
+
+
+def progress() -> Progress:
+    """A progress bar on stderr, used as a context manager; silent where stderr is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def note(text: str) -> None:
+    """One line for the person who waits, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
