@@ -1,0 +1,36 @@
+"""The PyTorch baselines, as sessions that the same clock measures: eager float, and fake-quant from a plan."""
+
+from __future__ import annotations
+
+import torch
+
+from ..artifact import Artifact
+from ..exporter.checkpoint import load_components
+from ..exporter.family import Components
+from ..exporter.torch_runner import TorchDecoder, TorchRunner
+from ..runtime.session import Session
+from .fake_quant import apply_plan
+from .plan import read_plan
+
+
+def open_session(artifact: Artifact, recipe: str, threads: int = 0) -> Session:
+    """The artefact's model in PyTorch: float32 for the recipe `fp32`, otherwise fake-quant from `plans/RECIPE.json`.
+    `threads` 0 leaves PyTorch's own choice."""
+    plan = None if recipe == "fp32" else read_plan(artifact, recipe)
+    if threads:
+        torch.set_num_threads(threads)
+    components = load_components(artifact)
+    if plan is not None:
+        components = Components(*(apply_plan(module, plan, name) for name, module in components.items()))
+    return torch_session(artifact, components)
+
+
+def torch_session(artifact: Artifact, components: Components) -> Session:
+    """A session that runs these components in eager PyTorch."""
+    embed = TorchRunner(components.embed_tokens, "inputs_embeds")
+    return Session(
+        artifact,
+        vision=TorchRunner(components.vision_encoder, "image_features"),
+        embed=embed,
+        decoder=TorchDecoder(components.decoder, artifact.manifest.kv, embed),
+    )

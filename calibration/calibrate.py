@@ -1,0 +1,138 @@
+"""`vlmc calibrate`: a recipe and a set become a plan.
+
+A first pass over the set keeps the largest magnitude of every input channel: all that smoothing and min-max ranges
+need. Other observers need histograms of the smoothed activations, hence a second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact import SCHEMA, Artifact
+from ..errors import VlmcError
+from ..exporter.checkpoint import load_components
+from ..exporter.family import Components
+from ..runtime.session import Session
+from .baseline import torch_session
+from .observation import Layer, Observation, Report, layers_of
+from .observers import LEVELS, RANGES
+from .plan import ModulePlan, Plan, SetRecord
+from .recipes import Precision, Recipe
+from .sets import CalibrationSet
+from .smoothing import Group, divisors
+
+
+def calibrate(artifact: Artifact, recipe: Recipe, data: CalibrationSet | None, report: Report) -> Plan:
+    """The plan of the recipe for the artefact's weights. `data` may be None only for a recipe that needs none."""
+    components = load_components(artifact)
+    return plan_for(torch_session(artifact, components), components, recipe, data, report)
+
+
+def plan_for(
+    session: Session, components: Components, recipe: Recipe, data: CalibrationSet | None, report: Report
+) -> Plan:
+    """`calibrate`, for a session that runs these components in PyTorch."""
+    layers = layers_of(components)
+    source = session.artifact.manifest.source.sha256
+    rules = {path: recipe.precision(path) for path in layers}
+    if not recipe.needs_data:
+        modules = {path: ModulePlan(rule.weight_bits, rule.block) for path, rule in rules.items() if rule.weight_bits}
+        return Plan(SCHEMA, recipe, source, None, modules, {})
+    if data is None:
+        raise VlmcError(f"The recipe {recipe.name!r} needs a calibration set", fix="give one with --set")
+
+    observation = Observation(session, components, data, report)
+    groups = observation.groups()
+    channels = observation.peaks()
+    absorbers = _absorbers(recipe, layers, groups, channels)
+    smoothing = {
+        path: (group.producer, absorbers[group.producer][made])
+        for group in groups
+        if group.producer in absorbers
+        for path, made in group.consumers.items()
+    }
+    factors = {path: values for path, (_, values) in smoothing.items()}
+    peaks = {
+        path: {phase: float((values / factors.get(path, np.float32(1))).max()) for phase, values in phases.items()}
+        for path, phases in channels.items()
+    }
+    ranges = peaks
+    if recipe.observer != "minmax":
+        choose = RANGES[recipe.observer]
+        seen = observation.histograms(factors)
+        ranges = {path: {phase: choose(one) for phase, one in phases.items()} for path, phases in seen.items()}
+
+    modules = {}
+    for path in peaks.keys() & (factors.keys() | {path for path, rule in rules.items() if rule.weight_bits}):
+        producer, values = smoothing.get(path, (None, None))
+        modules[path] = ModulePlan(
+            weight_bits=rules[path].weight_bits,
+            block=rules[path].block,
+            activation_scale=_scale(max(ranges[path].values())) if rules[path].activation_bits else None,
+            peaks=peaks[path],
+            ranges=ranges[path],
+            smoothing=None if values is None else _numbers(values),
+            absorbed_by=producer,
+        )
+    modules = {path: modules[path] for path in layers if path in modules}  # in the model's order
+    return Plan(
+        schema=SCHEMA,
+        recipe=recipe,
+        source_sha256=source,
+        calibrated_on=SetRecord(data.name, data.sha256, len(data.rows), data.pictures),
+        modules=modules,
+        absorbers={path: _numbers(values) for path, values in absorbers.items()},
+        notes=tuple(_notes(rules, modules)),
+    )
+
+
+def _absorbers(
+    recipe: Recipe,
+    layers: Mapping[str, Layer],
+    groups: Sequence[Group],
+    channels: Mapping[str, Mapping[str, NDArray[np.float32]]],
+) -> dict[str, NDArray[np.float32]]:
+    """What the output channels of each module that smooths for others are divided by."""
+    found = {}
+    for group in groups:
+        alpha = max(recipe.precision(path).smooth for path in group.consumers)
+        if alpha:
+            peaks = {path: np.max(list(channels[path].values()), axis=0) for path in group.consumers}
+            columns = {path: layers[path].weight.detach().abs().amax(dim=0).numpy() for path in group.consumers}
+            found[group.producer] = divisors(group, peaks, columns, alpha)
+    return found
+
+
+def _scale(limit: float) -> float:
+    """The 8-bit scale of a range; a layer that only ever saw zeros gets 1."""
+    return float(np.float32(limit / LEVELS)) or 1.0
+
+
+def _numbers(values: NDArray[np.float32]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def _notes(rules: Mapping[str, Precision], modules: Mapping[str, ModulePlan]) -> Iterator[str]:
+    """What a reader of the plan should know."""
+    never = [path for path, rule in rules.items() if rule.weight_bits and path not in modules]
+    if never:
+        yield f"{_listed(never)} never ran and stay float."
+    silent = [path for path in modules if path.startswith("decoder/") and "decode" not in modules[path].peaks]
+    if silent:
+        yield "No decode step was observed: the set has no answers and the model gave none, so prefill alone counts."
+    clipped = [path for path, one in modules.items() if _clipped(one, "decode") and not _clipped(one, "prefill")]
+    if clipped:
+        yield f"Values that only decoding showed are clipped in {_listed(clipped)}."
+
+
+def _clipped(module: ModulePlan, phase: str) -> bool:
+    limit = (module.activation_scale or float("inf")) * LEVELS * (1 + 1e-6)
+    return module.peaks.get(phase, 0.0) > limit
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more

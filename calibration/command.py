@@ -1,0 +1,103 @@
+"""`vlmc calibrate`."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import console
+from ..artifact import Artifact
+from . import recipes
+from .observers import RANGES
+from .plan import Plan, write_plan
+
+DEMO_PICTURES = 64
+
+
+@click.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.option("--recipe", default="int8", show_default=True, help="One of " + ", ".join(recipes.names()) + ".")
+@click.option("--set", "set_file", type=click.Path(path_type=Path), help="JSONL of pictures and prompts (the demo's).")
+@click.option("--observer", type=click.Choice(list(RANGES)), help="How activation ranges are chosen (the recipe's).")
+@click.option("--limit", type=click.IntRange(1), help="Take only the first rows of the set.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON.")
+def calibrate(
+    artefact: Path, recipe: str, set_file: Path | None, observer: str | None, limit: int | None, as_json: bool
+) -> None:
+    """Run image+prompt pairs through the whole model and write a quantisation plan.
+
+    Example: vlmc calibrate out/demo --recipe int8
+    """
+    opened = Artifact(artefact)
+    chosen = recipes.load(recipe)
+    if observer:
+        chosen = replace(chosen, observer=observer)
+    plan = _calibrated(opened, chosen, set_file, limit or 0)
+    path = write_plan(opened, plan)
+    if as_json:
+        console.print_json({"plan": str(path)} | summary(plan))
+    else:
+        _print(plan, path)
+
+
+def _calibrated(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | None, limit: int) -> Plan:
+    from .calibrate import calibrate as run
+    from .sets import demo_set, load_set
+
+    with tempfile.TemporaryDirectory(prefix="vlmc-") as folder, console.progress() as bar:
+        task = bar.add_task("loading", total=None)
+        data = None
+        if recipe.needs_data:
+            data = load_set(set_file, limit) if set_file else demo_set(Path(folder), limit or DEMO_PICTURES)
+        return run(
+            artifact,
+            recipe,
+            data,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """What a plan holds, in numbers."""
+    components: dict[str, dict[str, int]] = {}
+    for path, module in plan.modules.items():
+        counts = components.setdefault(path.partition("/")[0], {"smoothed": 0})
+        kind = f"w{module.weight_bits}" + ("a8" if module.activation_scale else "")
+        if module.weight_bits:
+            counts[kind] = counts.get(kind, 0) + 1
+        counts["smoothed"] += module.smoothing is not None
+    data = plan.calibrated_on
+    return {
+        "recipe": plan.recipe.name,
+        "observer": plan.recipe.observer if data else None,
+        "set": {"name": data.name, "sha256": data.sha256, "rows": data.rows} if data else None,
+        "components": components,
+        "notes": list(plan.notes),
+    }
+
+
+def _print(plan: Plan, path: Path) -> None:
+    from rich.table import Table
+
+    values, output = summary(plan), console.output()
+    if plan.modules:
+        table = Table("component", "layers", "smoothed", title=f"Recipe {plan.recipe.name}: {plan.recipe.about}")
+        for component, counts in values["components"].items():
+            smoothed = counts.pop("smoothed")
+            kinds = ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+            table.add_row(component, kinds, str(smoothed))
+        output.print(table)
+    if data := plan.calibrated_on:
+        output.print(
+            f"Observed on {data.rows} questions about {len(data.pictures)} pictures of the set {data.name!r}; "
+            f"ranges by {plan.recipe.observer}."
+        )
+    else:
+        output.print("Weights alone are quantised, if anything: no calibration set was needed.")
+    for note in plan.notes:
+        output.print(f"Note: {note}")
+    output.print(f"{path}. Next: vlmc build {path.parent.parent} --recipe {plan.recipe.name}")

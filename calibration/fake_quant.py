@@ -1,0 +1,105 @@
+"""The fake-quant model: how quantisation is simulated in PyTorch today, made from the same plan as the engines.
+
+Weights are kept as integers and turned back into floats at every call; inputs are rounded to 8 bits and back. It shows
+what a recipe costs in accuracy and, being slower than the float model, why a compiler is wanted.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..errors import VlmcError
+from .plan import ModulePlan, Plan
+from .smoothing import divide_outputs, multiply_inputs
+from .weights import quantize_weight
+
+
+class QuantisedLinear(nn.Module):
+    """A linear layer with an integer weight, int8 (out, in), scales float32 (out, groups) and, unless None, the scale
+    of its input."""
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(self, module: nn.Linear | nn.Conv2d, plan: ModulePlan) -> None:
+        super().__init__()
+        weight = module.weight.detach()
+        values, scales = quantize_weight(weight.flatten(1).numpy(), plan.weight_bits, plan.block)
+        self.register_buffer("values", torch.from_numpy(values))
+        self.register_buffer("scales", torch.from_numpy(scales))
+        self.bias, self.activation_scale = module.bias, plan.activation_scale
+        self._block, self._shape = plan.block, weight.shape
+
+    def weight(self) -> Tensor:
+        """`weights.dequantize_weight`, in torch."""
+        if not self._block:
+            return (self.values * self.scales).view(self._shape)
+        columns = self.values.shape[1]
+        scales = self.scales.repeat_interleave(self._block, dim=1, output_size=self.scales.shape[1] * self._block)
+        return (self.values * scales[:, :columns]).view(self._shape)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The input as 8-bit integers represent it."""
+        if self.activation_scale is None:
+            return x
+        return torch.fake_quantize_per_tensor_affine(x, self.activation_scale, 0, -128, 127)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(self.rounded(x), self.weight(), self.bias)
+
+
+class QuantisedConv2d(QuantisedLinear):
+    """The same for a convolution, whose weight is taken as (out, in × height × width)."""
+
+    def __init__(self, module: nn.Conv2d, plan: ModulePlan) -> None:
+        super().__init__(module, plan)
+        self._convolve = functools.partial(
+            functional.conv2d,
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._convolve(self.rounded(x), self.weight(), self.bias)
+
+
+def apply_plan(component: nn.Module, plan: Plan, name: str) -> nn.Module:
+    """A copy of the component `name` with the plan's smoothing and quantised layers; what the plan does not name stays
+    float. A plan that names a module which the component lacks is a VlmcError."""
+    made = copy.deepcopy(component).requires_grad_(False)
+    for path, divisors in plan.absorbers.items():
+        if path.startswith(f"{name}/"):
+            divide_outputs(_find(made, path), torch.tensor(divisors))
+    for path, entry in plan.modules.items():
+        if path.startswith(f"{name}/"):
+            module = _find(made, path)
+            if entry.smoothing is not None:
+                multiply_inputs(module, torch.tensor(entry.smoothing))
+            if entry.weight_bits:  # what only shares the smoothing of others stays float
+                parent, _, attribute = path.partition("/")[2].rpartition(".")
+                setattr(made.get_submodule(parent), attribute, _quantised(module, entry, path))
+    return made
+
+
+def _find(component: nn.Module, path: str) -> nn.Module:
+    try:
+        return component.get_submodule(path.partition("/")[2])
+    except AttributeError:
+        raise VlmcError(
+            f"The plan names the module {path}, which the model does not have", fix="run `vlmc calibrate` again"
+        ) from None
+
+
+def _quantised(module: nn.Module, plan: ModulePlan, path: str) -> QuantisedLinear:
+    if isinstance(module, nn.Conv2d):
+        return QuantisedConv2d(module, plan)
+    if isinstance(module, nn.Linear):
+        return QuantisedLinear(module, plan)
+    raise VlmcError(f"The plan quantises {path}, which is no linear layer or convolution", found=type(module).__name__)

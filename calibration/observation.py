@@ -1,0 +1,138 @@
+"""Running the whole VLM in float over a calibration set, and seeing what its layers get.
+
+Phases are observed apart: `vision`; `prefill`, the prompt with the picture's features in it; `decode`, what follows.
+A row with an answer is decoded along it: all its tokens are read in one call behind the prompt, where the causal mask
+gives each the activations that it would have had in a step of its own. Without an answer the model's own greedy answer
+is followed, GREEDY tokens at most. So what decoding shows depends on the set, not on how well the model answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import VlmcError
+from ..exporter.family import Components
+from ..runtime.images import open_image
+from ..runtime.runner import HostDecoder
+from ..runtime.session import Session
+from .observers import ChannelPeaks, Histogram
+from .sets import CalibrationSet, Row
+from .smoothing import Group, Trace
+
+GREEDY = 32
+Layer = nn.Linear | nn.Conv2d
+Report = Callable[[str, int, int], None]  # what is being done, rows done, rows in all
+Observe = Callable[[str, str, NDArray[np.float32]], None]  # layer, phase, its input (rows, channels)
+
+
+def layers_of(components: Components) -> dict[str, Layer]:
+    """Every layer that can be quantised, by COMPONENT/MODULE.PATH."""
+    return {
+        f"{name}/{path}": module
+        for name, component in components.items()
+        for path, module in component.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+
+
+class Observation:
+    """A session that runs `components` in PyTorch, and the set that it is asked. Each method is one pass over it;
+    what they return is by layer and phase, and lacks the layers that never ran."""
+
+    def __init__(self, session: Session, components: Components, data: CalibrationSet, report: Report) -> None:
+        self._session, self._components, self._data, self._report = session, components, data, report
+
+    def groups(self) -> list[Group]:
+        """Which module makes the input of which layers. The first row's prompt is enough to see it."""
+        trace = Trace(dict(self._components.items()))
+        row = self._data.rows[0]
+        with trace.watching():
+            next(self._session.generate(self._session.prepare([open_image(row.image)], row.prompt)), None)
+        return trace.groups()
+
+    def peaks(self) -> dict[str, dict[str, NDArray[np.float32]]]:
+        """The largest magnitude of every input channel, (channels,); of a convolution's whole input, (1,)."""
+        seen: dict[str, dict[str, ChannelPeaks]] = {}
+
+        def observe(path: str, phase: str, values: NDArray[np.float32]) -> None:
+            seen.setdefault(path, {}).setdefault(phase, ChannelPeaks(values.shape[-1])).add(values)
+
+        self._pass("observing channels", observe)
+        return {path: {phase: one.peaks for phase, one in phases.items()} for path, phases in seen.items()}
+
+    def histograms(self, smoothing: Mapping[str, NDArray[np.float32]]) -> dict[str, dict[str, Histogram]]:
+        """Of every layer's input, each channel divided by the layer's `smoothing` where it has one."""
+        seen: dict[str, dict[str, Histogram]] = {}
+
+        def observe(path: str, phase: str, values: NDArray[np.float32]) -> None:
+            smoothed = values / smoothing[path] if path in smoothing else values
+            seen.setdefault(path, {}).setdefault(phase, Histogram()).add(smoothed)
+
+        self._pass("observing ranges", observe)
+        return seen
+
+    def _pass(self, what: str, observe: Observe) -> None:
+        rows = self._data.rows
+        with _watching(self._components, observe):
+            for index, row in enumerate(rows):
+                self._report(what, index, len(rows))
+                self._answer(row)
+        self._report(what, len(rows), len(rows))
+
+    def _answer(self, row: Row) -> None:
+        session, decoder = self._session, self._session.decoder
+        inputs = session.prepare([open_image(row.image)], row.prompt)
+        tokens = session.generate(inputs, max_new_tokens=GREEDY)
+        if not row.answer:
+            for _ in tokens:
+                pass
+            return
+        next(tokens, None)
+        start = len(inputs.input_ids)
+        ids = session.tokenizer.encode(" " + row.answer)[: decoder.capacity - start]
+        assert isinstance(decoder, HostDecoder)
+        if len(ids):
+            decoder.forward(session.embed.run({"input_ids": ids[None]})["inputs_embeds"], start)
+
+
+@contextmanager
+def _watching(components: Components, observe: Observe) -> Iterator[None]:
+    """While open, `observe` gets every layer's input. A decoder that writes behind position 0 is decoding."""
+    phase = ""
+
+    def enter_vision(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal phase
+        phase = "vision"
+
+    def enter_decoder(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal phase
+        write_index = args[2]
+        phase = "decode" if int(write_index) else "prefill"
+
+    def layer_hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].numpy()
+            channels = values.shape[-1] if isinstance(module, nn.Linear) else 1
+            try:
+                observe(path, phase, values.reshape(-1, channels))
+            except VlmcError as error:
+                raise VlmcError(f"{path}, {phase}: {error.what}", fix=error.fix) from None
+
+        return hook
+
+    hooks = [
+        components.vision_encoder.register_forward_pre_hook(enter_vision),
+        components.decoder.register_forward_pre_hook(enter_decoder),
+        *(layer.register_forward_pre_hook(layer_hook(path)) for path, layer in layers_of(components).items()),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,90 @@
+"""The plan: a recipe with its numbers, keyed by COMPONENT/MODULE.PATH. `plans/RECIPE.json` in the artefact.
+
+The fake-quant model and the ONNX graphs are both made from it, in this order:
+1. smoothing, which leaves the float function as it is: the outputs of each module in `absorbers` (rows of a linear
+   layer's weight and its bias, a norm's weight and bias) are divided, channel by channel; the input channels (columns
+   of the weight) of each module with `smoothing` are multiplied;
+2. weights are quantised by `weights.quantize_weight`;
+3. inputs with an `activation_scale` are quantised: clip(round half to even(x / scale), -128, 127), zero point 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..artifact import Artifact, read_record, write_record
+from ..errors import VlmcError
+from .recipes import Recipe
+
+
+@dataclass(frozen=True)
+class SetRecord:
+    """What was calibrated on. `pictures`: the hashes that an evaluation set must not share."""
+
+    name: str
+    sha256: str
+    rows: int
+    pictures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One linear layer or convolution.
+
+    Of its input, per tensor and after smoothing, for each phase ("vision", "prefill", "decode"): `peaks`, the largest
+    magnitude seen, and `ranges`, what the observer kept of it. `activation_scale` is the largest range / 127, since
+    one engine serves all phases. `smoothing` multiplies the weight's input channels, and the module `absorbed_by` is
+    divided to match (see `Plan.absorbers`). With 0 weight bits the layer is only here for its smoothing.
+    """
+
+    weight_bits: int
+    block: int
+    activation_scale: float | None = None
+    peaks: dict[str, float] = field(default_factory=dict)
+    ranges: dict[str, float] = field(default_factory=dict)
+    smoothing: tuple[float, ...] | None = None
+    absorbed_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`source_sha256` is the manifest's, of the weights that the numbers belong to. `absorbers`: what each output
+    channel of a module is divided by."""
+
+    schema: int
+    recipe: Recipe
+    source_sha256: str
+    calibrated_on: SetRecord | None
+    modules: dict[str, ModulePlan]
+    absorbers: dict[str, tuple[float, ...]]
+    notes: tuple[str, ...] = ()
+
+
+def plan_path(artifact: Artifact, recipe: str) -> Path:
+    return artifact.root / "plans" / f"{recipe}.json"
+
+
+def write_plan(artifact: Artifact, plan: Plan) -> Path:
+    """Replaces the recipe's plan in one step and returns its path."""
+    path = plan_path(artifact, plan.recipe.name)
+    write_record(path, plan)
+    return path
+
+
+def read_plan(artifact: Artifact, recipe: str) -> Plan:
+    """The recipe's plan. A missing one, or one for other weights than the artefact's, is a VlmcError."""
+    path = plan_path(artifact, recipe)
+    again = f"run `vlmc calibrate {artifact.root} --recipe {recipe}`"
+    if not path.is_file():
+        raise VlmcError(f"{artifact.root} has no plan for the recipe {recipe!r}", fix=again)
+    plan = read_record(Plan, path)
+    source = artifact.manifest.source.sha256
+    if plan.source_sha256 != source:
+        raise VlmcError(
+            f"The plan {path} was made for other weights",
+            found=f"sha256 {plan.source_sha256[:12]}…",
+            expected=f"{source[:12]}…",
+            fix=again,
+        )
+    return plan

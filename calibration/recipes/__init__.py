@@ -1,0 +1,69 @@
+"""Recipes: what precision each part of a model gets. A new recipe is one file here with a `RECIPE`, found by its name
+(`int8_minmax.py` is `int8-minmax`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ...errors import VlmcError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How one linear layer or convolution is quantised.
+
+    weight_bits: 0 (float), 8 or 4. block: input channels that share a scale, 0 for all of an output channel.
+    activation_bits: of its input, 0 (float) or 8. smooth: SmoothQuant's alpha, the share of the difficulty that moves
+    from activations to weights (arXiv:2211.10438, eq. 4); 0 does not smooth.
+    """
+
+    weight_bits: int = 0
+    block: int = 0
+    activation_bits: int = 0
+    smooth: float = 0.0
+
+
+FLOAT = Precision()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`rules` maps patterns on COMPONENT/MODULE.PATH (fnmatch) to precisions. The first that matches counts, and what
+    none matches stays float. `observer` chooses the range of activations (see `observers.RANGES`)."""
+
+    name: str
+    about: str
+    rules: dict[str, Precision]
+    observer: str = "minmax"
+
+    def precision(self, module: str) -> Precision:
+        """The precision of the module COMPONENT/MODULE.PATH."""
+        return next((rule for pattern, rule in self.rules.items() if fnmatchcase(module, pattern)), FLOAT)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether activations must be seen; weights alone need no calibration set."""
+        return any(rule.activation_bits or rule.smooth for rule in self.rules.values())
+
+
+def names() -> list[str]:
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Recipe:
+    """The recipe of that name; an unknown one is answered with the nearest names."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=2)
+        raise VlmcError(
+            f"There is no recipe {name!r}",
+            expected="one of " + ", ".join(names()),
+            fix=f"did you mean {' or '.join(near)}" if near else "choose one of these",
+        )
+    recipe = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").RECIPE
+    assert isinstance(recipe, Recipe)
+    return recipe

@@ -1,0 +1,11 @@
+"""Plain post-training quantisation: 8-bit weights and activations, ranges from the largest value seen."""
+
+from . import FLOAT, Precision, Recipe
+
+W8A8 = Precision(weight_bits=8, activation_bits=8)
+
+RECIPE = Recipe(
+    "int8-minmax",
+    "8-bit weights and activations, not smoothed, min-max ranges",
+    {"*patch_embed*": FLOAT, "vision_encoder/*": W8A8, "decoder/*": W8A8},
+)

@@ -1,0 +1,70 @@
+"""The command `vlmc`: a group that loads each stage's `command.py` only when that command is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from . import __version__
+from .errors import VlmcError
+
+# command: (module, attribute, help line). The help lines stand here so that `vlmc --help` imports no stage.
+COMMANDS = {
+    "export": ("exporter.command", "export", "Checkpoint to canonical ONNX, checked against PyTorch."),
+    "calibrate": ("calibration.command", "calibrate", "Observe image+prompt pairs and write a quantisation plan."),
+    "build": ("engines.command", "build", "Build engines for a device and keep what wins."),
+    "run": ("runtime.command", "run", "Answer a question about a picture with the built engines."),
+    "profile": ("profiles.command", "profile", "Measure speed, memory, energy and accuracy of every variant."),
+    "report": ("reports.command", "report", "Draw the report again from the raw samples."),
+    "models": ("exporter.command", "models", "List the families and presets."),
+    "devices": ("profiles.command", "devices", "List the devices and what is known of them."),
+    "doctor": ("profiles.command", "doctor", "Say what can run here, and why the rest cannot."),
+}
+
+
+class Stages(click.Group):
+    """A click group whose commands are imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[name]
+        command: click.Command = getattr(importlib.import_module(f"{__package__}.{module}"), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, _, help_line) in COMMANDS.items()])
+
+
+@click.command(cls=Stages, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="vlmc")
+def vlmc() -> None:
+    """Compile vision-language models for edge devices, and measure what that gains.
+
+    Example: vlmc export demo -o out/demo && vlmc build out/demo --device cpu --int8 && vlmc profile out/demo
+    """
+
+
+def main() -> None:
+    """Runs `vlmc`; a VlmcError is one sentence on stderr and exit code 1, Ctrl-C is exit code 130."""
+    try:
+        vlmc.main(prog_name="vlmc", standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit("Interrupted. What was finished is kept; run the same command again to go on.")
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except VlmcError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        click.echo("Interrupted. What was finished is kept; run the same command again to go on.", err=True)
+        sys.exit(130)

@@ -1,0 +1,89 @@
+"""Lowering passes, one a file: each takes an `onnx_ir.Model`, changes it in place, and says how many places it changed.
+
+This file holds the few moves that every pass is made of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
+
+def constant(graph: ir.Graph, name: str, array: NDArray[Any] | ir.TensorProtocol) -> ir.Value:
+    """The graph's initializer of that name, made from the array unless it is there."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+        value = ir.Value(
+            name=name, shape=ir.Shape(tensor.shape.numpy() if isinstance(tensor.shape, ir.Shape) else tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        graph.initializers[name] = value
+    return graph.initializers[name]
+
+
+def insert(
+    anchor: ir.Node,
+    operator: str,
+    inputs: list[ir.Value | None],
+    name: str,
+    *,
+    domain: str = "",
+    outputs: int = 1,
+    **attributes: Any,
+) -> ir.Node:
+    """A new node before `anchor`, itself and its outputs named after `name`."""
+    node = ir.node(operator, inputs, attributes=attributes or None, domain=domain, num_outputs=outputs, name=name)
+    for index, value in enumerate(node.outputs):
+        value.name = f"{name}.out{index}" if outputs > 1 else f"{name}.out"
+    anchor.graph.insert_before(anchor, node)  # type: ignore[union-attr]
+    return node
+
+
+def replace(node: ir.Node, value: ir.Value) -> None:
+    """Everything that used the node's first output uses `value`, graph outputs included; the node goes."""
+    old = node.outputs[0]
+    graph = node.graph
+    assert graph is not None
+    value.shape, value.type = value.shape or old.shape, value.type or old.type
+    if old.is_graph_output():
+        value.name, old.name = old.name, f"{old.name}.replaced"
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def prune(model: ir.Model) -> None:
+    """Removes nodes and constants that nothing uses any more."""
+    from onnx_ir.passes import common
+
+    common.RemoveUnusedNodesPass()(model)
+
+
+def producer(value: ir.Value | None, operator: str) -> ir.Node | None:
+    """The node that makes the value, where it is of that operator."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == operator else None
+
+
+def only_user(value: ir.Value, operator: str) -> ir.Node | None:
+    """The single node that uses the value, where it is of that operator and the value is no graph output."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != operator:
+        return None
+    return uses[0].node
+
+
+def array_of(value: ir.Value | None) -> NDArray[Any]:
+    """The constant behind a value that is known to be one."""
+    assert value is not None and value.const_value is not None
+    return np.asarray(value.const_value.numpy())
+
+
+def weight_of(node: ir.Node) -> NDArray[np.float32] | None:
+    """The constant weight of a MatMul (in, out), Gemm or Conv node, or None where it multiplies two activations."""
+    if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2 or node.inputs[1] is None:
+        return None
+    return None if node.inputs[1].const_value is None else array_of(node.inputs[1])

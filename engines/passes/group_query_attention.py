@@ -1,0 +1,96 @@
+"""Canonical attention over a scattered cache → ONNX Runtime's GroupQueryAttention on one shared buffer.
+
+The canonical graph attends over the whole capacity under a mask; GroupQueryAttention reads only what is filled,
+writes the new keys and values itself, and rotates queries and keys from tables. Its KV contract is `shared`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ...artifact import KvSpec
+from . import MICROSOFT, constant, insert, only_user, producer, prune, replace
+
+
+def apply(model: ir.Model, kv: KvSpec) -> int:
+    """Rewrites every Attention whose keys and values come from TensorScatter; other graphs stay as they are."""
+    graph = model.graph
+    attentions = [node for node in graph if node.op_type == "Attention" and producer(node.inputs[1], "TensorScatter")]
+    if not attentions:
+        return 0
+    rotary = _rotation(attentions[0])
+    tables = [constant(graph, name, table) for name, table in _tables(model, rotary, kv.capacity).items()]
+    lengths = [_input(graph, "seqlens_k", (1,)), _input(graph, "total_sequence_length", ())]
+    for node in attentions:
+        query, key, value = node.inputs[0], *(producer(v, "TensorScatter") for v in node.inputs[1:3])
+        assert query is not None and key is not None and value is not None
+        rotated = producer(query, "RotaryEmbedding"), producer(key.inputs[1], "RotaryEmbedding")
+        assert rotated[0] is not None and rotated[1] is not None
+        heads = int(query.shape[1])  # type: ignore[index, arg-type]
+        flat = [_unsplit(rotated[0].inputs[0]), _unsplit(rotated[1].inputs[0]), _unsplit(value.inputs[1])]
+        attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv.kv_heads, "do_rotary": 1}
+        attributes["scale"] = node.attributes["scale"].as_float()
+        inputs = [*flat, key.inputs[0], value.inputs[0], *lengths, *tables]
+        fused = insert(
+            node, "GroupQueryAttention", inputs, f"{node.name}.gqa", domain=MICROSOFT, outputs=3, **attributes
+        )
+        replace(_merged(node), fused.outputs[0])
+        replace(key, fused.outputs[1])
+        replace(value, fused.outputs[2])
+    graph.opset_imports[MICROSOFT] = 1
+    prune(model)
+    for unused in [value for value in graph.inputs if not value.uses()]:
+        graph.inputs.remove(unused)
+    return len(attentions)
+
+
+def _input(graph: ir.Graph, name: str, shape: tuple[int, ...]) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT32))
+    graph.inputs.append(value)
+    return value
+
+
+def _unsplit(value: ir.Value | None) -> ir.Value:
+    """(1, length, heads × dim), of which `value` (1, heads, length, dim) is the transposed reshape."""
+    transpose = producer(value, "Transpose")
+    reshape = producer(transpose.inputs[0], "Reshape") if transpose else None
+    assert reshape is not None and reshape.inputs[0] is not None, (
+        "attention's inputs are split by Reshape and Transpose"
+    )
+    return reshape.inputs[0]
+
+
+def _merged(attention: ir.Node) -> ir.Node:
+    """The Reshape behind the attention that puts the heads side by side again."""
+    transpose = only_user(attention.outputs[0], "Transpose")
+    reshape = only_user(transpose.outputs[0], "Reshape") if transpose else None
+    assert reshape is not None, "attention's output is merged by Transpose and Reshape"
+    return reshape
+
+
+def _rotation(attention: ir.Node) -> ir.Node:
+    rotary = producer(attention.inputs[0], "RotaryEmbedding")
+    assert rotary is not None, "queries are rotated before attention"
+    return rotary
+
+
+def _tables(model: ir.Model, rotary: ir.Node, capacity: int) -> dict[str, NDArray[Any]]:
+    """cos and sin (capacity, dim / 2) of every position, computed by the graph's own nodes."""
+    import onnxruntime as ort
+
+    wanted = [value for value in rotary.inputs[1:3] if value is not None]
+    positions = next(value for value in model.graph.inputs if value.name == "position_ids")
+    part = ir.convenience.extract(model.graph, inputs=[positions], outputs=wanted)
+    small = ir.Model(part, ir_version=model.ir_version)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tables.onnx"
+        ir.save(small, path)
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        tables = session.run(None, {"position_ids": np.arange(capacity, dtype=np.int64)[None]})
+    return {name: np.asarray(table[0]) for name, table in zip(("rotary.cos", "rotary.sin"), tables, strict=True)}

@@ -1,0 +1,116 @@
+"""A plan applied to a canonical float graph: smoothing, then Q/DQ in the one form that every backend can lower.
+
+Weights: symmetric int8 a channel, or blocks of int8 or int4, behind DequantizeLinear. Activations: symmetric int8 a
+tensor between QuantizeLinear and DequantizeLinear (ONNX opset 21 and later). The numbers are the plan's and the
+arithmetic is `calibration.weights`, so the PyTorch fake-quant model computes the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ...calibration.plan import ModulePlan, Plan
+from ...calibration.weights import quantize_weight
+from ...errors import VlmcError
+from . import array_of, constant, insert, prune, weight_of
+
+
+def apply(model: ir.Model, plan: Plan, component: str) -> int:
+    """Quantises every node that the plan names; a module of the plan that the graph lacks is an error."""
+    prefix = f"{component}/"
+    nodes = {node.name: node for node in model.graph if node.name}
+    absorbers = {
+        k.removeprefix(prefix): np.array(v, np.float32) for k, v in plan.absorbers.items() if k.startswith(prefix)
+    }
+    modules = {k.removeprefix(prefix): v for k, v in plan.modules.items() if k.startswith(prefix)}
+    if missing := sorted((absorbers.keys() | modules.keys()) - nodes.keys()):
+        raise VlmcError(
+            f"The plan {plan.recipe.name!r} names modules that the graph of {component} does not have",
+            found=", ".join(missing[:3]),
+            fix="calibrate and export with the same version of vlmc",
+        )
+    for path, divisor in absorbers.items():
+        _absorb(model.graph, nodes[path], divisor)
+    for path, module in modules.items():
+        _quantize(model.graph, nodes[path], module)
+    prune(model)
+    return len(modules)
+
+
+def _absorb(graph: ir.Graph, node: ir.Node, divisor: NDArray[np.float32]) -> None:
+    """Divides the node's output channels: its weight's columns and its bias (of a norm: both vectors)."""
+    shape = (-1, 1, 1, 1) if node.op_type == "Conv" else (-1,)
+    _scale(graph, node, 1, 1 / divisor.reshape(shape))
+    if len(node.inputs) > 2:
+        _scale(graph, node, 2, 1 / divisor)
+    for use in list(node.outputs[0].uses()):  # a linear layer's bias is an Add that carries its name
+        for position, value in enumerate(use.node.inputs):
+            if use.node.op_type == "Add" and value is not None and value.name == f"{node.name}.bias":
+                _scale(graph, use.node, position, 1 / divisor)
+
+
+def _scale(graph: ir.Graph, node: ir.Node, position: int, factor: NDArray[Any]) -> None:
+    value = node.inputs[position]
+    assert value is not None
+    smoothed = (array_of(value) * factor).astype(np.float32)
+    node.replace_input_with(position, constant(graph, f"{value.name}.smoothed", smoothed))
+
+
+def _quantize(graph: ir.Graph, node: ir.Node, module: ModulePlan) -> None:
+    weight = weight_of(node)
+    assert weight is not None and node.name is not None
+    if module.smoothing is not None:
+        weight = weight * np.array(module.smoothing, np.float32)[:, None]
+    if module.weight_bits:
+        node.replace_input_with(1, _dequantized(graph, node, weight, module))
+    if module.activation_scale is not None:
+        node.replace_input_with(0, _quantized_input(node, module.activation_scale))
+
+
+def _dequantized(graph: ir.Graph, node: ir.Node, weight: NDArray[np.float32], module: ModulePlan) -> ir.Value:
+    """The weight, (in, out) of a MatMul or (out, in, h, w) of a Conv, as integers behind a DequantizeLinear."""
+    name = f"{node.name}.weight"
+    convolution = node.op_type == "Conv"
+    rows = weight.reshape(len(weight), -1) if convolution else weight.T
+    values, scales = quantize_weight(np.ascontiguousarray(rows), module.weight_bits, module.block)
+    integers = values.reshape(weight.shape) if convolution else np.ascontiguousarray(values.T)
+    if module.weight_bits == 4:
+        integers = integers.astype(ml_dtypes.int4)
+    attributes: dict[str, Any] = {"axis": 0 if convolution or module.block else 1}
+    if module.block:
+        attributes["block_size"] = module.block
+        scales = np.ascontiguousarray(scales.T)
+    else:
+        scales = scales[:, 0]
+    inputs = [constant(graph, f"{name}.int{module.weight_bits}", integers), constant(graph, f"{name}.scale", scales)]
+    return insert(node, "DequantizeLinear", [*inputs], f"{name}.dequantize", **attributes).outputs[0]
+
+
+def _quantized_input(node: ir.Node, scale: float) -> ir.Value:
+    """The node's input through int8; consumers that share the input and the scale share the pair of nodes."""
+    source = node.inputs[0]
+    assert source is not None and node.graph is not None
+    for use in source.uses():
+        if use.node.op_type == "QuantizeLinear" and use.idx == 0:
+            known = use.node.inputs[1]
+            if (
+                known is not None
+                and known.const_value is not None
+                and float(known.const_value.numpy()) == np.float32(scale)
+            ):
+                return next(iter(use.node.outputs[0].uses())).node.outputs[0]
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    parameters = [
+        constant(graph, f"{node.name}.input.scale", np.array(scale, np.float32)),
+        constant(graph, f"{node.name}.input.zero", np.array(0, np.int8)),
+    ]
+    quantize = insert(node, "QuantizeLinear", [source, *parameters], f"{node.name}.input.quantize")
+    return insert(
+        node, "DequantizeLinear", [quantize.outputs[0], *parameters], f"{node.name}.input.dequantize"
+    ).outputs[0]

@@ -1,0 +1,168 @@
+"""Where a model's weights come from: the bundled demo, a folder, the Hugging Face hub, or a config and a seed.
+
+Only safetensors are read, and no remote code is ever run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..artifact import Artifact, Source
+from ..errors import VlmcError
+from ..files import read_json, sha256_of
+from .family import Components, Family, family_for
+from .onnx_ops import IMPLEMENTATION
+
+PRESETS = Path(__file__).parent / "presets"
+DEMO = Path(__file__).parent.parent / "demo" / "model"
+# What a checkpoint may hold that is worth downloading; pickled weights and code are not.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A resolved model: its config.json, and the folder with its weights and processor (the demo's processor for
+    presets, whose own is not bundled)."""
+
+    name: str
+    source: Source
+    config: dict[str, Any]
+    folder: Path
+    preset: dict[str, Any] | None = None
+
+    @property
+    def family(self) -> Family:
+        return family_for(str(self.config.get("model_type")), self.source.location)
+
+
+def preset_names() -> list[str]:
+    """Names of the true-size configs that are bundled as data."""
+    return sorted(path.stem for path in PRESETS.glob("*.json"))
+
+
+def resolve(model: str, random_weights: bool = False, seed: int = 0) -> Checkpoint:
+    """`model`: `demo`, a folder, a preset's name (random weights only) or a hub id ORG/NAME."""
+    if random_weights:
+        return _random(model, seed)
+    if model == "demo":
+        return _local("demo", "demo", DEMO)
+    if Path(model).is_dir():
+        return _local("folder", str(Path(model).resolve()), Path(model))
+    if model in preset_names():
+        raise VlmcError(
+            f"{model} is a preset: a config without weights", fix=f"add --random-weights, or name the hub id of {model}"
+        )
+    if model.count("/") == 1 and not model.startswith((".", "/")):
+        return _hub(model, "main")
+    near = difflib.get_close_matches(model, ["demo", *preset_names()], n=2, cutoff=0.5)
+    raise VlmcError(
+        f"There is no model {model!r}",
+        found="no such folder, and it is no hub id",
+        expected="`demo`, a folder with config.json and safetensors, or ORG/NAME",
+        fix=f"did you mean {' or '.join(near)}" if near else "run `vlmc models` to see what there is",
+    )
+
+
+def load_model(checkpoint: Checkpoint) -> nn.Module:
+    """The model in float32, in evaluation mode, with vlmc's attention."""
+    family = checkpoint.family
+    if checkpoint.source.random_weights:
+        model = family.randomise(checkpoint.config, checkpoint.source.seed)
+    else:
+        try:
+            model = family.load(checkpoint.folder)
+        except VlmcError:
+            raise
+        except Exception as error:  # safetensors, transformers and the disk each raise their own
+            raise VlmcError(
+                f"The weights in {checkpoint.folder} cannot be read",
+                found=str(error).strip().splitlines()[0][:300],
+                fix="download the checkpoint again; it may be truncated or of another model",
+            ) from None
+    model.eval().requires_grad_(False)
+    model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    return model
+
+
+def load_components(artifact: Artifact) -> Components:
+    """The PyTorch components of the checkpoint that the artefact was exported from, refused where it changed."""
+    source = artifact.manifest.source
+    model = artifact.manifest.name if source.kind == "random" else source.location
+    if source.kind == "hub":
+        checkpoint = _hub(source.location, source.revision)
+    else:
+        checkpoint = resolve(source.location or model, source.random_weights, source.seed)
+    if checkpoint.source.sha256 != source.sha256:
+        raise VlmcError(
+            f"The checkpoint {source.location} is not the one that {artifact.root} was exported from",
+            found=f"sha256 {checkpoint.source.sha256[:12]}…",
+            expected=f"{source.sha256[:12]}…",
+            fix="export it again, or bring the old checkpoint back",
+        )
+    return checkpoint.family.split(load_model(checkpoint))
+
+
+def _local(kind: str, location: str, folder: Path, revision: str = "") -> Checkpoint:
+    config = _read_config(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        raise VlmcError(
+            f"{folder} holds no safetensors",
+            found=", ".join(other[:3]) or "no weights",
+            expected="*.safetensors (pickled weights are not read, for they can run code)",
+            fix="convert the checkpoint with transformers' save_pretrained(safe_serialization=True)",
+        )
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in weights:
+        digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+    name = folder.resolve().name if kind == "folder" else location.split("/")[-1].lower()
+    return Checkpoint(name, Source(kind, location, digest.hexdigest(), revision), config, folder)
+
+
+def _hub(identifier: str, revision: str) -> Checkpoint:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(identifier, revision=revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # the hub's client raises a dozen kinds, from DNS to permissions
+        raise VlmcError(
+            f"The model {identifier} cannot be had from the Hugging Face hub",
+            found=str(error).strip().splitlines()[0][:200],
+            fix="check the name and the network, or download it elsewhere and give its folder",
+        ) from None
+    return _local("hub", identifier, folder, revision=folder.name)
+
+
+def _random(model: str, seed: int) -> Checkpoint:
+    preset = None
+    if model in preset_names():
+        preset = read_json(PRESETS / f"{model}.json")
+        config, folder, name = preset["config"], DEMO, model
+    elif model == "demo" or (Path(model) / "config.json").is_file():
+        folder = DEMO if model == "demo" else Path(model)
+        config, name = _read_config(folder), folder.resolve().name if model != "demo" else "demo"
+    else:
+        near = difflib.get_close_matches(model, preset_names(), n=2, cutoff=0.4)
+        raise VlmcError(
+            f"There is no preset {model!r}",
+            expected="one of " + ", ".join(preset_names()) + ", or a folder with config.json",
+            fix=f"did you mean {' or '.join(near)}" if near else "run `vlmc models`",
+        )
+    digest = hashlib.sha256(f"{json.dumps(config, sort_keys=True)} seed {seed}".encode()).hexdigest()
+    return Checkpoint(name, Source("random", model, digest, seed=seed), config, folder, preset)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise VlmcError(f"{folder / 'config.json'} names no model_type", fix="use a transformers checkpoint")
+    family_for(config["model_type"], str(folder))
+    return config

@@ -1,0 +1,141 @@
+"""What a family is: how a kind of checkpoint loads and splits into components.
+
+A new family is one file in `families/` with a subclass of `Family`; it is found by its `model_types`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import KvSpec
+from ..errors import VlmcError
+from . import families, onnx_ops
+
+
+@dataclass(frozen=True)
+class Components:
+    """A model's parts as float32 modules whose `forward` is what is exported; module paths key the plan.
+
+    vision_encoder: pixel_values (tiles, 3, height, width) → image_features (tiles, tokens, hidden).
+    embed_tokens: input_ids (1, length) → inputs_embeds (1, length, hidden).
+    decoder: see `Decoder.forward`.
+    """
+
+    vision_encoder: nn.Module
+    embed_tokens: nn.Module
+    decoder: nn.Module
+
+    def items(self) -> list[tuple[str, nn.Module]]:
+        return [(name, getattr(self, name)) for name in ("vision_encoder", "embed_tokens", "decoder")]
+
+
+class Decoder(nn.Module):
+    """A transformers decoder and its head, over a KV cache of fixed capacity."""
+
+    def __init__(self, model: nn.Module, lm_head: nn.Module) -> None:
+        super().__init__()
+        self.model, self.lm_head = model, lm_head
+
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, write_index: Tensor, logits_index: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """inputs_embeds (1, length, hidden); position_ids (1, length); write_index (1,): where in the cache the first
+        of them goes; logits_index (1,): whose logits are wanted; past: key0, value0, key1, … (1, kv_heads, capacity,
+        head_dim). Returns logits (1, vocabulary) and the updated cache in the order of `past`."""
+        length = inputs_embeds.shape[1]
+        cache = onnx_ops.static_cache(past, write_index, length)
+        hidden = self.model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            attention_mask=onnx_ops.causal_mask(write_index, length, past[0].shape[2]),
+        ).last_hidden_state
+        # Only one position's logits are wanted: a prompt's others would cost as much as the rest of the prefill.
+        logits = self.lm_head(hidden.index_select(1, logits_index))[:, 0]
+        return logits, [state for layer in cache.layers for state in (layer.keys, layer.values)]
+
+
+class Family(ABC):
+    """How a kind of checkpoint loads and splits. Nothing is overridden that transformers already does right."""
+
+    model_types: ClassVar[tuple[str, ...]]
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model in float32 from a local folder with config.json and safetensors."""
+        from transformers import AutoModelForImageTextToText
+
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise VlmcError(
+                f"The checkpoint {folder} lacks {len(missing)} weights",
+                found=f"no {', '.join(missing[:3])}",
+                fix="download it again; a complete checkpoint holds every weight that its config.json names",
+            )
+        return model  # type: ignore[no-any-return]
+
+    def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
+        """A model of the config's size with seeded random weights, as transformers initialises them."""
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        torch.manual_seed(seed)
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        return AutoModelForImageTextToText.from_config(  # type: ignore[no-any-return]
+            AutoConfig.for_model(config["model_type"], **values), dtype=torch.float32
+        )
+
+    @abstractmethod
+    def split(self, model: nn.Module) -> Components:
+        """The model's parts, sharing its weights."""
+
+    @abstractmethod
+    def kv(self, model: nn.Module, capacity: int) -> KvSpec:
+        """The cache that the decoder needs."""
+
+    @abstractmethod
+    def image_size(self, model: nn.Module) -> tuple[int, int]:
+        """Height and width in pixels of one tile, as the vision encoder takes it."""
+
+
+@cache
+def all_families() -> dict[str, Family]:
+    """Every family by each of its model types."""
+    found: dict[str, Family] = {}
+    for module_info in pkgutil.iter_modules(families.__path__):
+        module = importlib.import_module(f"{families.__name__}.{module_info.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Family) and value.__module__ == module.__name__:
+                found.update(dict.fromkeys(value.model_types, value()))
+    return found
+
+
+def family_for(model_type: str, where: str) -> Family:
+    """The family of a checkpoint's `model_type`; an unknown one is answered with the nearest names."""
+    known = all_families()
+    if model_type not in known:
+        near = difflib.get_close_matches(model_type, known, n=3, cutoff=0.4)
+        raise VlmcError(
+            f"{where} is of the model type {model_type!r}, which no family knows",
+            expected="one of " + ", ".join(sorted(known)),
+            fix=(f"did you mean {' or '.join(near)}? Otherwise " if near else "")
+            + "add a file to exporter/families/ (docs/add-a-model.md)",
+        )
+    return known[model_type]

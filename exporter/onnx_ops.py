@@ -1,0 +1,150 @@
+"""The standard ONNX operators that vlmc wants in its graphs, each with the PyTorch code that does the same.
+
+While `torch.onnx.export` traces, each function emits its operator (ONNX opset 23/24) through torch's symbolic
+operators; otherwise it computes. `canonical_operators()` puts them where transformers' modules would trace to
+dozens of small nodes. transformers' attention and mask interfaces are the door for attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+IMPLEMENTATION = "vlmc"  # the name under which transformers finds attention() and its mask
+
+
+def _emit(operator: str, inputs: list[Tensor], attributes: dict[str, Any], like: Tensor, version: int) -> Tensor:
+    return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=like.dtype, shape=like.shape, version=version)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Attention-23. query (batch, heads, length, dim), key and value (batch, kv_heads, keys, dim), boolean mask
+    broadcastable to (batch, heads, length, keys); returns (batch, length, heads, dim)."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.compiler.is_exporting():
+        inputs = [query, key, value] + ([] if attention_mask is None else [attention_mask])
+        output = _emit("Attention", inputs, {"scale": scale}, query, 23)
+    else:
+        output = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """RotaryEmbedding-23 on queries and keys (batch, heads, length, dim); cos and sin (batch, length, dim), whose two
+    halves are equal. Stands in for transformers' apply_rotary_pos_emb (RoFormer, arXiv:2104.09864, half-split form)."""
+    half = cos.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.compiler.is_exporting():
+        return _emit("RotaryEmbedding", [x, cos, sin], {}, x, 23)
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
+    """RMSNormalization-23 over the last axis, with the module's weight and epsilon."""
+    weight = module.weight
+    epsilon = float(getattr(module, "variance_epsilon", 0.0) or getattr(module, "eps", 1e-6))
+    assert isinstance(weight, Tensor)
+    if torch.compiler.is_exporting():
+        return _emit("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon}, x, 23)
+    return functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
+
+
+def tensor_scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+    """TensorScatter-24 on axis 2: update (1, kv_heads, length, dim) written into past (1, kv_heads, capacity, dim) at
+    write_index (1,). Outside of export it writes in place, as every engine does."""
+    if torch.compiler.is_exporting():
+        return _emit("TensorScatter", [past, update, write_index], {"axis": 2}, past, 24)
+    start = int(write_index)
+    past[:, :, start : start + update.shape[2]] = update
+    return past
+
+
+class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a KV cache of fixed capacity, as transformers' decoders ask for it."""
+
+    def __init__(self, key: Tensor, value: Tensor, write_index: Tensor, length: int) -> None:
+        super().__init__()
+        self.keys, self.values = key, value
+        self.write_index = write_index
+        # Outside of export only the filled part is attended to, so that PyTorch is no slower than it has to be.
+        self.end = None if torch.compiler.is_exporting() else int(write_index) + length
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys = tensor_scatter(self.keys, key_states, self.write_index)
+        self.values = tensor_scatter(self.values, value_states, self.write_index)
+        if self.end is None:
+            return self.keys, self.values
+        return self.keys[:, :, : self.end], self.values[:, :, : self.end]
+
+    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+        """Nothing to do: the buffers were given."""
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return int(self.keys.shape[2])
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return int(self.keys.shape[2]), 0
+
+
+def static_cache(past: list[Tensor], write_index: Tensor, length: int) -> Cache:
+    """A transformers Cache over the buffers key0, value0, key1, … of shape (1, kv_heads, capacity, dim)."""
+    pairs = zip(past[::2], past[1::2], strict=True)
+    return Cache(layers=[StaticLayer(key, value, write_index, length) for key, value in pairs])
+
+
+def causal_mask(write_index: Tensor, length: int, capacity: int) -> Tensor:
+    """Boolean (1, 1, length, keys): query i, at position write_index + i, sees the keys up to itself. keys is the
+    capacity in an exported graph and the filled part otherwise."""
+    keys = capacity if torch.compiler.is_exporting() else int(write_index) + length
+    query = write_index[:, None] + torch.arange(length, device=write_index.device)
+    return (torch.arange(keys, device=write_index.device)[None, None] <= query[:, :, None])[:, None]
+
+
+AttentionInterface.register(IMPLEMENTATION, attention)
+AttentionMaskInterface.register(IMPLEMENTATION, lambda *_, attention_mask=None, **__: attention_mask)
+
+
+@contextlib.contextmanager
+def canonical_operators(component: nn.Module) -> Iterator[None]:
+    """While open, the component's RMS norms and rotary embeddings go through this module."""
+    with contextlib.ExitStack() as stack:
+        for module in component.modules():
+            name = type(module).__name__
+            if name.endswith("RMSNorm"):
+                stack.enter_context(mock.patch.object(module, "forward", rms_norm.__get__(module)))
+            if name.endswith("Attention"):
+                source = __import__(type(module).__module__, fromlist=["_"])
+                if hasattr(source, "apply_rotary_pos_emb"):
+                    stack.enter_context(mock.patch.object(source, "apply_rotary_pos_emb", rotate))
+        yield

@@ -1,0 +1,108 @@
+"""The parity ladder: each canonical graph in ONNX Runtime against PyTorch float32, then the greedy tokens.
+
+Every level is reported; the first that fails stops the export, for nothing that is built on it could be believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact import Artifact, KvContract, ParityLevel
+from ..errors import VlmcError
+from ..runtime.backends import onnxruntime as backend
+from ..runtime.images import open_image
+from ..runtime.session import Session
+from . import golden
+
+COSINE = 0.99999
+RELATIVE = 1e-3  # of the largest absolute value; float32 sums in another order differ by about 1e-5
+TIE = 1e-3  # a greedy choice that won by less than this in PyTorch's logits may fall the other way
+
+# Prepacking would copy every weight once more, and nothing is timed here.
+SETTINGS = {"session_config": {"session.disable_prepacking": "1"}}
+
+
+def canonical_session(artifact: Artifact) -> Session:
+    """The artefact's own float graphs, run as they are."""
+    kv = artifact.manifest.kv
+    contract = KvContract("scatter", kv.layers, kv.kv_heads, kv.head_dim, kv.capacity)
+    vision, embed, decoder = (
+        backend.session(artifact.graph(name), SETTINGS) for name in ("vision_encoder", "embed_tokens", "decoder")
+    )
+    runner = backend.OnnxRunner(embed)
+    return Session(artifact, backend.OnnxRunner(vision), runner, backend.OnnxDecoder(decoder, contract, runner))
+
+
+def compare(level: str, component: str, reference: NDArray[Any], found: NDArray[Any]) -> ParityLevel:
+    """Largest absolute difference and cosine of two arrays of one shape, held to RELATIVE and COSINE."""
+    if reference.shape != found.shape:
+        detail = f"shape {found.shape} instead of {reference.shape}"
+        return ParityLevel(level, component, 0.0, 0.0, RELATIVE, False, detail)
+    left, right = reference.ravel().astype(np.float64), found.ravel().astype(np.float64)
+    largest = float(np.abs(left - right).max())
+    scale = float(np.abs(left).max()) or 1.0
+    norms = float(np.linalg.norm(left) * np.linalg.norm(right))
+    cosine = float(left @ right) / norms if norms else 1.0
+    passed = bool(np.isfinite(largest)) and largest <= RELATIVE * scale and cosine >= COSINE
+    return ParityLevel(level, component, largest, cosine, RELATIVE * scale, passed)
+
+
+def climb(artifact: Artifact) -> Iterator[ParityLevel]:
+    """Yields the levels in order: components on the detailed cases, then the tokens of every case."""
+    cases, arrays = golden.read(artifact)
+    session = canonical_session(artifact)
+    for index in range(min(golden.DETAILED, len(cases))):
+        case = cases[index]
+        found = golden.detail(session, artifact.root / case["image"], case["prompt"], case["tokens"])
+        for component, name in (
+            ("vision_encoder", "image_features"),
+            ("embed_tokens", "inputs_embeds"),
+            ("decoder", "prefill_logits"),
+            ("decoder", "step_logits"),
+        ):
+            if name in found:
+                yield compare(f"{name} of case {index}", component, arrays[f"{index}.{name}"], found[name])
+    yield tokens_level(session, artifact, cases)
+
+
+def tokens_level(session: Session, artifact: Artifact, cases: list[dict[str, Any]]) -> ParityLevel:
+    """Greedy tokens of every case against the golden ones; ties in PyTorch's logits may fall either way."""
+    equal, ties, failure = 0, 0, ""
+    for index, case in enumerate(cases):
+        expected, margins = case["tokens"], case["margins"]
+        inputs = session.prepare([open_image(artifact.root / case["image"])], case["prompt"])
+        found = list(session.generate(inputs, max(len(expected), 1)))
+        where = first_divergence(expected, found)
+        if where is None:
+            equal += 1
+        elif where < len(margins) and margins[where] < TIE:
+            ties += 1
+        elif not failure:
+            instead = f"{found[where : where + 1]} instead of {expected[where : where + 1]}"
+            failure = f"case {index} diverges at token {where}: {instead}"
+    detail = f"{equal} of {len(cases)} cases equal, {ties} split at a tie" + (f"; {failure}" if failure else "")
+    return ParityLevel("greedy tokens", "all", 0.0, equal / max(len(cases), 1), TIE, not failure, detail)
+
+
+def first_divergence(expected: list[int], found: list[int]) -> int | None:
+    """The first position at which the sequences differ, or None."""
+    if expected == found:
+        return None
+    pairs = zip(expected, found, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+
+
+def require(level: ParityLevel) -> None:
+    """Raises where the level failed, with what differed and by how much."""
+    if not level.passed:
+        found = level.detail or f"max abs {level.max_abs:.3g}, cosine {level.cosine:.6f}"
+        raise VlmcError(
+            f"The ONNX graph of {level.component} does not compute what PyTorch does ({level.level})",
+            found=found,
+            expected=f"max abs ≤ {level.tolerance:.3g} and cosine ≥ {COSINE}",
+            fix="report it with the model's name; nothing was written, for engines built on it would be wrong",
+        )

@@ -1,0 +1,87 @@
+"""A device is data: one file in `devices/`, read here, never code.
+
+A figure that no source gives is left out of the file and is None here: unknown, not zero. Every figure in a file names
+its source in a comment. A new device is a new file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artifact import from_json
+from ..errors import VlmcError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # JetPack 6 has Python 3.10
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent / "devices"
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a build and a measurement need to know of the machine that the engines run on.
+
+    backends and power_sources are in order of preference. `precisions` are those the device gains from or needs;
+    `opset` and `typing` are the ONNX dialect: with `weak` typing a float32 graph gets its precision from builder
+    flags, with `strong` it is in the graph. Budgets: memory of the whole process, and time from the picture to the
+    first token. Peaks are dense (no sparsity), in 10^12 operations a second, a multiply-add counting as two.
+    `handover` is the one sentence that says what remains to be done on the device once this machine has done its part.
+    """
+
+    name: str
+    title: str
+    architecture: str  # as `uname -m` says it
+    backends: tuple[str, ...]
+    precisions: tuple[str, ...]
+    opset: int
+    typing: str
+    ahead_of_time: bool
+    ahead_of_time_why: str
+    handover: str
+    calibration_set: str
+    power_sources: tuple[str, ...] = ()
+    power_rails: tuple[str, ...] = ()
+    unified_memory: bool = False
+    sm: int | None = None
+    tensorrt: str | None = None
+    memory_gb: float | None = None
+    memory_budget_gb: float | None = None
+    latency_budget_ms: float | None = None
+    dram_gb_per_s: float | None = None
+    peak_fp32_tflops: float | None = None
+    peak_fp16_tflops: float | None = None
+    peak_int8_tops: float | None = None
+
+
+def device_names(folder: Path = FOLDER) -> list[str]:
+    """Every device there is a file for."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def load_device(name: str, folder: Path = FOLDER) -> Device:
+    """The device of that name; an unknown name or a file that does not fit is a VlmcError."""
+    names = device_names(folder)
+    if name not in names:
+        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+        raise VlmcError(
+            f"There is no device {name!r}",
+            found=f"nearest: {', '.join(near)}" if near else "",
+            expected=f"one of {', '.join(names)}",
+            fix="choose one of them (`vlmc devices` describes them)",
+        )
+    path = folder / f"{name}.toml"
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise VlmcError(f"{path} is not valid TOML", found=str(error), fix="mend the file") from None
+    unknown = data.keys() - {field.name for field in dataclasses.fields(Device)} | data.keys() & {"name"}
+    if unknown:
+        raise VlmcError(f"{path} has fields that no device has", found=", ".join(sorted(unknown)))
+    return from_json(Device, {"name": name} | data, path.name)

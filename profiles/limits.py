@@ -1,0 +1,162 @@
+"""How fast this machine can read memory and multiply: the roof under which every engine stays (Williams, Waterman &
+Patterson 2009, "Roofline"), measured in a process of its own with the thread count of the profile.
+
+    python -m vlmc.profiles.limits THREADS    prints the answer as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import VlmcError
+from . import memory
+from .device import Device
+
+SECONDS = 1.0  # each limit is the best of as many tries as fit: a limit is what no try exceeds
+GIB = 1 << 30
+
+
+def measure(threads: int) -> dict[str, Any]:
+    """{"read_gb_per_s", "float32_gflop_per_s", "int8_gop_per_s", "how"}; what cannot be measured says why."""
+    count = str(threads or os.cpu_count() or 1)
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count)
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, count], capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise VlmcError("The limits of this machine could not be measured", found=last)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def from_data_sheet(device: Device) -> dict[str, Any]:
+    """The same for a device whose accelerator numpy cannot reach: its data sheet's figures."""
+
+    def known(figure: float | None) -> float | str:
+        return figure * 1000 if figure is not None else "unavailable: no published figure"
+
+    return {
+        "read_gb_per_s": device.dram_gb_per_s or "unavailable: no published figure",
+        "float32_gflop_per_s": known(device.peak_fp32_tflops),
+        "float16_gflop_per_s": known(device.peak_fp16_tflops),
+        "int8_gop_per_s": known(device.peak_int8_tops),
+        "how": f"figures of the maker ({device.name}.toml names the sources), not measured",
+    }
+
+
+def main(threads: int) -> None:
+    size = buffer_bytes()
+    side = 2048
+    answer = {
+        "read_gb_per_s": read_gb_per_s(size, threads),
+        "float32_gflop_per_s": float32_gflop_per_s(side),
+        "int8_gop_per_s": int8_gop_per_s(side, threads),
+        "how": f"the best of {SECONDS:.0f} s each on {threads} threads: numpy's maximum over {size / GIB:.2g} GiB, four "
+        f"times the largest cache or more; float32 product {side}×{side} in numpy; u8×s8 product of that size in ONNX "
+        "Runtime (MatMulInteger)",
+    }
+    print(json.dumps(answer))
+
+
+def buffer_bytes(root: Path = Path("/")) -> int:
+    """At least 1 GiB and four times the largest cache, so that reading it means reading memory; at most a quarter of
+    what is free, which only matters on machines whose caches are small too."""
+    caches = [0]
+    for path in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number = path.read_text().strip()
+        caches.append(int(number.rstrip("KMG")) * {"K": 1 << 10, "M": 1 << 20, "G": GIB}.get(number[-1:], 1))
+    wanted = max(GIB, 4 * max(caches))
+    free = memory.available_bytes(root)
+    return wanted if free is None else min(wanted, free // 4)
+
+
+def read_gb_per_s(size: int, threads: int) -> float:
+    """10^9 bytes a second that `threads` threads read together, each its own part."""
+    parts = np.array_split(np.ones(size // 8, np.int64), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        # The maximum of integers: one comparison a word, vectorised and without the GIL; it reads as fast as C does.
+        return size / _best(lambda: list(pool.map(np.max, parts))) / 1e9
+
+
+def float32_gflop_per_s(side: int) -> float:
+    """10^9 operations a second, a multiply-add being two; numpy's BLAS has its thread count from the environment."""
+    left = np.full((side, side), 0.5, np.float32)
+    return 2 * side**3 / _best(lambda: left @ left) / 1e9
+
+
+def int8_gop_per_s(side: int, threads: int) -> float | str:
+    """The same for products of 8-bit integers, where ONNX Runtime is installed: numpy has none."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return "unavailable: onnxruntime is not installed, and numpy has no fast int8 product"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(_int8_model(side), options, providers=["CPUExecutionProvider"])
+    left = np.full((side, side), 129, np.uint8)
+    return 2 * side**3 / _best(lambda: session.run(None, {"x": left})) / 1e9
+
+
+def _best(work: Callable[[], object]) -> float:
+    """Seconds of the fastest try."""
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _int8_model(side: int) -> bytes:
+    """An ONNX file with one MatMulInteger of x (u8, zero point 128) by a constant s8 matrix, written field by field,
+    for the package onnx is not on the device. Field numbers: onnx.proto."""
+    uint8, int8, int32 = 2, 3, 6
+
+    def tensor(name: bytes, kind: int, dims: tuple[int, ...], data: bytes) -> bytes:
+        return b"".join(_number(1, dim) for dim in dims) + _number(2, kind) + _bytes(8, name) + _bytes(9, data)
+
+    def value(name: bytes, kind: int) -> bytes:
+        shape = _bytes(1, _number(1, side)) * 2
+        return _bytes(1, name) + _bytes(2, _bytes(1, _number(1, kind) + _bytes(2, shape)))
+
+    node = b"".join(_bytes(1, name) for name in (b"x", b"w", b"zero")) + _bytes(2, b"y") + _bytes(4, b"MatMulInteger")
+    graph = (
+        _bytes(1, node)
+        + _bytes(2, b"int8")
+        + _bytes(5, tensor(b"w", int8, (side, side), bytes([3]) * side * side))
+        + _bytes(5, tensor(b"zero", uint8, (), bytes([128])))
+        + _bytes(11, value(b"x", uint8))
+        + _bytes(12, value(b"y", int32))
+    )
+    return _number(1, 8) + _bytes(7, graph) + _bytes(8, _bytes(1, b"") + _number(2, 13))
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, data: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(data)) + data
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

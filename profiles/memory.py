@@ -1,0 +1,35 @@
+"""Memory as the kernel counts it: of this process, and of the machine (which on unified memory is the GPU's too).
+
+Source: Linux, Documentation/filesystems/proc.rst (VmHWM: peak resident set; MemAvailable: what can be had without
+swapping). Where there is no /proc the answer is None and the report says "unavailable".
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path("/")
+
+
+def peak_rss_bytes(root: Path = ROOT) -> int | None:
+    """The highest resident set of this process since it started, weights mapped from files included."""
+    return _kibibytes(root / "proc/self/status", "VmHWM")
+
+
+def available_bytes(root: Path = ROOT) -> int | None:
+    """What programs can still get on the whole machine."""
+    return _kibibytes(root / "proc/meminfo", "MemAvailable")
+
+
+def total_bytes(root: Path = ROOT) -> int | None:
+    """The machine's memory, without what firmware and kernel keep."""
+    return _kibibytes(root / "proc/meminfo", "MemTotal")
+
+
+def _kibibytes(path: Path, field: str) -> int | None:
+    try:
+        found = re.search(rf"^{field}:\s*(\d+) kB$", path.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found.group(1)) * 1024 if found else None

@@ -1,0 +1,252 @@
+"""`report.json` as checked records: what `vlmc profile` measured and everything here draws.
+
+Whatever could not be had is a string, "unavailable: reason", in the place of its number. It is kept as that string
+all the way to the reader; nothing turns it into 0.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..artifact import from_json
+from ..errors import VlmcError
+from ..files import read_json
+
+SCHEMA = 1
+ABSENT = "unavailable: not in the report"
+
+Number = float | str  # str: "unavailable: reason"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    mean: float
+    std: float
+    min: float
+    max: float
+    median: float
+    p90: float
+    p99: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """One component against the machine's limit; `share` is limit_ms / measured_ms."""
+
+    limit_ms: Number
+    measured_ms: Number
+    share: Number
+    bound: str
+    flops: Number = ABSENT
+    bytes: Number = ABSENT
+
+
+@dataclass(frozen=True)
+class Score:
+    """`value` = score / total, with its 95 % interval."""
+
+    score: float
+    total: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    tasks: dict[str, Score]
+    overall: Score
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Greedy tokens against the golden ones; `first_divergence` per case, None where equal."""
+
+    cases: int
+    equal: int
+    first_divergence: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    image: str
+    task: str
+    prompt: str
+    gold: str
+    answer: str
+    right: bool
+    image_data: str = ""
+    score: float | None = None  # a caption's share of facts; None: right or wrong is all there is
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing that was measured. `kind`: engine or baseline."""
+
+    name: str
+    kind: str
+    recipe: str = ""
+    engines: dict[str, str] = field(default_factory=dict)
+    latency_ms: dict[str, Statistics | str] | str = ABSENT
+    tokens_per_s: Statistics | str = ABSENT
+    memory: dict[str, Number] | str = ABSENT
+    energy: dict[str, Number] | str = ABSENT
+    roofline: dict[str, Roofline | str] | str = ABSENT
+    products: dict[str, dict[str, int] | str] | str = ABSENT
+    accuracy: Accuracy | str = ABSENT
+    agreement: Agreement | str = ABSENT
+    answers: tuple[Answer, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    family: str = ""
+    random_weights: bool = False
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times as fast `of` is as `over`."""
+
+    of: str
+    over: str
+    vision: Number = ABSENT
+    prefill: Number = ABSENT
+    decode: Number = ABSENT
+    end_to_end: Number = ABSENT
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`evaluation.accuracy.paired` of two variants."""
+
+    of: str
+    over: str
+    total: int
+    won: int
+    lost: int
+    p_value: float
+    significant: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    engine: str
+    reason: str
+    candidates: dict[str, dict[str, Number] | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    sentences: tuple[str, ...] = ()
+    choices: dict[str, Choice] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    schema: int
+    artifact: Model
+    variants: tuple[Variant, ...]
+    device: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    limits: dict[str, Number] | str = ABSENT
+    power: dict[str, Number] | str = ABSENT
+    speedups: tuple[Speedup, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    verdict: Verdict = Verdict()
+
+    @property
+    def kept(self) -> Variant | None:
+        """The variant that runs just the engines that the verdict chose."""
+        chosen = {component: choice.engine for component, choice in self.verdict.choices.items()}
+        return next((v for v in self.variants if chosen and chosen.items() <= v.engines.items()), None)
+
+    @property
+    def reference(self) -> str:
+        """The variant that headline speed-ups are over: the first baseline that has any, "" without speed-ups."""
+        over = [speedup.over for speedup in self.speedups]
+        return next((v.name for v in self.variants if v.name in over), over[0] if over else "")
+
+    def speedup(self, variant: Variant) -> Speedup | None:
+        """The variant over the reference."""
+        return next((s for s in self.speedups if (s.of, s.over) == (variant.name, self.reference)), None)
+
+    @property
+    def device_name(self) -> str:
+        return str(self.device.get("name", "this device"))
+
+
+def look(group: Mapping[str, T] | str, key: str) -> T | str:
+    """The group's entry, or the reason why there is none."""
+    return group if isinstance(group, str) else group.get(key, ABSENT)
+
+
+def read(folder: Path) -> Report:
+    """The checked `report.json` of a profile's folder; baselines come first, then float, int8 and other engines."""
+    return parse(read_json(folder / "report.json"), str(folder / "report.json"))
+
+
+def parse(data: Any, where: str = "report.json") -> Report:
+    """The report in `data`; raises a VlmcError that names the field that does not fit."""
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise VlmcError(
+            f"{where} has a schema that this version of vlmc does not read",
+            found=str(schema)[:80],
+            expected=str(SCHEMA),
+            fix=_AGAIN,
+        )
+    report = from_json(Report, _clean(data, where), where)
+    names = [variant.name for variant in report.variants]
+    if not names:
+        raise VlmcError(f"{where} holds no variant", fix=_AGAIN)
+    if len(set(names)) < len(names):
+        raise VlmcError(f"{where} holds two variants of one name", found=", ".join(names), fix=_AGAIN)
+    ordered = tuple(sorted(report.variants, key=_order))
+    return Report(**{**vars(report), "variants": ordered})
+
+
+_AGAIN = "measure again with `vlmc profile DIR`"
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # also no escape codes for the terminal
+
+
+def precision(variant: Variant) -> str:
+    """What colour and place a variant gets: baseline, float, int8 or other."""
+    if variant.kind == "baseline":
+        return "baseline"
+    if variant.recipe.startswith(("fp", "float", "bf")):
+        return "float"
+    return "int8" if variant.recipe == "int8" else "other"
+
+
+def _order(variant: Variant) -> int:
+    return ("baseline", "float", "int8", "other").index(precision(variant))
+
+
+def _clean(value: Any, where: str) -> Any:
+    """Plain values with printable text; a number that is not finite is refused."""
+    if isinstance(value, dict):
+        return {_clean(key, where): _clean(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, (int, float)) and not _is_finite(value):
+        raise VlmcError(f"{where} is no finite number", found=str(value)[:40], fix=_AGAIN)
+    return value
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False

@@ -1,0 +1,85 @@
+"""The report as one HTML page that works offline: no script, no font, no picture is loaded from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from . import gallery, plots, provenance, style, tables, words
+from .document import Number, Report, look
+
+_SHOWN = 4  # pictures of the gallery that are open from the start
+
+
+def render(report: Report) -> str:
+    """The whole page. Every text of the report is escaped: what a model says is not to be trusted."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pictures = gallery.pictures(report)
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        subject=words.subject(report),
+        findings=words.findings(report),
+        figures=key_figures(report),
+        shown=pictures[:_SHOWN],
+        folded=pictures[_SHOWN:],
+        headline=tables.headline(report),
+        details={
+            "Speed-ups": tables.speedups(report),
+            "Accuracy by task": tables.accuracy(report),
+            "Memory, energy, precision": tables.footprint(report),
+            "All times": tables.times(report),
+        },
+        rooflines=tables.rooflines(report),
+        plots=plots.draw(report),
+        candidates={name: tables.candidates(report, name) for name in report.verdict.choices},
+        component=words.component,
+        provenance=provenance.facts(report),
+        colours=style.variant_colours(report),
+        light=Markup(style.css(style.LIGHT)),
+        dark=Markup(style.css(style.DARK)),
+        drawn=Markup,
+    )
+
+
+class Figure(NamedTuple):
+    """A number set in large type: what it is, the number, and what it is to be compared with."""
+
+    name: str
+    text: str
+    note: str
+
+
+def key_figures(report: Report) -> list[Figure]:
+    """What matters most of the variant that was kept; nothing where none of the measured ones was."""
+    kept = report.kept
+    if kept is None:
+        return []
+    faster = report.speedup(kept)
+    vision = f"{words.ratio(faster.vision)} as fast" if faster and isinstance(faster.vision, float) else ""
+    decode = f"{words.ratio(faster.decode)} as fast" if faster and isinstance(faster.decode, float) else ""
+    first, right = tables.statistics(kept, "time_to_first_token"), kept.accuracy
+    slowest = "" if isinstance(first, str) else f"99 % within {words.number(first.p99)} ms"
+    disk = look(kept.memory, "disk_bytes")
+    accuracy = right if isinstance(right, str) else right.overall.value
+    interval = "" if isinstance(right, str) else f"95 % interval {words.interval(right.overall)}"
+    return [
+        _figure("vision", tables.median(tables.statistics(kept, "vision")), lambda x: f"{words.number(x)} ms", vision),
+        _figure("first token", tables.median(first), lambda x: f"{words.number(x)} ms", slowest),
+        _figure("tokens/s", tables.median(kept.tokens_per_s), words.number, decode),
+        _figure("on disk", disk, words.size, ""),
+        _figure("right answers", accuracy, words.percent, interval),
+    ]
+
+
+def _figure(name: str, value: Number, text: Callable[[float], str], note: str) -> Figure:
+    return Figure(name, "n/a", value) if isinstance(value, str) else Figure(name, text(value), note)

@@ -1,0 +1,189 @@
+"""What the tables say, once for the terminal, Markdown and the page.
+
+A cell whose number could not be had reads "n/a [1]", and note 1 under the table gives the reason in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from . import words
+from .document import ABSENT, Number, Report, Roofline, Score, Statistics, Variant, look
+
+STATISTICS = ("mean", "std", "min", "max", "median", "p90", "p99", "count")
+TIMES = {  # keys of latency_ms
+    "load": "loading",
+    "preprocess": "preprocessing",
+    "vision": "vision",
+    "prefill": "prefill",
+    "time_to_first_token": "first token",
+    "decode_per_token": "each further token",
+    "end_to_end": "end to end",
+}
+
+
+@dataclass
+class Table:
+    """`rows` hold one text per column, the first being the row's name; `kept` are the rows that the verdict kept."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    kept: set[int] = field(default_factory=set)
+
+    def cell(self, value: Number | None, text: Callable[[float], str] = words.number) -> str:
+        """The number as text, or a mark that leads to the note with the reason why there is none."""
+        if isinstance(value, (int, float)):
+            return text(value)
+        reason = value or ABSENT
+        if reason not in self.notes:
+            self.notes.append(reason)
+        return f"n/a [{self.notes.index(reason) + 1}]"
+
+    def add(self, row: list[str], *, kept: bool = False) -> None:
+        if kept:
+            self.kept.add(len(self.rows))
+        self.rows.append(row)
+
+
+def statistics(variant: Variant, time: str) -> Statistics | str:
+    return look(variant.latency_ms, time)
+
+
+def median(entry: Statistics | str) -> Number:
+    return entry if isinstance(entry, str) else entry.median
+
+
+def headline(report: Report) -> Table:
+    """A row per variant: the numbers to choose by."""
+    columns = ["variant", "vision ms", "first token ms", "tokens/s", "memory", "J/picture", "accuracy %", "speed-up"]
+    table = Table("Medians; peak resident memory; accuracy with its 95 % interval", columns)
+    for variant in report.variants:
+        faster = report.speedup(variant)
+        is_reference = variant.name == report.reference
+        table.add(
+            [
+                variant.name,
+                table.cell(median(statistics(variant, "vision"))),
+                table.cell(median(statistics(variant, "time_to_first_token"))),
+                table.cell(median(variant.tokens_per_s)),
+                table.cell(look(variant.memory, "peak_rss_bytes"), words.size),
+                table.cell(look(variant.energy, "joules_per_image")),
+                _score(a if isinstance(a := variant.accuracy, str) else a.overall, table),
+                "reference" if is_reference else table.cell(faster.end_to_end if faster else None, words.ratio),
+            ],
+            kept=variant is report.kept,
+        )
+    if report.reference:
+        table.title += f"; speed-up end to end over {report.reference}"
+    return table
+
+
+def speedups(report: Report) -> Table:
+    table = Table("How many times as fast", ["variant", "over", "vision", "prefill", "decode", "end to end"])
+    for entry in report.speedups:
+        values = (entry.vision, entry.prefill, entry.decode, entry.end_to_end)
+        row = [entry.of, entry.over, *(table.cell(value, words.ratio) for value in values)]
+        table.add(row, kept=report.kept is not None and entry.of == report.kept.name)
+    return table
+
+
+def accuracy(report: Report) -> Table:
+    """A row per task and one for all: share of right answers in per cent (captions: of facts) with 95 % interval."""
+    table = Table("Right answers in %, with 95 % interval", ["task", *(v.name for v in report.variants)])
+    found = [v.accuracy for v in report.variants]
+    by_task = [entry if isinstance(entry, str) else entry.tasks for entry in found]
+    for name in dict.fromkeys(name for tasks in by_task if not isinstance(tasks, str) for name in tasks):
+        table.add([words.task(name), *(_score(look(entry, name), table) for entry in by_task)])
+    table.add(["All questions", *(_score(e if isinstance(e, str) else e.overall, table) for e in found)])
+    tokens = [table.cell(a) if isinstance(a := v.agreement, str) else words.agreement(a) for v in report.variants]
+    table.add(["Golden answers met token for token", *tokens])
+    return table
+
+
+def _score(entry: Score | str, table: Table) -> str:
+    return table.cell(entry) if isinstance(entry, str) else words.score(entry)
+
+
+def times(report: Report) -> Table:
+    """Every statistic of every time, and of tokens/s."""
+    table = Table("All times in milliseconds, rates in tokens/s", ["variant", "part", *STATISTICS])
+    for variant in report.variants:
+        measured = {title: statistics(variant, time) for time, title in TIMES.items()}
+        for title, entry in (measured | {"tokens/s": variant.tokens_per_s}).items():
+            cells = [table.cell(entry if isinstance(entry, str) else getattr(entry, name)) for name in STATISTICS[:-1]]
+            count = table.cell(entry if isinstance(entry, str) else entry.count, str)
+            table.add([variant.name, title, *cells, count], kept=variant is report.kept)
+    return table
+
+
+def footprint(report: Report) -> Table:
+    """Memory, disk, energy, and in what precision the matrix products really run."""
+    sizes = ("peak_rss_bytes", "peak_device_bytes", "disk_bytes", "build_peak_bytes")
+    energies = ("joules_per_image", "joules_per_token", "watts")
+    columns = ["variant", "peak resident", "peak on device", "on disk", "while building", "J/picture", "J/token", "W"]
+    table = Table(
+        "Memory and size, energy, and the precision that matrix products really run in", [*columns, "matrix products"]
+    )
+    for variant in report.variants:
+        row = [variant.name]
+        row += [table.cell(look(variant.memory, key), words.size) for key in sizes]
+        row += [table.cell(look(variant.energy, key)) for key in energies]
+        table.add([*row, _products(variant, table)], kept=variant is report.kept)
+    return table
+
+
+def _products(variant: Variant, table: Table) -> str:
+    if isinstance(variant.products, str):
+        return table.cell(variant.products)
+    texts = []
+    for name, counts in variant.products.items():
+        told = table.cell(counts) if isinstance(counts, str) else _counts(counts.items())
+        texts.append(f"{words.component(name)}: {told}")
+    return "; ".join(texts)
+
+
+def _counts(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in counts) or "none"
+
+
+def rooflines(report: Report) -> Table:
+    """Measured time against the least that the machine's bandwidth and arithmetic allow."""
+    columns = ["variant", "component", "measured ms", "limit ms", "share of limit", "bound by", "operations", "bytes"]
+    table = Table("Medians against the least time that the machine's bandwidth and arithmetic allow", columns)
+    for variant in report.variants:
+        kept = variant is report.kept
+        if isinstance(variant.roofline, str):
+            table.add([variant.name, "all", table.cell(variant.roofline), *[""] * 5], kept=kept)
+            continue
+        for name, entry in variant.roofline.items():
+            table.add([variant.name, words.component(name), *_roofline(entry, table)], kept=kept)
+    return table
+
+
+def _roofline(entry: Roofline | str, table: Table) -> list[str]:
+    if isinstance(entry, str):
+        return [table.cell(entry), *[""] * 5]
+    return [
+        table.cell(entry.measured_ms),
+        table.cell(entry.limit_ms),
+        table.cell(entry.share, words.percent),
+        entry.bound,
+        table.cell(entry.flops, words.operations),
+        table.cell(entry.bytes, words.size),
+    ]
+
+
+def candidates(report: Report, component: str) -> Table:
+    """What was tried for a component, and which of it was kept."""
+    choice = report.verdict.choices[component]
+    shown = [entry for entry in choice.candidates.values() if not isinstance(entry, str)]
+    keys = list(dict.fromkeys(key for entry in shown for key in entry)) or ["latency_ms"]
+    table = Table("", ["engine", *(key.replace("_", " ") for key in keys)])
+    for name, entry in choice.candidates.items():
+        kept = name == choice.engine
+        cells = (table.cell(look(entry, key), words.number if key.endswith("ms") else "{:.5g}".format) for key in keys)
+        table.add([name, *cells], kept=kept)
+    return table

@@ -1,0 +1,95 @@
+"""Numbers and findings as a person reads them: three digits that matter, a unit, whole sentences."""
+
+from __future__ import annotations
+
+import math
+
+from ..evaluation.tasks import TASKS
+from .document import ABSENT, Agreement, Comparison, Report, Score
+
+RANDOM_WEIGHTS = "Random weights: the speeds are real, the answers mean nothing and no accuracy is given."
+
+_COMPONENTS = {"vision_encoder": "vision encoder", "embed_tokens": "token embeddings", "decoder": "decoder"}
+
+
+def component(name: str) -> str:
+    return _COMPONENTS.get(name, name.replace("_", " "))
+
+
+def task(name: str) -> str:
+    return TASKS.get(name, name.replace("_", " "))
+
+
+def number(value: float) -> str:
+    """Three significant digits: 0.0123, 1.20, 517, 1,190, 2.5e+12."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.2e}"
+    rounded = float(f"{value:.3g}") if abs(value) < 1000 else value
+    decimals = max(0, 2 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:,.{decimals}f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}×" if value < 100 else f"{value:,.0f}×"
+
+
+def operations(count: float) -> str:
+    """Arithmetic operations, in thousands of millions."""
+    return f"{number(count / 1e9)} G"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks and memory bandwidths are given."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return f"{number(count / scale)} {unit}"
+    return f"{number(count)} bytes"
+
+
+def score(entry: Score) -> str:
+    """Value and 95 % interval in per cent: "94.2 (91.8–96.0)"."""
+    return f"{100 * entry.value:.1f} ({interval(entry)})"
+
+
+def interval(entry: Score) -> str:
+    return f"{100 * entry.low:.1f}–{100 * entry.high:.1f}"
+
+
+def subject(report: Report) -> str:
+    """What was measured, in a sentence."""
+    count, total = len(report.variants), sum(report.artifact.parameters.values())
+    told = f"{count} variant{'s' * (count > 1)} of {report.artifact.name}"
+    told += f" ({number(total / 1e6)} million parameters)" if total else ""
+    machine = [str(report.machine.get(key, ABSENT)) for key in ("cpu", "date")]
+    return f"{told}, measured on " + ", ".join(text for text in machine if not text.startswith("unavailable")) + "."
+
+
+def comparison(result: Comparison) -> str:
+    if result.won == result.lost == 0:
+        return f"{result.of} and {result.over} score alike on each of {result.total} questions."
+    judged = "a significant difference" if result.significant else "no significant difference"
+    return (
+        f"Against {result.over}, {result.of} lost {result.lost} and won {result.won} of {result.total} questions: "
+        f"{judged} (exact McNemar test, p = {result.p_value:.2g})."
+    )
+
+
+def agreement(result: Agreement | str) -> str:
+    if isinstance(result, str):
+        return result
+    text = f"{result.equal} of {result.cases}"
+    positions = [position for position in result.first_divergence if position is not None]
+    return f"{text}, first difference at token {min(positions)}" if positions else text
+
+
+def findings(report: Report) -> list[str]:
+    """The verdict in words, what holds for every number first."""
+    said = [RANDOM_WEIGHTS] if report.artifact.random_weights else []
+    said += report.verdict.sentences or ["The report holds no verdict."]
+    return said + [comparison(result) for result in report.comparisons]

@@ -1,0 +1,114 @@
+"""ONNX Runtime: every CPU, and NVIDIA GPUs where onnxruntime-gpu is installed.
+
+The decoder's buffers are bound once: keys and values are read and written in place, whatever the KV contract's form.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifact import EngineSpec, KvContract
+from ...errors import VlmcError
+from ..runner import Array, HostDecoder, Runner
+
+
+def unavailable() -> str:
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        return f"onnxruntime is not installed ({error}); pip install 'vlm-compile[cpu]'"
+    return ""
+
+
+def load_runner(spec: EngineSpec, path: Path, threads: int) -> OnnxRunner:
+    return OnnxRunner(session(path, spec.settings, threads))
+
+
+def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> OnnxDecoder:
+    assert spec.kv is not None
+    return OnnxDecoder(session(path, spec.settings, threads), spec.kv, embed)
+
+
+def session(path: Path, settings: Mapping[str, Any], threads: int = 0, optimised: Path | None = None) -> Any:
+    """An InferenceSession. settings: `disabled_optimizers` (list) and `session_config` (dict of strings), as the
+    builder found them to be fastest; `optimised`: where to write the graph that is really executed."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.log_severity_level = 3
+    for key, value in settings.get("session_config", {}).items():
+        options.add_session_config_entry(key, value)
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    try:
+        return ort.InferenceSession(
+            str(path),
+            options,
+            providers=settings.get("providers", ["CPUExecutionProvider"]),
+            disabled_optimizers=settings.get("disabled_optimizers", []),
+        )
+    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
+        raise VlmcError(
+            f"ONNX Runtime {ort.__version__} cannot load {path}",
+            found=str(error).splitlines()[0][:300],
+            fix="build the engine again with this version of ONNX Runtime",
+        ) from None
+
+
+class OnnxRunner:
+    """A component without state."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        values = self._session.run(self._outputs, dict(inputs))
+        return dict(zip(self._outputs, values, strict=True))
+
+
+class OnnxDecoder(HostDecoder):
+    """A decoder whose past and present are the same buffers (forms `scatter` and `shared`)."""
+
+    def __init__(self, session: Any, kv: KvContract, embed: Runner) -> None:
+        import onnxruntime as ort
+
+        super().__init__(kv.capacity, embed)
+        self._session = session
+        self._binding = session.io_binding()
+        shape = (1, kv.kv_heads, kv.capacity, kv.head_dim)
+        self._states = []
+        for index in range(2 * kv.layers):
+            state = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, kv.dtype))
+            name = f"{index // 2}.{('key', 'value')[index % 2]}"
+            self._binding.bind_ortvalue_input(f"past_key_values.{name}", state)
+            self._binding.bind_ortvalue_output(f"present.{name}", state)
+            self._states.append(state)
+        self._binding.bind_output("logits", "cpu")
+        self._wanted = {value.name for value in session.get_inputs()}
+
+    def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        length = inputs_embeds.shape[1]
+        total = start + length
+        feeds = {
+            "inputs_embeds": np.ascontiguousarray(inputs_embeds, np.float32),
+            "position_ids": np.arange(start, total, dtype=np.int64)[None],
+            "logits_index": np.array([length - 1], np.int64),
+            "write_index": np.array([start], np.int64),
+            "seqlens_k": np.array([total - 1], np.int32),  # GroupQueryAttention wants the last position, not the count
+            "total_sequence_length": np.array(total, np.int32),
+        }
+        for name in self._wanted & feeds.keys():
+            self._binding.bind_cpu_input(name, feeds[name])
+        self._session.run_with_iobinding(self._binding)
+        logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[0]
+        return logits

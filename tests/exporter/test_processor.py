@@ -1,0 +1,185 @@
+"""A checkpoint's processor, written down as data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoProcessor, AutoTokenizer
+
+from vlmc.errors import VlmcError
+from vlmc.exporter.processor import describe, save_tokenizer
+from vlmc.runtime.prompt import Tokenizer
+
+
+@pytest.fixture
+def folder(processor_folder: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(processor_folder, tmp_path / "checkpoint"))
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def test_the_preprocessing_is_plain_json(processor_folder: Path) -> None:
+    preprocessing, _ = describe(processor_folder)
+    assert json.loads(json.dumps(preprocessing)) == preprocessing
+    assert preprocessing == {
+        "kind": "idefics3",
+        "longest_edge": 128,
+        "tile": 32,
+        "split": True,
+        "resample": 1,
+        "rescale_factor": 1 / 255,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "image_seq_len": 4,
+        "image_token": "<image>",
+        "around_token": "<fake_token_around_image>",
+        "global_token": "<global-img>",
+    }
+
+
+def test_the_prompt_is_the_chat_template_with_holes(processor_folder: Path) -> None:
+    _, prompt = describe(processor_folder)
+    assert prompt.with_image == "<|im_start|>User:{image}{text}<end_of_utterance>\nAssistant:"
+    assert prompt.text_only == "<|im_start|>User: {text}<end_of_utterance>\nAssistant:"
+    assert prompt.image_token == "<image>"
+    tokenizer = AutoTokenizer.from_pretrained(processor_folder, local_files_only=True)
+    assert prompt.eos_token_ids == (tokenizer.eos_token_id,)
+
+
+def test_smolvlms_own_processor_is_read_without_its_video_part(folder: Path) -> None:
+    def smolvlm(data: dict[str, Any]) -> None:
+        data["processor_class"] = "SmolVLMProcessor"
+        data["image_processor"]["image_processor_type"] = "SmolVLMImageProcessor"
+
+    change(folder / "processor_config.json", smolvlm)
+    assert describe(folder)[0]["kind"] == "idefics3"
+
+
+def test_the_older_layout_of_the_files_is_read_too(folder: Path, processor_folder: Path) -> None:
+    processor = json.loads((folder / "processor_config.json").read_text())
+    pictures = processor.pop("image_processor") | {"image_processor_type": "Idefics3ImageProcessor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    template = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    assert describe(folder) == describe(processor_folder)
+
+
+def test_several_ends_of_an_answer_and_none(folder: Path) -> None:
+    change(folder / "generation_config.json", lambda data: data.update(eos_token_id=[3, 5]))
+    assert describe(folder)[1].eos_token_ids == (3, 5)
+    (folder / "generation_config.json").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert describe(folder)[1].eos_token_ids == (tokenizer.eos_token_id,)
+    change(folder / "tokenizer_config.json", lambda data: data.pop("eos_token"))
+    with pytest.raises(VlmcError, match="which token ends an answer"):
+        describe(folder)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_token_that_the_tokenizer_puts_first_is_there_once(begins: bool, folder: Path) -> None:
+    first = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    processing = {
+        "type": "TemplateProcessing",
+        "single": [first, sequence],
+        "pair": [first, sequence, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [0], "tokens": ["<|im_start|>"]}},
+    }
+    change(folder / "tokenizer.json", lambda data: data.update(post_processor=processing))
+    template = folder / "chat_template.jinja"
+    if not begins:
+        template.write_text(template.read_text().removeprefix("<|im_start|>"))
+    reference = AutoProcessor.from_pretrained(folder, local_files_only=True).apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
+    save_tokenizer(folder, folder / "saved.json")
+    ids = Tokenizer(folder / "saved.json").encode(describe(folder)[1].text_only.replace("{text}", "hi"))
+    assert ids.tolist() == reference["input_ids"][0]
+    assert ids.tolist().count(0) == 1
+
+
+def test_the_saved_tokenizer_encodes_as_transformers(processor_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "artefact" / "tokenizer.json"
+    save_tokenizer(processor_folder, target)
+    reference = AutoTokenizer.from_pretrained(processor_folder, local_files_only=True)
+    text = "<|im_start|>User:<row_1_col_1><image> two red boats €\n\n<end_of_utterance>"
+    assert Tokenizer(target).encode(text).tolist() == reference(text, add_special_tokens=False)["input_ids"]
+
+
+def test_what_is_missing_or_broken_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(VlmcError, match="no checkpoint folder"):
+        describe(tmp_path / "nowhere")
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(whole[: len(whole) // 2])
+        with pytest.raises(VlmcError, match="cannot be used"):
+            describe(folder)
+        (folder / name).write_text(whole)
+    for name in ("processor_config.json", "tokenizer.json"):
+        (folder / name).rename(folder / "away")
+        with pytest.raises(VlmcError, match=str(folder)):
+            describe(folder)
+        (folder / "away").rename(folder / name)
+    assert describe(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("", "no chat template"),
+        ("{{ nonsense( }}", "cannot be used"),
+        ("{{ raise_exception('no user') }}", "no user"),
+        ("no place for anything", "place the picture and the question once"),
+        ("{% for line in messages[0]['content'] %}<image>{{line['text']}}{text}{% endfor %}", "place the picture"),
+        (
+            "{% for line in messages[0]['content'] %}{% if line['type'] == 'image' %}{{loop.index}}<image>"
+            "{% else %}{{line['text']}}{% endif %}{% endfor %}",
+            "several pictures",
+        ),
+    ],
+)
+def test_a_chat_template_that_vlmc_cannot_follow_is_refused(template: str, reason: str, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(VlmcError, match=reason):
+        describe(folder)
+
+
+def test_a_processor_that_vlmc_cannot_follow_is_refused(folder: Path) -> None:
+    config = folder / "processor_config.json"
+    whole = config.read_text()
+    change(config, lambda data: data["image_processor"].update(do_resize=False))
+    with pytest.raises(VlmcError, match="do_resize off"):
+        describe(folder)
+    config.write_text(whole)
+    change(config, lambda data: data.update(image_seq_len=-1))
+    with pytest.raises(VlmcError, match="image_seq_len is out of range"):
+        describe(folder)
+    config.write_text(whole)
+    change(config, lambda data: data["image_processor"].update(image_processor_type="CLIPImageProcessor"))
+    with pytest.raises(VlmcError, match="Idefics3ImageProcessor"):
+        describe(folder)
+
+
+def test_remote_code_is_never_run(folder: Path, tmp_path: Path) -> None:
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    remote = {"AutoImageProcessor": "evil.Evil", "AutoProcessor": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    change(folder / "processor_config.json", lambda data: data.update(auto_map=remote))
+    change(folder / "tokenizer_config.json", lambda data: data.update(auto_map=remote, tokenizer_class="Evil"))
+    with pytest.raises(VlmcError):
+        describe(folder)
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from vlmc.profiles import limits
+from vlmc.profiles.device import load_device
+
+GIB = 1 << 30
+
+
+def machine(root: Path, caches: list[str], free_gib: float) -> Path:
+    for index, size in enumerate(caches):
+        path = root / f"sys/devices/system/cpu/cpu0/cache/index{index}/size"
+        path.parent.mkdir(parents=True)
+        path.write_text(size + "\n")
+    (root / "proc").mkdir()
+    (root / "proc/meminfo").write_text(f"MemAvailable: {int(free_gib * (1 << 20))} kB\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("caches", "free", "wanted"),
+    [
+        (["48K", "2048K", "266240K"], 24, 4 * 266240 * 1024),  # a server: four times its 260 MiB
+        (["32K", "1M"], 24, GIB),  # a small cache: 1 GiB is far larger
+        (["64K", "512K"], 0.5, GIB // 8),  # a board with little memory left: a quarter of it
+    ],
+)
+def test_the_buffer_is_far_larger_than_the_caches(tmp_path: Path, caches: list[str], free: float, wanted: int) -> None:
+    assert limits.buffer_bytes(machine(tmp_path, caches, free)) == wanted
+
+
+def test_every_rate_is_a_positive_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SECONDS", 0.0)
+    assert limits.read_gb_per_s(1 << 20, 2) > 0
+    assert limits.float32_gflop_per_s(64) > 0
+    assert isinstance(limits.int8_gop_per_s(64, 1), float)
+
+
+def test_the_hand_written_model_is_valid_onnx_and_multiplies() -> None:
+    model = limits._int8_model(4)
+    onnx.checker.check_model(onnx.load_from_string(model))
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"x": np.full((4, 4), 129, np.uint8)})
+    assert (got == (129 - 128) * 3 * 4).all()
+
+
+def test_without_onnxruntime_int8_is_unavailable_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    assert str(limits.int8_gop_per_s(64, 1)).startswith("unavailable: onnxruntime")
+
+
+def test_a_data_sheet_stands_in_for_a_gpu_and_says_so() -> None:
+    got = limits.from_data_sheet(load_device("orin"))
+    assert got["read_gb_per_s"] == 204.8
+    assert got["int8_gop_per_s"] == 85_000
+    assert "not measured" in got["how"]
+    assert limits.from_data_sheet(load_device("thor"))["int8_gop_per_s"].startswith("unavailable")

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from vlmc.profiles import machine, memory
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return root
+
+
+def test_a_known_machine_is_described(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "proc/cpuinfo": "processor : 0\nmodel name\t: Acme 9000\ncpu MHz\t\t: 1000.0\n\ncpu MHz\t: 2000.0\n",
+            "proc/meminfo": "MemTotal:       1024 kB\nMemAvailable:    512 kB\n",
+            "proc/loadavg": "0.25 0.1 0.1 1/100 1234\n",
+            "etc/os-release": 'NAME="X"\nPRETTY_NAME="Acme Linux 3"\n',
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "performance\n",
+            "sys/class/thermal/thermal_zone0/temp": "41000\n",
+            "sys/class/thermal/thermal_zone1/temp": "55500\n",
+            "sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count": "0\n",
+        },
+    )
+    got = machine.describe(3, root)
+    assert got["cpu"] == "Acme 9000"
+    assert got["threads"] == 3
+    assert got["memory_bytes"] == 1024 * 1024
+    assert got["os"].endswith("Acme Linux 3")
+    assert got["frequency_mhz"] == 1500.0
+    assert got["governor"] == "performance"
+    assert got["temperature_c"] == 55.5
+    assert got["throttled"] == "no"
+    assert got["load_average"] == 0.25
+
+
+def test_what_cannot_be_read_says_why_and_is_never_zero(tmp_path: Path) -> None:
+    got = machine.describe(0, tmp_path)
+    for key in ("memory_bytes", "frequency_mhz", "governor", "temperature_c", "load_average"):
+        assert str(got[key]).startswith("unavailable: "), key
+    assert got["threads"] == os.cpu_count()
+
+
+def test_cpufreq_is_believed_over_the_nominal_clock(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "proc/cpuinfo": "cpu MHz : 9999.0\n",
+            "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "1500000\n",
+            "sys/devices/system/cpu/cpu1/cpufreq/scaling_cur_freq": "600000\n",
+        },
+    )
+    assert machine.state(root)["frequency_mhz"] == 1050.0
+
+
+def test_an_arm_board_is_named_by_its_device_tree(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path, {"proc/cpuinfo": "processor : 0\n", "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0"}
+    )
+    assert machine.describe(1, root)["cpu"] == "Raspberry Pi 5 Model B Rev 1.0"
+
+
+def test_throttling_is_told_with_its_count(tmp_path: Path) -> None:
+    root = tree(tmp_path, {"sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count": "7\n"})
+    assert machine.state(root)["throttled"] == "7 thermal events since the machine started"
+
+
+def test_a_thermal_zone_that_is_switched_off_does_not_hide_the_others(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path, {"sys/class/thermal/thermal_zone0/temp": "", "sys/class/thermal/thermal_zone1/temp": "30000\n"}
+    )
+    assert machine.state(root)["temperature_c"] == 30.0
+
+
+def test_versions_list_only_what_is_installed() -> None:
+    assert set(machine.versions()) <= set(machine.PACKAGES)
+    assert "numpy" in machine.versions()
+
+
+def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
+    assert machine.git_commit(tmp_path) == "unavailable: vlmc is not run from a git checkout"
+
+
+def test_memory_is_read_in_bytes(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "proc/self/status": "Name:\tx\nVmPeak:\t  900 kB\nVmHWM:\t  100 kB\nVmRSS:\t   50 kB\n",
+            "proc/meminfo": "MemTotal:       4096 kB\nMemFree:  1 kB\nMemAvailable:   2048 kB\n",
+        },
+    )
+    assert memory.peak_rss_bytes(root) == 100 * 1024
+    assert memory.available_bytes(root) == 2048 * 1024
+    assert memory.total_bytes(root) == 4096 * 1024
+
+
+def test_without_proc_memory_is_unknown(tmp_path: Path) -> None:
+    assert memory.peak_rss_bytes(tmp_path) is None
+    assert memory.available_bytes(tmp_path) is None
+
+
+@pytest.mark.parametrize("garbage", ["", "VmHWM: lots\n", "VmHWM:\t 12\n", "\0\0"])
+def test_a_garbled_status_is_unknown_rather_than_wrong(tmp_path: Path, garbage: str) -> None:
+    assert memory.peak_rss_bytes(tree(tmp_path, {"proc/self/status": garbage})) is None
