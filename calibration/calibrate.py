@@ -56,7 +56,7 @@ def plan_for(
     }
     factors = {path: values for path, (_, values) in smoothing.items()}
     peaks = {
-        path: {phase: float((values / factors.get(path, np.float32(1))).max()) for phase, values in phases.items()}
+        path: {phase: _number((values / factors.get(path, np.float32(1))).max()) for phase, values in phases.items()}
         for path, phases in channels.items()
     }
     ranges = peaks
@@ -108,11 +108,16 @@ def _absorbers(
 
 def _scale(limit: float) -> float:
     """The 8-bit scale of a range; a layer that only ever saw zeros gets 1."""
-    return float(np.float32(limit / LEVELS)) or 1.0
+    return _number(np.float32(limit / LEVELS)) or 1.0
+
+
+def _number(value: np.float32) -> float:
+    """The shortest decimal that is this float32."""
+    return float(str(value))
 
 
 def _numbers(values: NDArray[np.float32]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+    return tuple(_number(value) for value in values)
 
 
 def _notes(rules: Mapping[str, Precision], modules: Mapping[str, ModulePlan]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +77,13 @@ def apply_plan(component: nn.Module, plan: Plan, name: str) -> nn.Module:
     made = copy.deepcopy(component).requires_grad_(False)
     for path, divisors in plan.absorbers.items():
         if path.startswith(f"{name}/"):
-            divide_outputs(_find(made, path), torch.tensor(divisors))
+            module = _find(made, path)
+            divide_outputs(module, _fitting(divisors, module, 0, path))
     for path, entry in plan.modules.items():
         if path.startswith(f"{name}/"):
             module = _find(made, path)
             if entry.smoothing is not None:
-                multiply_inputs(module, torch.tensor(entry.smoothing))
+                multiply_inputs(module, _fitting(entry.smoothing, module, 1, path))
             if entry.weight_bits:  # what only shares the smoothing of others stays float
                 parent, _, attribute = path.partition("/")[2].rpartition(".")
                 setattr(made.get_submodule(parent), attribute, _quantised(module, entry, path))
@@ -95,6 +97,14 @@ def _find(component: nn.Module, path: str) -> nn.Module:
         raise VlmcError(
             f"The plan names the module {path}, which the model does not have", fix="run `vlmc calibrate` again"
         ) from None
+
+
+def _fitting(factors: Sequence[float], module: nn.Module, axis: int, path: str) -> Tensor:
+    """The factors, one for each output (axis 0) or input channel (axis 1) of the module's weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.shape[axis : axis + 1] != (len(factors),):
+        raise VlmcError(f"The plan smooths {path} with other channels than it has", fix="run `vlmc calibrate` again")
+    return torch.tensor(factors)
 
 
 def _quantised(module: nn.Module, plan: ModulePlan, path: str) -> QuantisedLinear:

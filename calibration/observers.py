@@ -98,7 +98,7 @@ def entropy(seen: Histogram) -> float:
     if used <= LEVELS + 1 or not counts.any():
         return seen.peak
     ends = [*range(LEVELS + 1, used, 16), used]
-    best = min(ends, key=lambda end: _divergence(counts, end))
+    best: int = min(ends, key=lambda end: _divergence(counts, end))
     return min(seen.peak, best * seen.width)
 
 

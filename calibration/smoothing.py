@@ -114,12 +114,15 @@ class Trace(TorchFunctionMode):
         self._known[id(output)] = (output, path, torch.arange(output.shape[-1]).expand(output.shape))
 
     def _consume(self, path: str, values: Tensor) -> None:
-        _, producer, every = self._known.get(id(values), (None, "", torch.zeros(1, 0, dtype=torch.int64)))
-        rows = every.reshape(-1, every.shape[-1])
-        channels = rows[0].numpy()
+        producer, channels = "", np.empty(0, np.int64)
+        if id(values) in self._known:
+            _, producer, every = self._known[id(values)]
+            rows = every.flatten(0, -2)
+            channels = rows[0].numpy()
+            if not bool((rows == rows[0]).all()):
+                self._refused.add(producer)
         before = self._consumed.setdefault(path, (producer, channels))
-        same = before[0] == producer and np.array_equal(before[1], channels)
-        if not same or not bool((rows == rows[:1]).all()):
+        if before[0] != producer or not np.array_equal(before[1], channels):
             self._refused.update((producer, before[0]))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -64,9 +64,7 @@ def bundled(split: Split) -> Sources:
         )
         for row, kind in enumerate(GARMENTS)
     }
-    pictures = {
-        photo.name: Image.open(FOLDER / f"{photo.name}.jpg").convert("RGB") for photo in PHOTOS[split]
-    }
+    pictures = {photo.name: Image.open(FOLDER / f"{photo.name}.jpg").convert("RGB") for photo in PHOTOS[split]}
     return Sources(garments, PHOTOS[split], pictures)
 
 

@@ -70,9 +70,7 @@ def _near(rng: Random, colour: Rgb, by: int = 14) -> Rgb:
 def _glow(picture: Image.Image, x: float, y: float, radius: float, colour: Rgb, strength: float) -> None:
     """A soft round light added to the picture."""
     side = round(2 * radius)
-    spot = (
-        Image.radial_gradient("L").resize((side, side)).point(lambda v: max(0.0, 255 - 1.42 * v) * strength)
-    )
+    spot = Image.radial_gradient("L").resize((side, side)).point(lambda v: max(0.0, 255 - 1.42 * v) * strength)
     box = (round(x - radius), round(y - radius))
     picture.paste(Image.new("RGB", (side, side), colour), box, spot)
 
@@ -131,9 +129,7 @@ def _mountains(picture: Image.Image, backdrop: Backdrop, rng: Random) -> None:
             w = rng.uniform(0.3, 0.45) * S
             foot = 0.68 * S
             draw_on.polygon([(x - w, foot), (x, peak), (x + w, foot)], fill=tone)
-            draw_on.polygon(
-                [(x, peak), (x + w, foot), (x + w * 0.1, foot)], fill=mix(tone, (10, 12, 30), 0.22)
-            )
+            draw_on.polygon([(x, peak), (x + w, foot), (x + w * 0.1, foot)], fill=mix(tone, (10, 12, 30), 0.22))
             cap = 0.26 * (foot - peak)
             snow = [
                 (x, peak),
@@ -181,9 +177,7 @@ def _forest(picture: Image.Image, backdrop: Backdrop, rng: Random) -> None:
             draw_on.rectangle((x - 3, foot - 6, x + 3, foot + 5), fill=light.on((92, 66, 46)))
             for level in range(3):
                 top, wide = foot - h + level * h * 0.24, w * (0.5 + 0.25 * level)
-                draw_on.polygon(
-                    [(x - wide, top + h * 0.46), (x, top), (x + wide, top + h * 0.46)], fill=green
-                )
+                draw_on.polygon([(x - wide, top + h * 0.46), (x, top), (x + wide, top + h * 0.46)], fill=green)
                 draw_on.polygon(
                     [(x, top), (x + wide, top + h * 0.46), (x + 2, top + h * 0.46)],
                     fill=mix(green, (0, 10, 10), 0.2),
@@ -204,12 +198,8 @@ def _desert(picture: Image.Image, backdrop: Backdrop, rng: Random) -> None:
     for _ in range(rng.randint(2, 4)):
         x, foot, h = rng.uniform(0.05, 0.95) * S, rng.uniform(0.6, 0.82) * S, rng.uniform(34, 52)
         draw_on.line([(x, foot), (x, foot - h)], fill=green, width=9)
-        draw_on.line(
-            [(x, foot - h * 0.35), (x - 15, foot - h * 0.35), (x - 15, foot - h * 0.7)], fill=green, width=7
-        )
-        draw_on.line(
-            [(x, foot - h * 0.5), (x + 15, foot - h * 0.5), (x + 15, foot - h * 0.85)], fill=green, width=7
-        )
+        draw_on.line([(x, foot - h * 0.35), (x - 15, foot - h * 0.35), (x - 15, foot - h * 0.7)], fill=green, width=7)
+        draw_on.line([(x, foot - h * 0.5), (x + 15, foot - h * 0.5), (x + 15, foot - h * 0.85)], fill=green, width=7)
 
 
 def _street(picture: Image.Image, backdrop: Backdrop, rng: Random) -> None:
@@ -236,9 +226,7 @@ def _street(picture: Image.Image, backdrop: Backdrop, rng: Random) -> None:
         draw_on.rectangle((x0, lane - 2, x0 + 22, lane + 2), fill=light.on((240, 236, 214)))
     x = rng.uniform(20, 70)
     while x < S:
-        draw_on.line(
-            [(x, kerb + 4), (x, kerb - 62), (x + 12, kerb - 66)], fill=light.on((56, 58, 66)), width=4
-        )
+        draw_on.line([(x, kerb + 4), (x, kerb - 62), (x + 12, kerb - 66)], fill=light.on((56, 58, 66)), width=4)
         if backdrop.light != "daylight":
             _glow(picture, x + 14, kerb - 62, 26, (255, 226, 150), 0.9)
         x += rng.uniform(90, 130)
@@ -265,9 +253,7 @@ def _windows(
 
 
 def _room(backdrop: Backdrop, rng: Random) -> Image.Image:
-    wall = _near(
-        rng, rng.choice(((232, 220, 196), (196, 214, 222), (222, 204, 206), (204, 218, 196), (226, 226, 230)))
-    )
+    wall = _near(rng, rng.choice(((232, 220, 196), (196, 214, 222), (222, 204, 206), (204, 218, 196), (226, 226, 230))))
     edge = round(rng.uniform(0.6, 0.68) * S)
     picture = _ramp(wall, mix(wall, (120, 110, 100), 0.2), (S, S))
     draw_on = ImageDraw.Draw(picture)
@@ -306,9 +292,7 @@ def _window(picture: Image.Image, backdrop: Backdrop, rng: Random) -> None:
     for side in (x - 16, x + w - 4):
         draw_on.rectangle((side, y - 8, side + 20, y + h + 14), fill=cloth)
         for fold in (6, 13):
-            draw_on.line(
-                [(side + fold, y - 8), (side + fold, y + h + 14)], fill=mix(cloth, (0, 0, 0), 0.2), width=2
-            )
+            draw_on.line([(side + fold, y - 8), (side + fold, y + h + 14)], fill=mix(cloth, (0, 0, 0), 0.2), width=2)
 
 
 def _ground(picture: Image.Image, edge: int, floor: str, rng: Random) -> None:
@@ -355,9 +339,7 @@ def _ground(picture: Image.Image, edge: int, floor: str, rng: Random) -> None:
             foot = rng.uniform(feet[c], feet[c + 1])
             grain = mix(tone, (60, 30, 10), 0.25)
             draw_on.line([(across(foot, edge), edge), (foot, S)], fill=grain, width=1)
-        draw_on.line(
-            [(across(feet[c], edge), edge), (feet[c], S)], fill=mix(plank, (40, 20, 8), 0.6), width=2
-        )
+        draw_on.line([(across(feet[c], edge), edge), (feet[c], S)], fill=mix(plank, (40, 20, 8), 0.6), width=2)
 
 
 def _photograph(backdrop: Backdrop, sources: Sources, rng: Random) -> Image.Image:

@@ -36,9 +36,7 @@ CHAT = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-BEFORE = (
-    f"{START}User:{AROUND}{GLOBAL}{IMAGE * IMAGE_TOKENS}{AROUND}"  # what the processor makes of the picture
-)
+BEFORE = f"{START}User:{AROUND}{GLOBAL}{IMAGE * IMAGE_TOKENS}{AROUND}"  # what the processor makes of the picture
 AFTER = f"{END}\nAssistant:"
 
 
@@ -127,9 +125,7 @@ def processor(words: PreTrainedTokenizerFast) -> Idefics3Processor:
         size={"longest_edge": SIDE},
         max_image_size={"longest_edge": SIDE},
     )
-    made: Idefics3Processor = Idefics3Processor(
-        pictures, words, image_seq_len=IMAGE_TOKENS, chat_template=CHAT
-    )
+    made: Idefics3Processor = Idefics3Processor(pictures, words, image_seq_len=IMAGE_TOKENS, chat_template=CHAT)
     return made
 
 

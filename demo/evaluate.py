@@ -86,9 +86,7 @@ def main() -> None:
         for at in range(0, len(scenes), args.batch):
             some = scenes[at : at + args.batch]
             questions = [s.questions[number] for s in some]
-            for seed, q, said in zip(
-                seeds[at:], questions, answer(some, [q.prompt for q in questions]), strict=False
-            ):
+            for seed, q, said in zip(seeds[at:], questions, answer(some, [q.prompt for q in questions]), strict=False):
                 right, of = score(q, said)
                 hits, asked, whole = hits + right, asked + of, whole + (bool(q.facts) and said == q.answer)
                 if right < of and shown < args.misses:

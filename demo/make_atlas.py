@@ -30,9 +30,7 @@ TRAINING_ONLY = {
 def _photograph(packages: Path, name: str) -> Image.Image:
     found = [path for path in packages.rglob(Path(name).name) if str(path).endswith(name)]
     if len(found) != 1:
-        raise SystemExit(
-            f"{name}: found {len(found)} files under {packages}, wanted one; unpack the packages there"
-        )
+        raise SystemExit(f"{name}: found {len(found)} files under {packages}, wanted one; unpack the packages there")
     picture = Image.open(found[0]).convert("RGB")
     return picture.resize((round(picture.width * HEIGHT / picture.height), HEIGHT), Image.Resampling.LANCZOS)
 

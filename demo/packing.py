@@ -36,8 +36,7 @@ Small = npt.NDArray[np.int16]
 def mirrored(layout: Layout) -> Layout:
     """The layout of the picture flipped left to right."""
     groups = tuple(
-        replace(group, things=tuple(replace(t, x=SIDE - t.x) for t in group.things))
-        for group in layout.groups
+        replace(group, things=tuple(replace(t, x=SIDE - t.x) for t in group.things)) for group in layout.groups
     )
     return replace(layout, groups=groups)
 

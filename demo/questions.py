@@ -170,9 +170,7 @@ def _closest(layout: Layout, rng: Random) -> Iterator[Pair]:
         for c in _singles(layout):
             if c is a or c is b:
                 continue
-            to_a, to_b = (
-                math.dist((c.things[0].x, c.things[0].y), (o.things[0].x, o.things[0].y)) for o in (a, b)
-            )
+            to_a, to_b = (math.dist((c.things[0].x, c.things[0].y), (o.things[0].x, o.things[0].y)) for o in (a, b))
             if max(to_a, to_b) >= CLOSER * min(to_a, to_b):
                 nearer = a if to_a < to_b else b
                 yield f"Which is closer to the {_name(c)}, the {_name(a)} or the {_name(b)}?", _name(nearer)
@@ -198,9 +196,7 @@ def _weather(layout: Layout, rng: Random) -> Iterator[Pair]:
 
 def _landscape(layout: Layout, rng: Random) -> Iterator[Pair]:
     if layout.backdrop.landscape:
-        prompt = rng.choice(
-            ("Which landscape is this: mountains, sea, forest or desert?", "What landscape is shown?")
-        )
+        prompt = rng.choice(("Which landscape is this: mountains, sea, forest or desert?", "What landscape is shown?"))
         yield prompt, layout.backdrop.landscape
 
 

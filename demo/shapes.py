@@ -67,10 +67,7 @@ def _ball(pen: Pen, edge: Rgb) -> None:
 
 
 def _star(pen: Pen, edge: Rgb) -> None:
-    spikes = [
-        (math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5), 0.98 if i % 2 == 0 else 0.46)
-        for i in range(10)
-    ]
+    spikes = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5), 0.98 if i % 2 == 0 else 0.46) for i in range(10)]
     pen.polygon([(x * r, y * r + 0.06) for x, y, r in spikes], edge)
 
 
@@ -116,9 +113,7 @@ def _mug(pen: Pen, edge: Rgb) -> None:
     pen.on_trim.ellipse(hole, outline=edge, width=pen.line)
     pen.on_trim.rectangle(pen.at([(-0.72, -0.72), (0.44, 0.76)]), fill=(0, 0, 0, 0))
     pen.polygon([(-0.72, -0.7), (0.46, -0.7), (0.4, 0.78), (-0.66, 0.78)], edge)
-    pen.on_trim.ellipse(
-        pen.at([(-0.72, -0.86), (0.46, -0.54)]), fill=(92, 62, 44), outline=edge, width=pen.line
-    )
+    pen.on_trim.ellipse(pen.at([(-0.72, -0.86), (0.46, -0.54)]), fill=(92, 62, 44), outline=edge, width=pen.line)
 
 
 def _kite(pen: Pen, edge: Rgb) -> None:
@@ -130,9 +125,7 @@ def _kite(pen: Pen, edge: Rgb) -> None:
 
 def _umbrella(pen: Pen, edge: Rgb) -> None:
     pen.stroke([(0, -0.1), (0, 0.76), (0.1, 0.88), (0.24, 0.86), (0.3, 0.72)], (84, 58, 44), 0.1)
-    dome = [
-        (-0.96 * math.cos(math.pi * i / 20), -0.84 * math.sin(math.pi * i / 20) + 0.06) for i in range(21)
-    ]
+    dome = [(-0.96 * math.cos(math.pi * i / 20), -0.84 * math.sin(math.pi * i / 20) + 0.06) for i in range(21)]
     scallops = [(0.96 - 1.92 * i / 24, 0.06 - 0.13 * abs(math.sin(math.pi * i / 8))) for i in range(25)]
     pen.polygon(dome + scallops, edge)
     pen.stroke([(0, -0.98), (0, -0.78)], edge, 0.09)
@@ -206,12 +199,8 @@ def _garment(grey: Image.Image, group: Group, radius: float, rng: Random) -> Ima
     top = float(high if isinstance(high, int) else 255)
     even = grey.point([min(255, round(255 * (0.5 + 0.5 * v / top))) for v in range(256)])
     large = even.resize((inner, inner), Image.Resampling.BICUBIC)
-    alpha = mask.resize((inner, inner), Image.Resampling.BICUBIC).point(
-        lambda v: min(255, max(0, (v - 96) * 4))
-    )
-    tinted = ImageChops.multiply(
-        Image.merge("RGB", (large,) * 3), Image.new("RGB", large.size, COLOURS[group.colour])
-    )
+    alpha = mask.resize((inner, inner), Image.Resampling.BICUBIC).point(lambda v: min(255, max(0, (v - 96) * 4)))
+    tinted = ImageChops.multiply(Image.merge("RGB", (large,) * 3), Image.new("RGB", large.size, COLOURS[group.colour]))
     tinted.putalpha(alpha)
     tile = Image.new("RGBA", (side, side))
     tile.paste(tinted, ((side - inner) // 2, (side - inner) // 2))

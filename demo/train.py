@@ -125,9 +125,7 @@ def accuracy(model: SmolVLMForConditionalGeneration, values: Tensor, rows: Tenso
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--minutes", type=float, default=13.0, help="of training, all runs together")
-    parser.add_argument(
-        "--sources", type=Path, help="Fashion-MNIST and more photographs; without it, the atlas only"
-    )
+    parser.add_argument("--sources", type=Path, help="Fashion-MNIST and more photographs; without it, the atlas only")
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch", type=int, default=512)
@@ -216,24 +214,18 @@ def main() -> None:
         now = time.monotonic()
         if now - reported > args.report:
             model.eval()
-            scores = " ".join(
-                f"{name} {score:.3f}" for name, score in accuracy(model, held_pixels, held_rows).items()
-            )
+            scores = " ".join(f"{name} {score:.3f}" for name, score in accuracy(model, held_pixels, held_rows).items())
             model.train()
             mean = float(torch.stack(losses).mean())
             losses, reported = [], now
-            print(
-                f"{spent:6.0f} s {steps} steps {drawn + pool.seen} drawn loss {mean:.4f} {scores}", flush=True
-            )
+            print(f"{spent:6.0f} s {steps} steps {drawn + pool.seen} drawn loss {mean:.4f} {scores}", flush=True)
         if now - saved > 120:
             saved = now
             _keep(kept, model, optimizer, spent, steps, drawn + pool.seen)
     _keep(kept, model, optimizer, time.monotonic() - begun, steps, drawn + pool.seen)
     for worker in workers:
         worker.terminate()
-    scores = " ".join(
-        f"{name} {score:.3f}" for name, score in accuracy(model.eval(), held_pixels, held_rows).items()
-    )
+    scores = " ".join(f"{name} {score:.3f}" for name, score in accuracy(model.eval(), held_pixels, held_rows).items())
     print(
         f"finished: {steps} steps, batches of {args.batch}, {drawn + pool.seen} pictures drawn; {scores}",
         flush=True,

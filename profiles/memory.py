@@ -6,6 +6,7 @@ swapping). Where there is no /proc the answer is None and the report says "unava
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -33,3 +34,20 @@ def _kibibytes(path: Path, field: str) -> int | None:
     except OSError:
         return None
     return int(found.group(1)) * 1024 if found else None
+
+
+def device_bytes() -> int | str:
+    """What this process holds on GPU 0 now, as the driver counts it, or "unavailable: " and why it does not tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return "unavailable: pynvml is not installed (`pip install nvidia-ml-py`)"
+    try:
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu):
+            if process.pid == os.getpid() and process.usedGpuMemory is not None:
+                return int(process.usedGpuMemory)
+    except pynvml.NVMLError as error:
+        return f"unavailable: NVML does not answer: {error}"
+    return "unavailable: the driver does not tell this process's share (as inside a container)"

@@ -1,7 +1,7 @@
 """How far a component is from what the machine allows: its bytes over the bandwidth, its operations over the peak.
 
-Source: Williams, Waterman & Patterson 2009, doi:10.1145/1498765.1498785. No run can be faster than the longer of the two
-times; the share says how much of that limit a measured run reaches.
+Source: Williams, Waterman & Patterson 2009, doi:10.1145/1498765.1498785. No run can be faster than the longer of the
+two times; the share says how much of that limit a measured run reaches.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ PHASES = {
 
 
 def limit(work: Mapping[str, float], prefix: str, precision: str, limits: Mapping[str, Any]) -> dict[str, Any] | None:
-    """{"limit_ms", "bound", "flops", "bytes"} of one phase, or None where its work was not counted.
+    """{"limit_ms", "bound", "in_cache", "flops", "bytes"} of one phase, or None where its work was not counted.
 
     `flops` (a multiply-add being two) and `bytes` are `work[prefix + ...]`. Operations of quantised engines may run at
     the integer rate: those counted in `int8_flops`, or all of them where that is not counted, for a limit must not be
-    one that can be beaten. A rate that is not known bounds nothing.
+    one that can be beaten. Bytes that fit half of the largest cache are read from there, run after run. A rate that
+    is not known bounds nothing.
     """
     flops, moved = work.get(f"{prefix}flops"), work.get(f"{prefix}bytes")
     if flops is None or moved is None:
@@ -31,11 +32,13 @@ def limit(work: Mapping[str, float], prefix: str, precision: str, limits: Mappin
     compute = _milliseconds(integer, limits.get("int8_gop_per_s")) + _milliseconds(
         flops - integer, limits.get(_FLOAT_RATE.get(precision, "float32_gflop_per_s"))
     )
-    memory = _milliseconds(moved, limits.get("read_gb_per_s"))
+    cached = moved <= limits.get("cache_bytes", 0) / 2 and isinstance(limits.get("cached_read_gb_per_s"), float)
+    memory = _milliseconds(moved, limits.get("cached_read_gb_per_s" if cached else "read_gb_per_s"))
     if not max(compute, memory):
         return None
     bound = "compute" if compute > memory else "memory"
-    return {"limit_ms": max(compute, memory), "bound": bound, "flops": flops, "bytes": moved}
+    line = {"limit_ms": max(compute, memory), "bound": bound, "flops": flops, "bytes": moved}
+    return line | {"in_cache": cached}
 
 
 def table(

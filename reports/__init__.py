@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..console import note
 from ..files import write_text
 from . import document, markdown, page, spreadsheet
 
@@ -11,14 +12,15 @@ from . import document, markdown, page, spreadsheet
 def write_all(folder: Path) -> list[Path]:
     """Reads folder/report.json and writes report.csv, report.md and report.html beside it, each in one step.
 
-    All are drawn before the first is written. A report.json that cannot be read is a VlmcError.
+    All are drawn before the first is written. The page needs the extra `report`; where that is not installed, as on a
+    small device, the page is left out with a note. A report.json that cannot be read is a VlmcError.
     """
     report = document.read(folder)
-    drawn = {
-        "report.csv": spreadsheet.render(report),
-        "report.md": markdown.render(report),
-        "report.html": page.render(report),
-    }
+    drawn = {"report.csv": spreadsheet.render(report), "report.md": markdown.render(report)}
+    try:
+        drawn["report.html"] = page.render(report)
+    except ImportError as error:
+        note(f"report.html is left out: {error.name} is missing; `pip install 'vlm-compile[report]'` brings it")
     for name, text in drawn.items():
         write_text(folder / name, text)
     return [folder / name for name in drawn]

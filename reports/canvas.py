@@ -1,6 +1,6 @@
 """A sheet for horizontal bars: rows from the top down, a name over each, the value beside the bar, as inline SVG.
 
-Everything is 400 units wide with text 11 units high, so that it is read on a phone as well. matplotlib draws it; the
+Everything is 360 units wide with text 11 units high, so that it is read on a phone as well. matplotlib draws it; the
 SVG keeps its text as text, in the page's font, and its colours follow the page's theme.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 from .document import Report
 from .style import LIGHT, themed, variant_colours
 
-WIDTH, TEXT = 400, 11
+WIDTH, TEXT = 360, 11
 _TITLE, _BAR, _GAP, _LEGEND = 17, 13, 3, 26
 _VALUES = 66  # kept free at the right for the value of the longest bar
-_NAME_LENGTH = 54
+_NAME_LENGTH = 50
 
 
 class Canvas:
@@ -44,9 +44,11 @@ class Canvas:
         self._axes = self._figure.add_axes((0, 0, 1, 1))
         self._axes.set(xlim=(0, WIDTH), ylim=(height, 0))
         self._axes.axis("off")
-        for i, (title, colour) in enumerate(legend):
-            self._box(100 * i, 3, 10, 10, colour)
-            self._text(100 * i + 15, 8, title, "ink")
+        left = 0
+        for title, colour in legend:
+            self._box(left, 3, 10, 10, colour)
+            self._text(left + 15, 8, title, "ink")
+            left += 33 + 6 * len(title)
 
     def row(self, variant: str, detail: str = "") -> None:
         """Begins the next row under its name, which is bold and tagged where the variant is the one kept."""
@@ -64,8 +66,11 @@ class Canvas:
         if share * self._full > 8 * len(text):
             self._text((left + share / 2) * self._full, self._middle, text, colour, ha="center")
 
-    def value(self, end: float, text: str) -> None:
-        self._text(end * self._full + 6, self._middle, text, "ink")
+    def value(self, end: float, text: str, more: str = "") -> None:
+        """The bar's value behind its end, with more of it where there is room."""
+        left = end * self._full + 6
+        fits = left + 6.4 * len(text + more) < WIDTH
+        self._text(left, self._middle, text + more if fits else text, "ink")
 
     def whisker(self, low: float, high: float) -> None:
         at = [low * self._full, high * self._full]

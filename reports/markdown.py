@@ -46,7 +46,7 @@ def _section(heading: str, table: tables.Table) -> Iterator[str]:
     if table.title:
         yield from (f"{escape(table.title)}.", "")
     yield "| " + " | ".join(map(escape, table.columns)) + " |"
-    yield "| --- |" + " ---: |" * (len(table.columns) - 1)
+    yield "|" + " --- |" * table.names + " ---: |" * (len(table.columns) - table.names)
     for i, row in enumerate(table.rows):
         name = f"**{escape(row[0])}** (kept)" if i in table.kept else escape(row[0])
         yield "| " + " | ".join([name, *map(escape, row[1:])]) + " |"

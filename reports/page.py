@@ -9,7 +9,7 @@ from typing import NamedTuple
 from . import gallery, plots, provenance, style, tables, words
 from .document import Number, Report, look
 
-_SHOWN = 4  # pictures of the gallery that are open from the start
+_SHOWN, _SHOWN_COMPACT = 4, 12  # pictures of the gallery that are open from the start
 
 
 def render(report: Report) -> str:
@@ -25,13 +25,16 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     pictures = gallery.pictures(report)
+    compact = all(len(picture.questions) == 1 for picture in pictures)
+    shown = _SHOWN_COMPACT if compact else _SHOWN
     return environment.get_template("page.html.jinja").render(
         report=report,
         subject=words.subject(report),
         findings=words.findings(report),
         figures=key_figures(report),
-        shown=pictures[:_SHOWN],
-        folded=pictures[_SHOWN:],
+        compact=compact,
+        shown=pictures[:shown],
+        folded=pictures[shown:],
         headline=tables.headline(report),
         details={
             "Speed-ups": tables.speedups(report),
@@ -69,14 +72,15 @@ def key_figures(report: Report) -> list[Figure]:
     decode = f"{words.ratio(faster.decode)} as fast" if faster and isinstance(faster.decode, float) else ""
     first, right = tables.statistics(kept, "time_to_first_token"), kept.accuracy
     slowest = "" if isinstance(first, str) else f"99 % within {words.number(first.p99)} ms"
-    disk = look(kept.memory, "disk_bytes")
+    disk, peak = look(kept.memory, "disk_bytes"), look(kept.memory, "peak_rss_bytes")
+    resident = "" if isinstance(peak, str) else f"{words.size(peak)} in memory"
     accuracy = right if isinstance(right, str) else right.overall.value
     interval = "" if isinstance(right, str) else f"95 % interval {words.interval(right.overall)}"
     return [
         _figure("vision", tables.median(tables.statistics(kept, "vision")), lambda x: f"{words.number(x)} ms", vision),
         _figure("first token", tables.median(first), lambda x: f"{words.number(x)} ms", slowest),
         _figure("tokens/s", tables.median(kept.tokens_per_s), words.number, decode),
-        _figure("on disk", disk, words.size, ""),
+        _figure("on disk", disk, words.size, resident),
         _figure("right answers", accuracy, words.percent, interval),
     ]
 

@@ -74,7 +74,8 @@ def latency(report: Report) -> Plot:
             canvas.bar(left, ms / longest, colour)
             canvas.inside(left, ms / longest, words.number(ms), text)
             left += ms / longest
-        canvas.value(left, f"{words.number(sum(parts.values()))} ms" if parts else "n/a")
+        more = f" = {' + '.join(map(words.number, parts.values()))}"
+        canvas.value(left, f"{words.number(sum(parts.values()))} ms" if parts else "n/a", more if parts else "")
     plot.svg = canvas.svg(plot.name)
     return plot
 
@@ -102,12 +103,11 @@ def rate(report: Report) -> Plot:
 def memory(report: Report) -> Plot:
     plot = Plot("memory", "How much memory does it take?", "Peak resident memory of the process; size on disk.")
     kinds = {"resident": "peak_rss_bytes", "on device": "peak_device_bytes", "on disk": "disk_bytes"}
-    found = {
-        variant.name: {
-            kind: plot.number(f"{variant.name}, {kind}", look(variant.memory, key)) for kind, key in kinds.items()
-        }
-        for variant in report.variants
-    }
+    found: dict[str, dict[str, float | None]] = {}
+    for variant in report.variants:
+        values = {kind: look(variant.memory, key) for kind, key in kinds.items()}
+        told = {kind: f"{kind}: {value}" if isinstance(value, str) else value for kind, value in values.items()}
+        found[variant.name] = {kind: plot.number(variant.name, value) for kind, value in told.items()}
     sizes = [size for row in found.values() for size in row.values() if size]
     if not sizes:
         return plot
@@ -135,30 +135,38 @@ def energy(report: Report) -> Plot:
 
 def limits(report: Report) -> Plot:
     caption = (
-        "The full track is the least time that the machine's bandwidth and arithmetic allow; filled: the share met."
+        "A full bar would be the least time that the machine's bandwidth and arithmetic allow. Components that take"
     )
-    plot = Plot("limits", "How far from the machine's limit?", caption)
-    rows: list[tuple[Variant, str, Roofline, float]] = []
+    plot = Plot(
+        "limits", "How far from the machine's limit?", f"{caption} less than 1 % of the time are left out here."
+    )
+    rows: list[tuple[str, str, float]] = []
     for variant in report.variants:
         if isinstance(variant.roofline, str):
             plot.number(variant.name, variant.roofline)
             continue
-        for name, entry in variant.roofline.items():
-            who = f"{variant.name}, {words.component(name)}"
-            share = plot.number(who, entry if isinstance(entry, str) else entry.share)
-            if share is not None and isinstance(entry, Roofline):
-                rows.append((variant, words.component(name), entry, share))
+        times = [e.measured_ms for e in variant.roofline.values() if isinstance(e, Roofline)]
+        trifle = 0.01 * sum(ms for ms in times if isinstance(ms, float))
+        for key, entry in variant.roofline.items():
+            name = words.component(key)
+            share = plot.number(f"{variant.name}, {name}", entry if isinstance(entry, str) else entry.share)
+            if share is not None and isinstance(entry, Roofline) and _at_least(trifle, entry.measured_ms):
+                rows.append((variant.name, name, share))
+                plot.told.append(f"{variant.name}, {name}: {100 * share:.0f} % of the limit, bound by {entry.bound}")
     if not rows:
         return plot
     canvas = Canvas(report, len(rows))
-    for variant, name, entry, share in rows:
-        canvas.row(variant.name, f": {name}")
+    for variant_name, name, share in rows:
+        canvas.row(variant_name, f": {name}")
         canvas.bar(0, 1, "track")
-        canvas.bar(0, min(1.0, max(0.0, share)), canvas.colours[variant.name])
+        canvas.bar(0, min(1.0, max(0.0, share)), canvas.colours[variant_name])
         canvas.value(1, f"{100 * share:.0f} %")
-        plot.told.append(f"{variant.name}, {name}: {100 * share:.0f} % of the limit, bound by {entry.bound}")
     plot.svg = canvas.svg(plot.name)
     return plot
+
+
+def _at_least(low: float, value: Number) -> bool:
+    return isinstance(value, str) or value >= low
 
 
 def accuracy(report: Report) -> Plot:
@@ -197,7 +205,9 @@ def _scatter(report: Report, points: dict[str, tuple[float, Score]], name: str) 
     axes.set_facecolor("none")
     best = frontier({who: (ms, entry.value) for who, (ms, entry) in points.items()})
     edge = sorted((points[who][0], 100 * points[who][1].value) for who in best)
-    axes.step(*zip(*edge, strict=True), where="post", color=LIGHT["line"], linewidth=1.5, zorder=1)
+    axes.step(
+        *zip(*edge, strict=True), where="post", color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1
+    )
     colours = variant_colours(report)
     for i, (who, (ms, entry)) in enumerate(points.items(), 1):
         colour = LIGHT[colours[who]]
@@ -215,7 +225,7 @@ def _scatter(report: Report, points: dict[str, tuple[float, Score]], name: str) 
 
 def _scales(axes: Any, times: list[float], scores: list[Score]) -> None:
     """Time on a logarithmic axis where it spans much; accuracy from the lowest to the highest interval."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     low, high = 100 * min(entry.low for entry in scores), 100 * max(entry.high for entry in scores)
     axes.set_ylim(max(-2.0, low - 3), min(102.0, high + 3))
@@ -225,6 +235,7 @@ def _scales(axes: Any, times: list[float], scores: list[Score]) -> None:
     if max(times) > 8 * min(times):
         axes.set_xscale("log")
         axes.set_xlim(min(times) / 1.5, max(times) * 1.5)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.minorticks_off()
     else:
         axes.set_xlim(0, max(times) * 1.12)

@@ -1,7 +1,7 @@
 """The page's and the plots' colours, light and dark, in one place.
 
-Variants keep one colour everywhere: baselines grey, float blue, int8 orange (Okabe & Ito's palette, told apart with
-every kind of colour vision; the others follow it too). Nothing is told by colour alone.
+A variant's colour says its precision, everywhere the same: baselines grey, float blue, int8 orange (after Okabe and
+Ito's palette, told apart with every kind of colour vision). Nothing is told by colour alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ LIGHT = {
     "track": "#e9ecef",
     "accent": "#0b6e69",
     "wash": "#e3f1ef",
+    "wrong": "#b3261e",
     "baseline": "#8d96a0",
     "float": "#0072b2",
     "int8": "#d97a00",
@@ -40,6 +41,7 @@ DARK = LIGHT | {
     "track": "#262c33",
     "accent": "#5cc4bb",
     "wash": "#12302e",
+    "wrong": "#ff8f85",
     "float": "#3d9bdc",
     "int8": "#f0992e",
     "other1": "#1fb88b",

@@ -25,13 +25,15 @@ TIMES = {  # keys of latency_ms
 
 @dataclass
 class Table:
-    """`rows` hold one text per column, the first being the row's name; `kept` are the rows that the verdict kept."""
+    """`rows` hold one text per column, the first `names` of them naming the row; `kept` are the rows of what the
+    verdict kept."""
 
     title: str
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     kept: set[int] = field(default_factory=set)
+    names: int = 1
 
     def cell(self, value: Number | None, text: Callable[[float], str] = words.number) -> str:
         """The number as text, or a mark that leads to the note with the reason why there is none."""
@@ -82,7 +84,7 @@ def headline(report: Report) -> Table:
 
 
 def speedups(report: Report) -> Table:
-    table = Table("How many times as fast", ["variant", "over", "vision", "prefill", "decode", "end to end"])
+    table = Table("How many times as fast", ["variant", "over", "vision", "prefill", "decode", "end to end"], names=2)
     for entry in report.speedups:
         values = (entry.vision, entry.prefill, entry.decode, entry.end_to_end)
         row = [entry.of, entry.over, *(table.cell(value, words.ratio) for value in values)]
@@ -109,7 +111,7 @@ def _score(entry: Score | str, table: Table) -> str:
 
 def times(report: Report) -> Table:
     """Every statistic of every time, and of tokens/s."""
-    table = Table("All times in milliseconds, rates in tokens/s", ["variant", "part", *STATISTICS])
+    table = Table("All times in milliseconds, rates in tokens/s", ["variant", "part", *STATISTICS], names=2)
     for variant in report.variants:
         measured = {title: statistics(variant, time) for time, title in TIMES.items()}
         for title, entry in (measured | {"tokens/s": variant.tokens_per_s}).items():
@@ -152,7 +154,7 @@ def _counts(counts: Iterable[tuple[str, int]]) -> str:
 def rooflines(report: Report) -> Table:
     """Measured time against the least that the machine's bandwidth and arithmetic allow."""
     columns = ["variant", "component", "measured ms", "limit ms", "share of limit", "bound by", "operations", "bytes"]
-    table = Table("Medians against the least time that the machine's bandwidth and arithmetic allow", columns)
+    table = Table("Medians against the least time that the machine's bandwidth and arithmetic allow", columns, names=2)
     for variant in report.variants:
         kept = variant is report.kept
         if isinstance(variant.roofline, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from ..evaluation.tasks import TASKS
 from .document import ABSENT, Agreement, Comparison, Report, Score
@@ -39,17 +40,19 @@ def ratio(value: float) -> str:
     return f"{value:.2f}×" if value < 100 else f"{value:,.0f}×"
 
 
-def operations(count: float) -> str:
-    """Arithmetic operations, in thousands of millions."""
-    return f"{number(count / 1e9)} G"
-
-
 def size(count: float) -> str:
     """Bytes in decimal units, as disks and memory bandwidths are given."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= scale:
-            return f"{number(count / scale)} {unit}"
-    return f"{number(count)} bytes"
+    return _scaled(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "bytes")
+
+
+def operations(count: float) -> str:
+    """Arithmetic operations in thousands, millions, thousands of millions."""
+    return _scaled(count, (("G", 1e9), ("M", 1e6), ("k", 1e3)), "")
+
+
+def _scaled(count: float, units: Iterable[tuple[str, float]], rest: str) -> str:
+    name, scale = next(((name, scale) for name, scale in units if abs(count) >= scale), (rest, 1.0))
+    return f"{number(count / scale) if scale > 1 else f'{count:g}'} {name}".rstrip()
 
 
 def score(entry: Score) -> str:
@@ -67,16 +70,18 @@ def subject(report: Report) -> str:
     told = f"{count} variant{'s' * (count > 1)} of {report.artifact.name}"
     told += f" ({number(total / 1e6)} million parameters)" if total else ""
     machine = [str(report.machine.get(key, ABSENT)) for key in ("cpu", "date")]
-    return f"{told}, measured on " + ", ".join(text for text in machine if not text.startswith("unavailable")) + "."
+    known = [text for text in machine if not text.startswith("unavailable")]
+    return ", ".join([told, *(["measured on " + ", ".join(known)] if known else [])]) + "."
 
 
 def comparison(result: Comparison) -> str:
     if result.won == result.lost == 0:
         return f"{result.of} and {result.over} score alike on each of {result.total} questions."
     judged = "a significant difference" if result.significant else "no significant difference"
+    chance = f"p = {result.p_value:.2g}" if result.p_value >= 0.001 else "p < 0.001"
     return (
         f"Against {result.over}, {result.of} lost {result.lost} and won {result.won} of {result.total} questions: "
-        f"{judged} (exact McNemar test, p = {result.p_value:.2g})."
+        f"{judged} (exact McNemar test, {chance})."
     )
 
 

@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
-def constant(graph: ir.Graph, name: str, array: NDArray[Any] | ir.TensorProtocol) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
     """The graph's initializer of that name, made from the array unless it is there."""
     if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
+        tensor = ir.tensor(array, name=name)
         value = ir.Value(
-            name=name, shape=ir.Shape(tensor.shape.numpy() if isinstance(tensor.shape, ir.Shape) else tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            name=name,
+            shape=ir.Shape(array.shape),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         graph.initializers[name] = value
     return graph.initializers[name]

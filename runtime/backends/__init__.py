@@ -43,7 +43,7 @@ def _usable(spec: EngineSpec) -> ModuleType:
     module = _module(spec.backend)
     if reason := module.unavailable():
         raise VlmcError(
-            f"The engine of {spec.component} for {spec.device!r} needs the backend {spec.backend}, which cannot run here",
+            f"The {spec.component} engine for {spec.device!r} needs the backend {spec.backend}, which cannot run here",
             found=reason,
             fix="run it on the device, or build for this machine with `vlmc build … --device cpu`",
         )

@@ -111,4 +111,4 @@ class OnnxDecoder(HostDecoder):
             self._binding.bind_cpu_input(name, feeds[name])
         self._session.run_with_iobinding(self._binding)
         logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[0]
-        return logits
+        return logits.copy()  # the binding's own buffer is written again by the next step

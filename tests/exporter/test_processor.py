@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from transformers import AutoProcessor, AutoTokenizer
-
 from vlmc.errors import VlmcError
 from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime.prompt import Tokenizer
@@ -145,7 +144,11 @@ def test_what_is_missing_or_broken_is_named(folder: Path, tmp_path: Path) -> Non
         ("{{ nonsense( }}", "cannot be used"),
         ("{{ raise_exception('no user') }}", "no user"),
         ("no place for anything", "place the picture and the question once"),
-        ("{% for line in messages[0]['content'] %}<image>{{line['text']}}{text}{% endfor %}", "place the picture"),
+        (
+            "{% for line in messages[0]['content'] %}{% if line['type'] == 'image' %}<image>"
+            "{% else %}{{line['text']}}{text}{% endif %}{% endfor %}",
+            "place the picture",
+        ),
         (
             "{% for line in messages[0]['content'] %}{% if line['type'] == 'image' %}{{loop.index}}<image>"
             "{% else %}{{line['text']}}{% endif %}{% endfor %}",

@@ -31,7 +31,8 @@ def machine(root: Path, caches: list[str], free_gib: float) -> Path:
     ],
 )
 def test_the_buffer_is_far_larger_than_the_caches(tmp_path: Path, caches: list[str], free: float, wanted: int) -> None:
-    assert limits.buffer_bytes(machine(tmp_path, caches, free)) == wanted
+    root = machine(tmp_path, caches, free)
+    assert limits.buffer_bytes(limits.largest_cache(root), root) == wanted
 
 
 def test_every_rate_is_a_positive_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +61,10 @@ def test_a_data_sheet_stands_in_for_a_gpu_and_says_so() -> None:
     assert got["int8_gop_per_s"] == 85_000
     assert "not measured" in got["how"]
     assert limits.from_data_sheet(load_device("thor"))["int8_gop_per_s"].startswith("unavailable")
+
+
+def test_of_two_measurements_the_higher_rates_count() -> None:
+    one = {"read_gb_per_s": 10.0, "int8_gop_per_s": "unavailable: x", "how": "so"}
+    other = {"read_gb_per_s": 12.0, "int8_gop_per_s": "unavailable: x", "how": "so"}
+    assert limits.best(one, other) == other
+    assert limits.best(other, one) == other

@@ -15,6 +15,7 @@ def test_the_longer_of_the_two_times_is_the_limit() -> None:
         "bound": "compute",
         "flops": 2e9,
         "bytes": 1e8,
+        "in_cache": False,
     }
     memory = limit({"decode_flops": 1e8, "decode_bytes": 1e8}, "decode_", "fp32", LIMITS)
     assert memory is not None
@@ -40,6 +41,16 @@ def test_an_unknown_rate_bounds_nothing() -> None:
     assert (got["limit_ms"], got["bound"]) == (10.0, "memory")
     nothing = dict.fromkeys(LIMITS, "unavailable: x")
     assert limit({"flops": 1.0, "bytes": 1.0}, "", "fp32", nothing) is None
+
+
+def test_weights_that_stay_in_the_cache_are_bounded_by_the_cache() -> None:
+    caches = LIMITS | {"cache_bytes": 200_000_000, "cached_read_gb_per_s": 40.0}
+    small = limit({"flops": 0.0, "bytes": 1e8}, "", "fp32", caches)
+    large = limit({"flops": 0.0, "bytes": 1.01e8}, "", "fp32", caches)
+    assert small is not None
+    assert large is not None
+    assert (small["limit_ms"], small["in_cache"]) == (2.5, True)
+    assert (large["limit_ms"], large["in_cache"]) == (pytest.approx(10.1), False)
 
 
 def test_work_that_was_not_counted_has_no_roofline() -> None:

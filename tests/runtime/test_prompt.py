@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models
 from transformers import AutoTokenizer
-
 from vlmc.artifact import PromptSpec
 from vlmc.errors import VlmcError
 from vlmc.runtime import prompt as module
@@ -148,6 +147,7 @@ def test_a_damaged_file_still_works_or_is_refused(
     path.write_bytes(content)
     try:
         tokenizer = Tokenizer(path)
-        assert "".join(tokenizer.stream(tokenizer.encode("two red boats")))
-    except VlmcError as error:
-        assert str(path) in str(error)
+    except VlmcError:
+        return
+    ids = tokenizer.encode("two red boats")
+    assert "".join(tokenizer.stream(ids)) == tokenizer.decode(ids)

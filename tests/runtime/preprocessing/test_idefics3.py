@@ -15,7 +15,6 @@ from transformers import AutoProcessor
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
-
 from vlmc.errors import VlmcError
 from vlmc.exporter.processor import describe
 from vlmc.runtime import preprocessing
@@ -122,11 +121,22 @@ def test_a_picture_in_another_mode_is_converted(mode: str) -> None:
     width=st.integers(1, 200),
     height=st.integers(1, 200),
     tile=st.integers(8, 40),
-    edge=st.integers(1, 120),
+    edge=st.integers(1, 48),  # from 49 on the reference fails on some strips, see below
     split=st.booleans(),
 )
 def test_any_size_tile_and_edge(width: int, height: int, tile: int, edge: int, split: bool) -> None:
     assert_equal(picture(width, height), tile=tile, longest_edge=edge, split=split)
+
+
+def test_rows_are_counted_in_whole_pixels() -> None:
+    assert_equal(picture(70, 24), longest_edge=70)  # 32.9 pixels high once stretched to 3 tiles: one row, not two
+
+
+def test_a_strip_that_the_reference_rounds_to_nothing_is_one_tile_wide() -> None:
+    strip, config = picture(1, 500), {"longest_edge": 49, "tile": 49}  # in floats 49 · (1 / 49) < 1
+    with pytest.raises(ValueError, match="size must be"):
+        expected(strip, **config)
+    assert preprocessing.load(CONFIG | config)([strip]).pixel_values.shape == (1, 3, 49, 49)
 
 
 def test_several_pictures_are_prepared_in_order() -> None:
@@ -188,7 +198,7 @@ def test_files_and_a_question_become_transformers_arrays(
         ({"tile": 0}, "tile is out of range"),
         ({"tile": 5}, "tile is out of range"),  # 26 × 26 of them
         ({"longest_edge": 5000}, "longest_edge is out of range"),
-        ({"resample": 6}, "resample is out of range"),
+        ({"resample": 99}, "resample is out of range"),
         ({"image_seq_len": 10**9}, "image_seq_len is out of range"),
         ({"mean": [0.5]}, "three numbers"),
         ({"std": [0.5, 0.0, 0.5]}, "not 0"),

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
 from vlmc.errors import VlmcError
 from vlmc.runtime import preprocessing
 

@@ -1,0 +1,174 @@
+"""`vlmc build`: every candidate of every component, tried where the device is this machine, and the verdict."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+
+from ..artifact import COMPONENTS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
+from ..calibration.plan import read_plan
+from ..errors import VlmcError
+from ..profiles.device import Device
+from . import builders, verdict, work
+from .candidate import Candidate, cached, record_trial
+
+Report = Callable[[str, int, int], None]  # what is being done, done, total
+
+
+def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tuple[BuildSpec, list[str]]:
+    """Builds, tries and chooses; returns the record, which is also written, and the engines that were in the cache."""
+    start = time.perf_counter()
+    todo = list(candidates(artifact, device, recipe))
+    hits, specs = [], {}
+    for index, candidate in enumerate(todo):
+        report(f"building {candidate.component} {candidate.engine}", index, len(todo))
+        spec = cached(artifact, candidate)
+        if spec is None:
+            _run("candidate", artifact, candidate.device, candidate.component, candidate.backend, candidate.precision)
+            spec = cached(artifact, candidate)
+            assert spec is not None, "the builder's process ended well and left its engine"
+        else:
+            hits.append(f"{candidate.component} {candidate.engine}")
+        specs[candidate] = spec
+    here = reason_not_here(device)
+    choices: dict[str, Choice] = {}
+    for component in COMPONENTS:
+        own = {c: s for c, s in specs.items() if c.component == component}
+        if here:
+            last = list(own)[-1]
+            choices[component] = verdict.unmeasured(last.engine, here)
+        elif len(own) == 1:
+            choices[component] = Choice(next(iter(own)).engine, "nothing else is offered for it", {})
+        else:
+            report(f"trying {component}", len(todo), len(todo))
+            reports = _try(artifact, device, component, own)
+            choices[component] = verdict.choose(component, reports, artifact.manifest.source.random_weights)
+    record = BuildSpec(
+        schema=SCHEMA,
+        device=device.name,
+        recipe=recipe,
+        choices=choices,
+        seconds=round(time.perf_counter() - start, 3),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
+        remaining=device.handover if here else "",
+    )
+    write_record(artifact.root / "engines" / device.name / f"{recipe}.json", record)
+    return record, hits
+
+
+def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Candidate]:
+    """What is built, component by component: float and the recipe's precision on every backend that offers them. The
+    first of a component is float on the device's first backend, the last the recipe's precision where it has one."""
+    names = [name for name in device.backends if name in builders.names()]
+    usable = [name for name in names if not builders.load(name).unavailable()]
+    if device.backends[0] not in builders.names():
+        usable = ["handover"]  # the device's own builder is not on this machine
+    if not usable:
+        reasons = "; ".join(f"{name}: {builders.load(name).unavailable()}" for name in names)
+        raise VlmcError(
+            f"No backend of the device {device.name!r} can build here", found=reasons, fix="see `vlmc doctor`"
+        )
+    plan = None if recipe == "fp32" else read_plan(artifact, recipe)
+    for component in COMPONENTS:
+        quantised = plan is not None and any(path.startswith(f"{component}/") for path in plan.modules)
+        for precision in ("fp32", recipe) if quantised else ("fp32",):
+            for backend in usable:
+                if not builders.load(backend).refuses(component):
+                    yield Candidate(device.name, component, backend, precision)
+
+
+def reason_not_here(device: Device) -> str:
+    """Empty where this machine is of the device's kind, so that what is measured here counts there."""
+    if device.sm is not None or device.backends[0] not in builders.names():
+        return f"this machine is no {device.title}"
+    if platform.machine() != device.architecture:
+        return f"this machine is {platform.machine()}, and {device.title} is {device.architecture}"
+    return ""
+
+
+def _try(
+    artifact: Artifact, device: Device, component: str, own: dict[Candidate, EngineSpec]
+) -> dict[str, BuildReport]:
+    """Trials, unless every engine was tried before; each engine's report gets its numbers and its work."""
+    if not all(spec.report.latency_ms for spec in own.values()):
+        embed = next(iter(artifact.root.glob(f"engines/{device.name}/embed_tokens/*/engine.json"))).parent.name
+        output = _run("trial", artifact, device.name, component, embed, *(c.engine for c in own))
+        trials = json.loads(output)
+        counted = _work(artifact, component)
+        for candidate, spec in own.items():
+            amount = {"work": counted | {"weight_bytes": float(spec.report.size_bytes)}}
+            own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | amount)
+    return {candidate.engine: spec.report for candidate, spec in own.items()}
+
+
+def _work(artifact: Artifact, component: str) -> dict[str, float]:
+    """Operations and bytes of the golden run that trials are timed on (see `work`)."""
+    import numpy as np
+
+    model = ir.load(artifact.graph(component))
+    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
+        if component == "vision_encoder":
+            sizes = {"tiles": len(golden["0.pixel_values"])}
+            return {"flops": work.flops(model, sizes), "io_bytes": work.io_bytes(model, sizes), **_floats(sizes)}
+        length = golden["0.inputs_embeds"].shape[1]
+    kv = artifact.manifest.kv
+    sizes = {"length": length, "capacity": kv.capacity}
+    step = {"length": 1, "capacity": kv.capacity}
+    return {
+        "prefill_flops": work.flops(model, sizes, keys=length),
+        "decode_flops": work.flops(model, step, keys=length),
+        "decode_kv_bytes": work.kv_bytes(kv, length),
+        "length": float(length),
+    }
+
+
+def _floats(sizes: dict[str, int]) -> dict[str, float]:
+    return {name: float(size) for name, size in sizes.items()}
+
+
+def _run(module: str, artifact: Artifact, *arguments: str) -> str:
+    """The module of this room as a process of its own, for its memory to be its own; its stdout."""
+    command = [sys.executable, "-m", f"{__package__}.{module}", str(artifact.root), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return done.stdout
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    if done.returncode < 0:
+        last = f"the process was killed by signal {-done.returncode}; it may have run out of memory"
+    raise VlmcError(
+        f"{module} {' '.join(arguments)} failed", found=last, fix="see the message; the artefact is unchanged"
+    )
+
+
+def results(artifact: Artifact, record: BuildSpec) -> list[dict[str, Any]]:
+    """One row an engine of the build, for the table and for --json."""
+    rows = []
+    for component, choice in record.choices.items():
+        folder = artifact.root / "engines" / record.device / component
+        for engine in choice.candidates or {choice.engine: {}}:
+            spec, _ = artifact.engine(record.device, component, engine)
+            report = spec.report
+            rows.append(
+                {
+                    "component": component,
+                    "engine": engine,
+                    "kept": engine == choice.engine,
+                    "latency_ms": report.latency_ms,
+                    "agreement": report.agreement,
+                    "products": report.products,
+                    "size_bytes": report.size_bytes,
+                    "build_seconds": report.seconds,
+                    "peak_memory_bytes": report.peak_memory_bytes,
+                    "reason": choice.reason if engine == choice.engine else "",
+                    "folder": str((folder / engine).relative_to(artifact.root)),
+                }
+            )
+    return rows

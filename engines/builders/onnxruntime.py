@@ -1,0 +1,58 @@
+"""Engines for ONNX Runtime: the canonical graph with GroupQueryAttention, integer products and packed weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx_ir as ir
+
+from ...artifact import KvContract, KvSpec
+from ...runtime.backends import onnxruntime as backend
+from ..passes import group_query_attention, integer_matmul, matmul_nbits
+from . import MODEL, Built
+
+INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QLinearConv")
+FLOAT = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv")
+ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
+
+
+def unavailable() -> str:
+    return backend.unavailable()
+
+
+def refuses(component: str) -> str:
+    return ""
+
+
+def build(model: ir.Model, kv: KvSpec, folder: Path) -> Built:
+    attentions = group_query_attention.apply(model, kv)
+    integer_matmul.apply(model)
+    matmul_nbits.apply(model)
+    ir.save(model, folder / MODEL, external_data=f"{MODEL}.data")
+    contract = KvContract("shared", kv.layers, kv.kv_heads, kv.head_dim, kv.capacity) if attentions else None
+    return Built(MODEL, kv=contract)
+
+
+def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
+    """Counted in the graph that ONNX Runtime writes after its own optimisations."""
+    with TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        backend.session(path, settings, optimised=optimised)
+        graph = ir.load(optimised).graph
+    counts: dict[str, int] = {}
+    for node in graph:
+        kind, number = "", 1
+        if node.op_type in INTEGER:
+            kind = "int8"
+        elif node.op_type == "MatMulNBits":
+            kind = f"w{node.attributes['bits'].as_int()}"
+        elif node.op_type in ATTENTION:
+            kind, number = "float32 (attention)", 2  # queries by keys, and scores by values
+        elif node.op_type in FLOAT:
+            constant = node.inputs[1] is not None and node.inputs[1].const_value is not None
+            kind = "float32" if constant else "float32 (activations)"
+        if kind:
+            counts[kind] = counts.get(kind, 0) + number
+    return counts

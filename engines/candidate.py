@@ -1,0 +1,155 @@
+"""One engine: a component for a backend and a precision, built in a process of its own and kept by its key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from .. import __version__
+from ..artifact import (
+    GRAPH_FILES,
+    SCHEMA,
+    Artifact,
+    BuildReport,
+    EngineSpec,
+    FileSpec,
+    describe_files,
+    read_record,
+    to_json,
+    write_record,
+)
+from ..calibration.plan import Plan, read_plan
+from ..errors import VlmcError
+from ..files import staged_folder
+from . import builders
+from .passes import quantize
+
+PACKAGES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "handover": ()}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is to be built. `precision` is `fp32` or the recipe's name; `recipe` is the plan's."""
+
+    device: str
+    component: str
+    backend: str
+    precision: str
+
+    @property
+    def engine(self) -> str:
+        return f"{self.backend}-{self.precision}"
+
+    def folder(self, artifact: Artifact) -> Path:
+        return artifact.engine_folder(self.device, self.component, self.engine)
+
+
+def key(artifact: Artifact, candidate: Candidate) -> str:
+    """The hash of all that goes into the engine: graph, plan, backend and versions."""
+    plan: Any = None
+    if candidate.precision != "fp32":
+        plan = to_json(component_plan(artifact, candidate))
+    file = GRAPH_FILES[candidate.component]
+    known = artifact.manifest.files
+    parts = [known[name].sha256 for name in (file, f"{file}.data") if name in known]
+    values = [SCHEMA, vars(candidate), plan, parts, vars(artifact.manifest.kv), _versions(candidate.backend)]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def component_plan(artifact: Artifact, candidate: Candidate) -> Plan:
+    """The recipe's plan, or a VlmcError where there is none for these weights."""
+    return read_plan(artifact, candidate.precision)
+
+
+def cached(artifact: Artifact, candidate: Candidate) -> EngineSpec | None:
+    """The engine as it was built before from the same inputs, its files checked; None where it has to be built."""
+    path = candidate.folder(artifact) / "engine.json"
+    if not path.is_file():
+        return None
+    try:
+        spec, _ = artifact.engine(candidate.device, candidate.component, candidate.engine)
+    except VlmcError:  # damaged or of an older schema: built again
+        return None
+    return spec if spec.key == key(artifact, candidate) else None
+
+
+def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
+    """Builds the engine into the artefact, whole or not at all. Runs in a process of its own: see `main`."""
+    start = time.perf_counter()
+    builder = builders.load(candidate.backend)
+    spec = artifact.manifest.components[candidate.component]
+    graph = artifact.graph(candidate.component)
+    with staged_folder(candidate.folder(artifact)) as folder:
+        model = ir.load(graph)
+        if candidate.precision != "fp32":
+            quantize.apply(model, component_plan(artifact, candidate), candidate.component)
+        built = builder.build(model, artifact.manifest.kv, folder)
+        files = describe_files(folder)
+        products = builder.products(folder / built.file, built.settings)
+        report = BuildReport(
+            seconds=round(time.perf_counter() - start, 3),
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            size_bytes=_size(files),
+            products=products,
+        )
+        engine = EngineSpec(
+            schema=SCHEMA,
+            component=candidate.component,
+            backend=candidate.backend,
+            precision=candidate.precision,
+            device=candidate.device,
+            file=built.file,
+            key=key(artifact, candidate),
+            inputs=spec.inputs,
+            outputs=spec.outputs,
+            files=files,
+            report=report,
+            versions=_versions(candidate.backend),
+            kv=built.kv,
+            settings=built.settings,
+        )
+        write_record(folder / "engine.json", engine)
+    return engine
+
+
+def record_trial(artifact: Artifact, candidate: Candidate, trial: dict[str, Any]) -> EngineSpec:
+    """Adds what the trial measured to the engine's report."""
+    path = candidate.folder(artifact) / "engine.json"
+    data = to_json(read_record(EngineSpec, path))
+    data["report"] |= trial
+    from ..files import write_json
+
+    write_json(path, data)
+    return read_record(EngineSpec, path)
+
+
+def _size(files: dict[str, FileSpec]) -> int:
+    return sum(known.bytes for known in files.values())
+
+
+def _versions(backend: str) -> dict[str, str]:
+    packages = (*PACKAGES.get(backend, ()), "onnx-ir")
+    return {"vlmc": __version__} | {name: metadata.version(name) for name in packages}
+
+
+def main() -> None:
+    """`python -m vlmc.engines.candidate ARTEFACT DEVICE COMPONENT BACKEND PRECISION`: builds, or says why not."""
+    try:
+        build(Artifact(Path(sys.argv[1])), Candidate(*sys.argv[2:6]))
+    except VlmcError as error:
+        sys.exit(str(error))
+    os._exit(0)  # backends' threads need not be waited for
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`vlmc build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import console
+from ..artifact import Artifact, BuildSpec
+
+
+@click.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.option("--device", default="cpu", show_default=True, help="One of `vlmc devices`.")
+@click.option("--recipe", default="", help="What precision each part gets: fp32, int8, int8-minmax, w8, w4.")
+@click.option("--int8", is_flag=True, help="Short for --recipe int8.")
+@click.option("--set", "set_file", type=click.Path(path_type=Path), help="Calibration set, where no plan is there yet.")
+@click.option("--json", "as_json", is_flag=True, help="Print every engine as JSON.")
+def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path | None, as_json: bool) -> None:
+    """Build ARTEFACT's engines for a device, float and quantised, and keep per component what wins.
+
+    Example: vlmc build out/demo --device cpu --int8
+    """
+    from ..profiles.device import load_device
+    from .build import build as run
+    from .build import results
+
+    if int8 and recipe not in ("", "int8"):
+        raise click.UsageError("--int8 and --recipe contradict each other.")
+    recipe = recipe or ("int8" if int8 else "fp32")
+    opened, target = Artifact(artefact), load_device(device)
+    _ensure_plan(opened, recipe, set_file)
+    with console.progress() as bar:
+        task = bar.add_task("building", total=None)
+        record, hits = run(
+            opened, target, recipe, lambda t, n, m: bar.update(task, description=t, completed=n, total=m)
+        )
+    rows = results(opened, record)
+    if as_json:
+        console.print_json({"device": device, "recipe": recipe, "engines": rows, "cached": hits})
+    else:
+        _print(record, rows, hits)
+
+
+def _ensure_plan(artifact: Artifact, recipe: str, set_file: Path | None) -> None:
+    """Calibrates where the recipe has no plan for these weights yet, or where a set is named."""
+    from ..calibration.plan import plan_path
+
+    if recipe == "fp32" or (plan_path(artifact, recipe).is_file() and set_file is None):
+        return
+    from ..calibration.command import calibrate
+
+    console.note(f"No plan for {recipe} yet: calibrating first.")
+    calibrate.callback(artifact.root, recipe, set_file, None, None, False)  # type: ignore[misc]
+
+
+def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> None:
+    from rich.table import Table
+
+    table = Table(
+        "component", "engine", "ms", "cosine", "products", "MB", "built", "kept", title=f"Engines for {record.device}"
+    )
+    for row in rows:
+        times = " / ".join(f"{name} {ms:.2f}" for name, ms in row["latency_ms"].items())
+        products = ", ".join(f"{n} {kind}" for kind, n in row["products"].items())
+        near = "" if row["agreement"] is None else f"{row['agreement']:.4f}"
+        built = f"{row['build_seconds']:.1f} s, {row['peak_memory_bytes'] / 1e6:.0f} MB"
+        size = f"{row['size_bytes'] / 1e6:.1f}"
+        kept = "kept" if row["kept"] else ""
+        table.add_row(row["component"], row["engine"], times, near, products, size, built, kept)
+    output = console.output()
+    output.print(table)
+    for component, choice in record.choices.items():
+        output.print(f"{component}: {choice.engine}, {choice.reason}.")
+    if hits:
+        output.print(f"Unchanged since an earlier build: {', '.join(hits)}.")
+    if record.remaining:
+        output.print(record.remaining)

@@ -1,0 +1,127 @@
+"""Candidates tried on this machine: their time on the golden inputs, and how near their outputs are to the golden.
+
+One process a component. Rounds go over the candidates, each loaded alone, so that a slow minute of the machine falls
+on all of them and idle threads of one do not disturb another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..artifact import Artifact
+from ..errors import VlmcError
+from ..runtime import backends
+from ..runtime.runner import HostDecoder, Runner
+
+ROUNDS = 3
+SECONDS = 0.3  # of each candidate in a round, after one warm-up; at least MINIMUM runs
+MINIMUM = 2
+ANSWER = 32  # tokens of the answer that a decoder is judged by: prefill and that many steps
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def try_component(artifact: Artifact, device: str, component: str, engines: list[str], embed: str) -> dict[str, Any]:
+    """For each engine {"latency_ms": medians, "agreement": cosine with the golden outputs}."""
+    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
+        golden = {name: file[name] for name in file.files}
+    samples: dict[str, dict[str, list[float]]] = {engine: {} for engine in engines}
+    agreement = dict.fromkeys(engines, 0.0)
+    for _ in range(ROUNDS):
+        for engine in engines:
+            trial = _decoder_trial if component == "decoder" else _vision_trial
+            agreement[engine], timings = trial(artifact, device, component, engine, embed, golden)
+            for name, values in timings.items():
+                samples[engine].setdefault(name, []).extend(values)
+    return {
+        engine: {
+            "latency_ms": {name: round(statistics.median(values), 4) for name, values in samples[engine].items()},
+            "agreement": round(agreement[engine], 6),
+        }
+        for engine in engines
+    }
+
+
+def cosine(left: NDArray[Any], right: NDArray[Any]) -> float:
+    """Of the flattened arrays; 0 where one of them is not finite."""
+    a, b = left.ravel().astype(np.float64), right.ravel().astype(np.float64)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norms if np.isfinite(norms) and norms else 0.0
+
+
+Outcome = tuple[float, dict[str, list[float]]]
+
+
+def _vision_trial(a: Artifact, device: str, component: str, engine: str, embed: str, golden: Arrays) -> Outcome:
+    runner = backends.load_runner(a, device, component, engine, threads=0)
+
+    def features(case: str) -> NDArray[Any]:
+        return runner.run({"pixel_values": golden[f"{case}.pixel_values"]})["image_features"]
+
+    cases = [name.split(".")[0] for name in golden if name.endswith(".image_features")]
+    near = min(cosine(golden[f"{case}.image_features"], features(case)) for case in cases)
+    return near, {"run": _timed(lambda: features(cases[0]))}
+
+
+def _decoder_trial(a: Artifact, device: str, component: str, engine: str, embed: str, golden: Arrays) -> Outcome:
+    tokens: Runner = backends.load_runner(a, device, "embed_tokens", embed, threads=0)
+    decoder = backends.load_decoder(a, device, engine, tokens, threads=0)
+    assert isinstance(decoder, HostDecoder)
+    near = 1.0
+    for name in golden:
+        if name.endswith(".prefill_logits"):
+            case = name.split(".")[0]
+            decoder.prefill(golden[f"{case}.inputs_embeds"])
+            near = min(near, cosine(golden[name], decoder.logits()))
+            for token, logits in zip(golden[f"{case}.step_tokens"], golden[f"{case}.step_logits"], strict=True):
+                decoder.feed(int(token))
+                near = min(near, cosine(logits, decoder.logits()))
+    prompt = golden["0.inputs_embeds"]
+    prefill = _timed(lambda: decoder.prefill(prompt))
+    room = min(ANSWER, decoder.capacity - prompt.shape[1])
+
+    def answer() -> None:
+        decoder.prefill(prompt)
+        start = time.perf_counter()
+        decoder.decode(room)
+        steps.append((time.perf_counter() - start) * 1000 / room)
+
+    steps: list[float] = []
+    _timed(answer)
+    return near, {"prefill": prefill, "decode": steps[1:]}
+
+
+def _timed(run: Callable[[], object]) -> list[float]:
+    """Milliseconds of each run, after one that is not counted."""
+    run()
+    samples: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(samples) < MINIMUM or time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        samples.append((time.perf_counter() - start) * 1000)
+    return samples
+
+
+def main() -> None:
+    """`python -m vlmc.engines.trial ARTEFACT DEVICE COMPONENT EMBED ENGINE…`: prints the outcome as JSON."""
+    try:
+        artifact = Artifact(Path(sys.argv[1]))
+        print(json.dumps(try_component(artifact, sys.argv[2], sys.argv[3], sys.argv[5:], sys.argv[4])), flush=True)
+    except VlmcError as error:
+        sys.exit(str(error))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Which candidate is kept, and why, in words that a person can check against the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..artifact import BuildReport, Choice
+from .trial import ANSWER
+
+GAIN = 1.02  # below it a difference is noise, and float is kept
+NEAR = 0.95  # cosine with the golden outputs below which an engine computes something else
+
+
+def cost(report: BuildReport) -> float:
+    """Milliseconds that the candidate is judged by: a run, or a prompt and an answer of ANSWER tokens."""
+    times = report.latency_ms
+    return times["run"] if "run" in times else times["prefill"] + ANSWER * times["decode"]
+
+
+def choose(component: str, reports: Mapping[str, BuildReport], random_weights: bool) -> Choice:
+    """The fastest engine that agrees with the golden outputs; float unless something is faster by GAIN.
+
+    With random weights agreement says nothing about the trained model, so it is reported and does not decide.
+    """
+    candidates = {
+        engine: {**report.latency_ms, "judged_by": round(cost(report), 4), "agreement": report.agreement or 0.0}
+        for engine, report in reports.items()
+    }
+    right = {e for e, r in reports.items() if random_weights or (r.agreement or 0.0) >= NEAR}
+    costs = {engine: cost(report) for engine, report in reports.items() if engine in right}
+    floats = {engine: ms for engine, ms in costs.items() if engine.endswith("-fp32")}
+    baseline = min(floats, key=lambda engine: floats[engine])
+    best = min(costs, key=lambda engine: costs[engine])
+    wrong = "".join(f"; {e} was left out: cosine {reports[e].agreement:.3f}" for e in reports if e not in right)
+    what = "ms" if component != "decoder" else f"ms for prompt and {ANSWER} tokens"
+    others = ", ".join(f"{e} {ms:.2f}" for e, ms in sorted(costs.items(), key=lambda item: item[1]) if e != best)
+    if len(reports) == 1:
+        return Choice(best, "nothing else was built for it", candidates)
+    if costs[baseline] < costs[best] * GAIN:
+        why = f"float is as fast or faster: {costs[baseline]:.2f} {what} against {others or 'nothing else'}{wrong}"
+        return Choice(baseline, why, candidates)
+    ratio = costs[baseline] / costs[best]
+    return Choice(
+        best, f"fastest here: {costs[best]:.2f} {what}, {ratio:.2f}× {baseline} ({others}){wrong}", candidates
+    )
+
+
+def unmeasured(engine: str, why: str) -> Choice:
+    """The recipe's own engine, for a device that is not this machine."""
+    return Choice(engine, f"not measured here: {why}", {engine: {}})

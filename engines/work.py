@@ -1,0 +1,45 @@
+"""How much a component has to do, counted from its canonical graph: the ground of the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import onnx_ir as ir
+
+from ..artifact import KvSpec
+from .passes import weight_of
+
+FLOAT32 = 4
+
+
+def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0) -> float:
+    """Operations of one run, a multiply-add counted as two: weight products and attention; the rest is below 2 %.
+
+    sizes: the free dimensions by name (tiles, length). keys: positions attended to where a cache holds them.
+    """
+    total = 0.0
+    for node in model.graph:
+        if node.op_type == "Attention":
+            query = _dims(node.inputs[0], sizes)
+            seen = keys or _dims(node.inputs[1], sizes)[2]
+            total += 4.0 * prod(query) * seen
+        elif (weight := weight_of(node)) is not None:
+            output = _dims(node.outputs[0], sizes)
+            total += 2.0 * prod(output) * weight.size / (weight.shape[0] if node.op_type == "Conv" else weight.shape[1])
+    return total
+
+
+def kv_bytes(kv: KvSpec, positions: int, itemsize: int = FLOAT32) -> float:
+    """Bytes of keys and values that a decode step at that position reads."""
+    return 2.0 * kv.layers * kv.kv_heads * kv.head_dim * positions * itemsize
+
+
+def io_bytes(model: ir.Model, sizes: Mapping[str, int]) -> float:
+    """Bytes of inputs and outputs of one run, each once."""
+    return float(sum(FLOAT32 * prod(_dims(v, sizes)) for v in (*model.graph.inputs, *model.graph.outputs)))
+
+
+def _dims(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
+    assert value is not None and value.shape is not None, "the exporter records every shape"
+    return [d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape]

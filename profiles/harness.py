@@ -1,0 +1,225 @@
+"""The measuring protocol: every variant in a process of its own, all doing the same work in turns, resumable.
+
+Turns alternate between the variants (A B C, A B C, …), so that a machine that slows down for a while slows all of them,
+and ratios within a turn hold although the times drift. Only one variant works at a time; the others wait for a line on
+stdin, without using the processor, for as long as more than half of the machine's memory is free.
+
+    DEVICE/samples/run.json       what was measured, on what machine, with what settings
+    DEVICE/samples/NAME.jsonl     the raw samples of a variant
+    DEVICE/samples/examples/…     the pictures of the answers that the report shows
+
+A measurement that is not finished lies in DEVICE/unfinished/; the same command goes on with it, another one begins
+again. Finished samples are replaced only by finished samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, write_json, writing
+from . import memory, samples
+from .process import Died, Process
+from .questions import Question
+from .variants import Variant
+
+TURNS = 4
+Progress = Callable[[str, int, int], None]  # what is going on, items done, items in all
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured. `runs` of each variant, fewer where they take longer than `seconds` (0: no bound); `tokens`
+    of each run; `answer_tokens` at most of each answer to the evaluation set."""
+
+    runs: int
+    seconds: float
+    tokens: int
+    answer_tokens: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that the workers are told. `power_source` may be an "unavailable: reason"; `device_memory` is "nvml",
+    "unified" or "none"; `cases` is the number of golden cases."""
+
+    artifact: Path
+    variants: Sequence[Variant]
+    settings: Settings
+    questions: Sequence[Question]
+    cases: int
+    power_source: str
+    power_rails: tuple[str, ...]
+    device_memory: str
+
+    def key(self, machine: dict[str, Any]) -> str:
+        """Changes with whatever would make samples incomparable."""
+        parts = [
+            asdict(self.settings),
+            [asdict(variant) for variant in self.variants],
+            [(str(question.image), question.prompt, question.gold, question.facts) for question in self.questions],
+            {name: machine.get(name) for name in ("name", "cpu", "gpu", "threads", "versions")},
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def unfinished(folder: Path, key: str) -> dict[str, Any] | None:
+    """run.json of the interrupted measurement with this key, or None; one with another key is thrown away."""
+    at = folder / "unfinished"
+    if (at / "run.json").is_file():
+        run: dict[str, Any] = read_json(at / "run.json")
+        if run.get("key") == key:
+            return run
+    shutil.rmtree(at, ignore_errors=True)
+    return None
+
+
+def begin(folder: Path, run: dict[str, Any]) -> None:
+    """Opens a new measurement."""
+    with writing(folder):
+        (folder / "unfinished").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "unfinished" / "run.json", run)
+
+
+def finish(folder: Path, run: dict[str, Any]) -> None:
+    """Puts the samples in the place of those of the measurement before."""
+    write_json(folder / "unfinished" / "run.json", run)
+    with writing(folder):
+        shutil.rmtree(folder / "unfinished" / "jobs", ignore_errors=True)
+        retired = folder / f".samples.{os.getpid()}.old"
+        if (folder / "samples").exists():
+            os.replace(folder / "samples", retired)
+        os.replace(folder / "unfinished", folder / "samples")
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def slug(name: str) -> str:
+    """The variant's name as a file name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "variant"
+
+
+def measure(folder: Path, measurement: Measurement, progress: Progress) -> dict[str, str]:
+    """Runs all that is not done yet. Returns by name why a variant failed; the others are measured all the same."""
+    with _crew(folder / "unfinished", measurement, progress) as crew:
+        for turn in range(TURNS):
+            for variant in measurement.variants:
+                crew.time(variant, turn)
+        for variant in measurement.variants:
+            crew.ask_questions(variant)
+        return crew.failures
+
+
+@contextmanager
+def _crew(folder: Path, measurement: Measurement, progress: Progress) -> Iterator[_Crew]:
+    crew = _Crew(folder, measurement, progress)
+    try:
+        yield crew
+    finally:
+        crew.close()
+
+
+class _Crew:
+    """The workers, started when they are needed."""
+
+    def __init__(self, folder: Path, measurement: Measurement, progress: Progress) -> None:
+        self._folder, self._todo, self._progress = folder, measurement, progress
+        self._workers: dict[str, Process] = {}
+        self.failures: dict[str, str] = {}
+        with writing(folder):
+            (folder / "jobs").mkdir(parents=True, exist_ok=True)
+        each = measurement.settings.runs + measurement.cases + len(measurement.questions)
+        self._done, self._all = 0, each * len(measurement.variants)
+
+    def time(self, variant: Variant, turn: int) -> None:
+        """The turn's share of the runs, those left out that were done before an interruption."""
+        settings = self._todo.settings
+        share = [index for index in range(settings.runs) if index % TURNS == turn]
+        rows = samples.read(self._samples(variant))
+        finished = {row["index"] for row in samples.of_kind(rows, "run")}
+        ended = turn in {row["turn"] for row in samples.of_kind(rows, "turn")}
+        left = [] if ended else [index for index in share if index not in finished]
+        before = self._done
+        if left:
+            self._ask(variant, "time", indices=left, turn=turn, seconds=settings.seconds / TURNS)
+        self._advance(variant, before + len(share) - self._done)
+
+    def ask_questions(self, variant: Variant) -> None:
+        """The golden cases, for agreement, and the evaluation set, for accuracy."""
+        rows = samples.read(self._samples(variant))
+        agreed = {row["case"] for row in samples.of_kind(rows, "agreement")}
+        answered = {row["row"] for row in samples.of_kind(rows, "answer")}
+        cases = [case for case in range(self._todo.cases) if case not in agreed]
+        questions = [_request(i, q) for i, q in enumerate(self._todo.questions) if i not in answered]
+        before = self._done
+        if cases:
+            self._ask(variant, "agree", cases=cases)
+        if questions:
+            self._ask(variant, "evaluate", rows=questions)
+        self._advance(variant, before + self._todo.cases + len(self._todo.questions) - self._done)
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
+        self._workers.clear()
+
+    def _ask(self, variant: Variant, do: str, **request: Any) -> None:
+        if variant.name in self.failures:
+            return
+        try:
+            worker = self._workers.get(variant.name) or self._start(variant)
+            worker.ask(do, lambda _: self._advance(variant, 1), **request)
+        except Died as death:
+            self.failures[variant.name] = str(death)
+        if variant.name in self._workers and (variant.name in self.failures or not _room()):
+            self._workers.pop(variant.name).close()
+
+    def _start(self, variant: Variant) -> Process:
+        self._progress(f"loading {variant.name}", self._done, self._all)
+        todo, name = self._todo, slug(variant.name)
+        job = {
+            "artifact": str(todo.artifact),
+            "opener": variant.opener,
+            "arguments": dict(variant.arguments),
+            "samples": str(self._samples(variant)),
+            "tokens": todo.settings.tokens,
+            "answer_tokens": todo.settings.answer_tokens,
+            "power_source": todo.power_source,
+            "power_rails": list(todo.power_rails),
+            "device_memory": todo.device_memory,
+        }
+        worker = Process(job, self._folder / "jobs" / f"{name}.json", self._folder / f"{name}.log")
+        self._workers[variant.name] = worker
+        return worker
+
+    def _samples(self, variant: Variant) -> Path:
+        return self._folder / f"{slug(variant.name)}.jsonl"
+
+    def _advance(self, variant: Variant, items: int) -> None:
+        self._done += items
+        self._progress(variant.name, self._done, self._all)
+
+
+def _request(index: int, question: Question) -> dict[str, Any]:
+    return {
+        "row": index,
+        "file": str(question.image),
+        "task": question.task,
+        "prompt": question.prompt,
+        "gold": question.gold,
+        "facts": list(question.facts),
+    }
+
+
+def _room() -> bool:
+    """Whether another variant fits beside those that wait."""
+    free, total = memory.available_bytes(), memory.total_bytes()
+    return free is None or total is None or free > total / 2

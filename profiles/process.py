@@ -1,0 +1,85 @@
+"""The parent's end of a worker: start it, ask it, and say in words how it died."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json
+
+
+class Died(Exception):
+    """A worker ended before it had done what it was asked; the text says how and repeats its last words."""
+
+
+class Process:
+    """One worker. Everything that it prints besides its replies is kept in `log`."""
+
+    def __init__(self, job: dict[str, Any], job_file: Path, log: Path) -> None:
+        write_json(job_file, job)
+        self._log = log
+        environment = dict(os.environ)
+        if threads := job["arguments"].get("threads"):
+            environment["OMP_NUM_THREADS"] = str(threads)
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vlmc.profiles.worker", str(job_file)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the parent, which then ends its workers
+            )
+        try:
+            self._wait(lambda _: None)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, do: str, item: Callable[[str], None], **request: Any) -> None:
+        """Has the worker do something and calls `item` with the kind of every finished item; Died where it dies."""
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps({"do": do, **request}), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise self._died() from None
+        self._wait(item)
+
+    def close(self) -> None:
+        """Ends the worker, whatever it is doing."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+    def _wait(self, item: Callable[[str], None]) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            if "item" in answer:
+                item(answer["item"])
+            elif "error" in answer:
+                raise Died(answer["error"])
+            else:
+                return
+        raise self._died()
+
+    def _died(self) -> Died:
+        code = self._process.wait()
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+            if -code == signal.SIGKILL:
+                how += " (most often because memory ran out)"
+        words = self._log.read_text(errors="replace").strip().splitlines()
+        return Died(f"its process {how}" + (f"; its last words: {' | '.join(words[-3:])[:500]}" if words else ""))

@@ -1,0 +1,53 @@
+"""Raw samples: JSON Lines, one row a run, written as they come.
+
+A row is one write of one whole line, so a killed process leaves at most one torn line at the end; `read` drops it, and
+the run that it belonged to is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import VlmcError
+from ..files import writing
+
+Row = dict[str, Any]
+
+
+def read(path: Path) -> list[Row]:
+    """Every whole row; a torn last line is cut off the file. A file that is not there has no rows."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with writing(path):
+            os.truncate(path, len(whole))
+    return [_row(line, path, number) for number, line in enumerate(whole.splitlines(), 1)]
+
+
+def append(path: Path, row: Row) -> None:
+    """Adds one row, whole or not at all as far as a kill of this process goes."""
+    with writing(path), path.open("ab", buffering=0) as file:
+        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+
+def of_kind(rows: list[Row], kind: str) -> list[Row]:
+    """The rows whose `kind` it is."""
+    return [row for row in rows if row["kind"] == kind]
+
+
+def _row(line: bytes, path: Path, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        row, found = None, str(error)
+    else:
+        found = "no object with a kind"
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        raise VlmcError(f"Line {number} of {path} is no sample", found=found, fix="measure again with `vlmc profile`")
+    return row

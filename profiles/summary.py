@@ -1,0 +1,191 @@
+"""From raw samples to the report: `samples/run.json` and `samples/*.jsonl` in, the contents of report.json out.
+
+Nothing but these files is read, so that the report can be made again anywhere. A number that was not measured is
+"unavailable: reason".
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import VlmcError
+from ..evaluation import accuracy, agreement, tasks
+from ..files import read_json
+from . import roofline, samples, statistics, verdict
+from .harness import slug
+from .samples import Row
+
+# The parts of a run: statistics of the milliseconds that this gives for one run.
+PARTS = {
+    "preprocess": lambda row: [row["preprocess_s"] * 1e3],
+    "vision": lambda row: [row["vision_s"] * 1e3],
+    "prefill": lambda row: [row["prefill_s"] * 1e3],
+    "time_to_first_token": lambda row: [(row["preprocess_s"] + row["vision_s"] + row["prefill_s"]) * 1e3],
+    "decode_per_token": lambda row: [seconds * 1e3 for seconds in row["decode_s"]],
+    "end_to_end": lambda row: [row["wall_s"] * 1e3],
+}
+COMPARED = {"vision": "vision", "prefill": "prefill", "decode": "decode_per_token", "end_to_end": "end_to_end"}
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """report.json of the finished measurement in `profile/DEVICE`; a VlmcError where there is none."""
+    at = folder / "samples"
+    if not (at / "run.json").is_file():
+        started = (folder / "unfinished").is_dir()
+        raise VlmcError(
+            f"{folder} holds no finished measurement",
+            found="one that was interrupted" if started else "no samples",
+            fix="run the same `vlmc profile` again, it goes on where it stopped" if started else "run `vlmc profile`",
+        )
+    run = read_json(at / "run.json")
+    rows = {info["name"]: samples.read(at / f"{slug(info['name'])}.jsonl") for info in run["variants"]}
+    measured = [info for info in run["variants"] if samples.of_kind(rows[info["name"]], "run")]
+    if not measured:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in run["failures"].items())
+        raise VlmcError("No variant could be measured", found=reasons or "no runs", fix="see `vlmc doctor`")
+    report = {
+        "schema": 1,
+        "artifact": run["artifact"],
+        "device": run["device"],
+        "machine": run["machine"],
+        "limits": run["limits"],
+        "power": run["power"],
+        "settings": run["settings"],
+        "variants": [_variant(info, rows[info["name"]], run, at) for info in measured],
+        "not_measured": run["skipped"] | run["failures"],
+        "speedups": _speedups(measured, rows),
+        "comparisons": _comparisons(measured, rows, run),
+    }
+    return report | {"verdict": {"sentences": verdict.sentences(report, run["choices"]), "choices": run["choices"]}}
+
+
+def _variant(info: dict[str, Any], rows: list[Row], run: dict[str, Any], at: Path) -> dict[str, Any]:
+    runs = samples.of_kind(rows, "run")
+    latency = {part: statistics.summarize([ms for row in runs for ms in of(row)]) for part, of in PARTS.items()}
+    latency["load"] = statistics.summarize([row["load_s"] * 1e3 for row in samples.of_kind(rows, "open")])
+    agreed = [(row["tokens"], row["golden"]) for row in samples.of_kind(rows, "agreement")]
+    return {
+        "name": info["name"],
+        "kind": info["kind"],
+        "recipe": info["recipe"],
+        "engines": info["engines"],
+        "latency_ms": latency,
+        "tokens_per_s": statistics.summarize([len(row["decode_s"]) / sum(row["decode_s"]) for row in runs]),
+        "memory": _memory(info, rows),
+        "energy": _energy(runs, samples.of_kind(rows, "power"), run["power"]["source"]),
+        "roofline": roofline.table(info["work"], info["engines"], run["limits"], latency)
+        or "unavailable: the build did not count this variant's operations and bytes",
+        "products": info["products"],
+        "accuracy": accuracy.summarize(_scored(rows)) if _scored(rows) else run["no_accuracy"],
+        "agreement": agreement.summarize(agreed) if agreed else "unavailable: the golden cases were not run",
+        "answers": _answers(rows, run["examples"], at),
+    }
+
+
+def _memory(info: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
+    def highest(key: str, reason: str) -> int | str:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        numbers = [value for value in values if isinstance(value, int)]
+        return max(numbers) if numbers else next(iter(values), f"unavailable: {reason}")
+
+    return {
+        "peak_rss_bytes": highest("peak_rss_bytes", "the kernel tells no VmHWM"),
+        "peak_device_bytes": highest("device_bytes", "no accelerator with a memory of its own"),
+        "available_drop_bytes": highest("available_drop_bytes", "the kernel tells no MemAvailable"),
+        "disk_bytes": info["disk_bytes"],
+        "build_peak_bytes": info["build_peak_bytes"],
+    }
+
+
+def _energy(runs: list[Row], faults: list[Row], source: str) -> dict[str, Any]:
+    """joules_per_image: from the picture to the first token; joules_per_token: each further one; idle power included
+    in both. A picture with n tokens costs joules_per_image + (n - 1) joules_per_token."""
+    read = [row for row in runs if row["joules"] is not None]
+    if not read:
+        reason = f"unavailable: {faults[0]['reason']}" if faults else source
+        return {"joules_per_image": reason, "joules_per_token": reason, "watts": reason}
+    after = sum(row["joules"][1] for row in read)
+    total = sum(sum(row["joules"]) for row in read)
+    return {
+        "joules_per_image": sum(row["joules"][0] for row in read) / len(read),
+        "joules_per_token": after / sum(len(row["decode_s"]) for row in read),
+        "watts": total / sum(row["wall_s"] for row in read),
+    }
+
+
+def _scored(rows: list[Row]) -> list[Row]:
+    """The answers as evaluation wants them: image, task, prompt and score."""
+    return [
+        {
+            "image": row["file"],
+            "task": row["task"],
+            "prompt": row["prompt"],
+            "score": tasks.score(row["task"], row["answer"], row["gold"], row["facts"]),
+        }
+        for row in samples.of_kind(rows, "answer")
+    ]
+
+
+def _answers(rows: list[Row], examples: Sequence[dict[str, Any]], at: Path) -> list[dict[str, Any]]:
+    """The answers to the few questions that the report shows, with their pictures."""
+    by_row = {row["row"]: row for row in samples.of_kind(rows, "answer")}
+    shown = []
+    for example in examples:
+        row, picture = by_row.get(example["row"]), at / example["image"]
+        if row is None:
+            continue
+        score = tasks.score(row["task"], row["answer"], row["gold"], row["facts"])
+        data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
+        shown.append(
+            {
+                "image": f"samples/{example['image']}",
+                "image_data": f"data:image/png;base64,{data}" if data else "",
+                "task": row["task"],
+                "prompt": row["prompt"],
+                "gold": row["gold"],
+                "answer": row["answer"],
+                "right": score == 1.0,
+                "score": score,
+            }
+        )
+    return shown
+
+
+def _speedups(measured: list[dict[str, Any]], rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
+    """Every engine over every baseline, and every other engine over the float engines: ratios of medians, and the
+    lowest and highest end-to-end ratio of any turn."""
+    references = [info for info in measured if info["kind"] == "baseline" or info["recipe"].startswith(("fp", "bf"))]
+    found = []
+    for info in measured:
+        for over in references:
+            if info["kind"] == "engine" and over is not info:
+                a, b = (samples.of_kind(rows[one["name"]], "run") for one in (info, over))
+                ratios = {name: _median(b, part) / _median(a, part) for name, part in COMPARED.items()}
+                by_turn = [
+                    _median(b, "end_to_end", turn) / _median(a, "end_to_end", turn)
+                    for turn in sorted({row["turn"] for row in a} & {row["turn"] for row in b})
+                ]
+                spread = {"low": min(by_turn), "high": max(by_turn), "turns": len(by_turn)} if by_turn else {}
+                found.append({"of": info["name"], "over": over["name"]} | ratios | spread)
+    return found
+
+
+def _median(runs: list[Row], part: str, turn: int | None = None) -> float:
+    values = [ms for row in runs if turn in (None, row["turn"]) for ms in PARTS[part](row)]
+    return float(statistics.summarize(values)["median"])
+
+
+def _comparisons(
+    measured: list[dict[str, Any]], rows: dict[str, list[Row]], run: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Whether the kept engines really answer otherwise than each float variant: McNemar's test on the same questions."""
+    kept = verdict.kept_name(measured, run["choices"])
+    answers = {info["name"]: _scored(rows[info["name"]]) for info in measured}
+    return [
+        {"of": kept, "over": info["name"]} | accuracy.paired(answers[kept], answers[info["name"]])
+        for info in measured
+        if info["name"] != kept and info["recipe"].startswith(("fp", "bf")) and answers[kept] and answers[info["name"]]
+    ]

@@ -1,0 +1,125 @@
+"""What is measured side by side: backend × precision on one device, and the PyTorch baselines.
+
+A variant is opened by name ("module:function") in a process of its own, so nothing here imports a backend or torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..artifact import COMPONENTS, Artifact, BuildSpec, EngineSpec, read_record
+from ..files import sha256_of
+from ..runtime import backends
+
+TITLES = {
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "tensorrt": "TensorRT",
+    "tensorrt_rtx": "TensorRT-RTX",
+}
+FLOAT = ("fp32", "fp16", "bf16")  # the widest comes first
+EAGER = "PyTorch eager"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`opener(artifact, **arguments)` gives its session. `engines`: BACKEND-PRECISION by component, empty for a
+    baseline. `identity` changes when its weights or scales do, so that samples of two builds are never mixed."""
+
+    name: str
+    kind: str  # "engine" or "baseline"
+    opener: str
+    arguments: Mapping[str, Any]
+    engines: Mapping[str, str]
+    recipe: str
+    identity: str = ""
+
+
+@dataclass
+class Variants:
+    """Those that can run here, and by name why the others cannot."""
+
+    measured: list[Variant] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def variants(artifact: Artifact, build: BuildSpec, threads: int = 0, baselines: bool = True) -> Variants:
+    """The float engines, the recipe's quantised engines and the kept mix (where it is neither), then PyTorch eager and
+    PyTorch fake-quant with the same scales."""
+    found = Variants()
+    specs = engine_specs(artifact, build)
+    for name, recipe, engines in _mixes(build, specs):
+        reasons = [backends.unavailable(specs[part, engine].backend) for part, engine in engines.items()]
+        if reason := next(filter(None, reasons), ""):
+            found.skipped[name] = reason
+            continue
+        arguments = {"device": build.device, "engines": engines, "threads": threads}
+        identity = " ".join(specs[part, engine].key for part, engine in sorted(engines.items()))
+        opener = "vlmc.runtime.session:open_session"
+        found.measured.append(Variant(name, "engine", opener, arguments, engines, recipe, identity))
+    if baselines:
+        _add_baselines(found, artifact, build, threads)
+    return found
+
+
+def engine_specs(artifact: Artifact, build: BuildSpec) -> dict[tuple[str, str], EngineSpec]:
+    """The record of every engine that the build kept or tried and that is still there, by component and name."""
+    specs = {}
+    for component, choice in build.choices.items():
+        for engine in {choice.engine, *choice.candidates}:
+            record = artifact.engine_folder(build.device, component, engine) / "engine.json"
+            if record.is_file():
+                specs[component, engine] = read_record(EngineSpec, record)
+    return specs
+
+
+def _mixes(build: BuildSpec, specs: Mapping[tuple[str, str], EngineSpec]) -> list[tuple[str, str, dict[str, str]]]:
+    """Name, recipe and engines of each mix; a backend has one where it has an engine for every component."""
+    kept = {component: choice.engine for component, choice in build.choices.items()}
+    mixes: list[tuple[str, str, dict[str, str]]] = []
+    for backend in dict.fromkeys(spec.backend for spec in specs.values()):
+        title = TITLES.get(backend, backend)
+        here = {part: _of_backend(specs, part, backend) for part in COMPONENTS}
+        plain = {part: next((here[part][kind] for kind in FLOAT if kind in here[part]), "") for part in COMPONENTS}
+        if not all(plain.values()):
+            continue
+        mixes.append((f"{title} float", specs["decoder", plain["decoder"]].precision, plain))
+        quantised = {part: _quantised(here[part], kept.get(part, "")) or plain[part] for part in COMPONENTS}
+        if quantised != plain:
+            mixes.append((f"{title} {build.recipe}", build.recipe, quantised))
+    if kept and kept.items() <= specs.keys() and all(kept != engines for _, _, engines in mixes):
+        mixes.append((f"Kept mix ({build.recipe})", build.recipe, kept))
+    return mixes
+
+
+def _of_backend(specs: Mapping[tuple[str, str], EngineSpec], component: str, backend: str) -> dict[str, str]:
+    """The backend's engines of a component, by precision."""
+    return {
+        spec.precision: engine for (part, engine), spec in specs.items() if (part, spec.backend) == (component, backend)
+    }
+
+
+def _quantised(engines: Mapping[str, str], kept: str) -> str:
+    """The kept engine where it is quantised, else the first that is; "" where none is."""
+    quantised = [engine for precision, engine in engines.items() if precision not in FLOAT]
+    return kept if kept in quantised else next(iter(sorted(quantised)), "")
+
+
+def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, threads: int) -> None:
+    """PyTorch with the float weights, and with the plan that the quantised engines were made from."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    plan = artifact.root / "plans" / f"{build.recipe}.json"
+    recipes = {"fp32": EAGER} | ({build.recipe: f"PyTorch fake-quant {build.recipe}"} if build.recipe != "fp32" else {})
+    for recipe, name in recipes.items():
+        if missing:
+            found.skipped[name] = f"{' and '.join(missing)} not installed (`pip install vlm-compile[export]`)"
+        elif recipe != "fp32" and not plan.is_file():
+            found.skipped[name] = f"no plan {plan} (`vlmc calibrate {artifact.root} --recipe {recipe}`)"
+        else:
+            identity = artifact.manifest.source.sha256 + (sha256_of(plan) if recipe != "fp32" else "")
+            arguments = {"recipe": recipe, "threads": threads}
+            opener = "vlmc.calibration.baseline:open_session"
+            found.measured.append(Variant(name, "baseline", opener, arguments, {}, recipe, identity))

@@ -1,0 +1,162 @@
+"""What the numbers mean, in sentences that hold only what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+NOISY = 0.1  # a standard deviation above this share of the mean is worth a sentence
+BUSY = 0.5  # so is a load above this share of the cores before we began
+
+Group = Mapping[str, Any]
+
+
+def kept_name(variants: Sequence[Group], choices: Group) -> str:
+    """The variant that runs what `vlmc build` kept; where none does, the last engine, else the first variant."""
+    chosen = {component: choice["engine"] for component, choice in choices.items()}
+    engines = [variant["name"] for variant in variants if variant["kind"] == "engine"]
+    same = [variant["name"] for variant in variants if chosen and variant["engines"] == chosen]
+    name: str = (same or engines[-1:] or [variants[0]["name"]])[0]
+    return name
+
+
+def sentences(report: Group, choices: Group) -> list[str]:
+    """On the kept variant: speed, its parts, accuracy, memory, energy, distance to the machine's limits, budgets. Then
+    what makes the numbers less certain than they look, and what was not measured."""
+    variants = report["variants"]
+    kept = next(variant for variant in variants if variant["name"] == kept_name(variants, choices))
+    others = [variant for variant in variants if variant is not kept]
+    speedups = [entry for entry in report["speedups"] if entry["of"] == kept["name"]]
+    return [
+        _speed(kept, speedups, report["settings"]["tokens"]),
+        *_parts(speedups, variants),
+        *_accuracy(kept, others),
+        _memory(kept, others),
+        _energy(kept, report["power"]),
+        *_limits(kept),
+        *_budgets(kept, report["device"]),
+        *_doubts(report),
+        *(f"{name} was not measured: {reason}." for name, reason in report["not_measured"].items()),
+    ]
+
+
+def _speed(kept: Group, speedups: Sequence[Group], tokens: int) -> str:
+    latency = kept["latency_ms"]
+    said = (
+        f"{kept['name']} takes {latency['end_to_end']['median']:.3g} ms from the picture to {tokens} tokens, "
+        f"{latency['time_to_first_token']['median']:.3g} ms of them to the first, "
+        f"then {kept['tokens_per_s']['median']:.3g} tokens/s"
+    )
+    if not speedups:
+        return said + "."
+    return said + ": " + ", ".join(_ratio(entry) for entry in speedups) + "."
+
+
+def _ratio(entry: Group) -> str:
+    """A ratio and how far it moved between turns; where turns disagree on who is faster, that is what they show."""
+    low, high = entry.get("low", entry["end_to_end"]), entry.get("high", entry["end_to_end"])
+    if low < 1 < high:
+        return f"no clear difference to {entry['over']} ({low:.2f} to {high:.2f} times over {entry['turns']} turns)"
+    spread = f" ({low:.2f} to {high:.2f} over {entry['turns']} turns)" if entry.get("turns", 1) > 1 else ""
+    return f"{entry['end_to_end']:.2f} times as fast as {entry['over']}{spread}"
+
+
+def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str]:
+    """Where the float engine loses and where it wins; a part that got slower is said plainly."""
+    names = {variant["name"] for variant in variants if variant["kind"] == "engine"}
+    for entry in speedups:
+        if entry["over"] in names:
+            parts = {part: entry[part] for part in ("vision", "prefill", "decode")}
+            told = ", ".join(f"{part} {ratio:.2f}" for part, ratio in parts.items())
+            slower = [part for part, ratio in parts.items() if ratio < 0.98]
+            but = f"; its {' and '.join(slower)} got slower" if slower else ""
+            yield f"Against {entry['over']} the parts are faster by these factors: {told}{but}."
+
+
+def _accuracy(kept: Group, others: Sequence[Group]) -> Iterator[str]:
+    found = kept["accuracy"]
+    if isinstance(found, str):
+        yield f"Accuracy: {found}."
+        return
+    yield (
+        f"It scores {_score(found)} on {found['overall']['total']} questions"
+        + "".join(
+            f", {other['name']} {_score(other['accuracy'])}"
+            for other in others
+            if not isinstance(other["accuracy"], str)
+        )
+        + " (95 % intervals)."
+    )
+
+
+def _score(accuracy: Group) -> str:
+    entry = accuracy["overall"]
+    return f"{100 * entry['value']:.1f} % ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})"
+
+
+def _memory(kept: Group, others: Sequence[Group]) -> str:
+    told = ", ".join(
+        f"{other['name']} {_megabytes(other['memory']['peak_rss_bytes'])}"
+        for other in others
+        if not isinstance(other["memory"]["peak_rss_bytes"], str)
+    )
+    peak = kept["memory"]["peak_rss_bytes"]
+    said = f"Peak resident memory: {peak if isinstance(peak, str) else _megabytes(peak)}"
+    return said + (f" ({told})" if told else "") + "."
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.0f} MB"
+
+
+def _energy(kept: Group, source: Group) -> str:
+    energy = kept["energy"]
+    if isinstance(energy["joules_per_image"], str):
+        return f"Energy: {energy['joules_per_image']}."
+    idle = source["idle_watts"]
+    told = idle if isinstance(idle, str) else f"{idle:.3g} W idle power included"
+    return (
+        f"A picture to its first token costs {energy['joules_per_image']:.3g} J and each further token "
+        f"{energy['joules_per_token']:.3g} J, at {energy['watts']:.3g} W ({told}; {source['source']})."
+    )
+
+
+def _limits(kept: Group) -> Iterator[str]:
+    if isinstance(kept["roofline"], str):
+        return
+    names = {"vision_encoder": "vision", "decoder_prefill": "prefill", "decoder_step": "a decode step"}
+    told = []
+    for phase, line in kept["roofline"].items():
+        what = "cache bandwidth" if line["in_cache"] else "memory bandwidth"
+        of = "arithmetic" if line["bound"] == "compute" else what
+        told.append(f"{names.get(phase, phase)} {100 * line['share']:.0f} % of its limit ({of})")
+    yield f"Distance to this machine's limits: {', '.join(told)}."
+
+
+def _budgets(kept: Group, device: Group) -> Iterator[str]:
+    for budget, value, scale, unit, what in (
+        ("latency_budget_ms", kept["latency_ms"]["time_to_first_token"]["median"], 1, "ms", "The first token"),
+        ("memory_budget_gb", kept["memory"]["peak_rss_bytes"], 1e9, "GB", "Peak resident memory"),
+    ):
+        allowed = device.get(budget)
+        if allowed is not None and not isinstance(value, str):
+            kind = "within" if value / scale <= allowed else "over"
+            yield f"{what} is {kind} the device's budget: {value / scale:.3g} of {allowed:g} {unit}."
+
+
+def _doubts(report: Group) -> Iterator[str]:
+    machine = report["machine"]
+    load, cores = machine.get("load_average"), machine.get("cores", 1)
+    if isinstance(load, float) and load > BUSY * cores:
+        yield (
+            f"Other programs were running when measuring began (load {load:.2f} on {cores} cores): the times are "
+            "longer than on an idle machine, the ratios were taken in turns and suffer less."
+        )
+    for variant in report["variants"]:
+        times = variant["latency_ms"]["end_to_end"]
+        if times["std"] > NOISY * times["mean"]:
+            share = 100 * times["std"] / times["mean"]
+            yield f"The runs of {variant['name']} vary by {share:.0f} % (standard deviation): more --runs narrow it."
+    before, after = machine.get("throttled"), machine.get("after", {}).get("throttled")
+    if after is not None and before != after:
+        yield f"The machine throttled while it measured (before: {before}; after: {after})."

@@ -1,0 +1,53 @@
+"""`vlmc report`: makes table, CSV, Markdown and page again from what `vlmc profile` measured."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+
+import click
+
+from .. import console
+from ..errors import VlmcError
+from . import document, terminal, words, write_all
+
+
+@click.command()
+@click.argument("artefact", type=click.Path(path_type=Path))
+@click.option("--device", default="", help="The profiled device, where there are several.")
+@click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written and found as JSON.")
+def report(artefact: Path, device: str, show: bool, as_json: bool) -> None:
+    """Make table, CSV, Markdown and HTML page again from what was measured.
+
+    Example: vlmc report out/demo --open
+    """
+    folder = profile_folder(artefact, device)
+    paths = write_all(folder)
+    found = document.read(folder)
+    if as_json:
+        console.print_json({"files": [str(path) for path in paths], "findings": words.findings(found)})
+    else:
+        out = console.output()
+        terminal.show(found, out)
+        out.print()
+        for path in paths:
+            click.echo(path)
+    page = folder / "report.html"
+    if show and not (page in paths and webbrowser.open(page.resolve().as_uri())):
+        console.note(f"No browser could be opened; the page is {page.resolve()}")
+
+
+def profile_folder(root: Path, device: str) -> Path:
+    """The folder of the device's profile in the artefact; without a device, of the only one there."""
+    have = {path.parent.name: path.parent for path in sorted(root.glob("profile/*/report.json"))}
+    if not device and len(have) == 1:
+        return next(iter(have.values()))
+    if device in have:
+        return have[device]
+    names = ", ".join(have) or "none"
+    if have and not device:
+        raise VlmcError(f"{root} holds profiles of several devices", found=names, fix="choose one with --device")
+    option = f" --device {device}" if device else ""
+    what = f"{root} holds no profile" + (f" for device {device!r}" if device else "")
+    raise VlmcError(what, found=names, fix=f"run `vlmc profile {root}{option}`")

@@ -1,0 +1,59 @@
+"""OpenVINO on x86 and Arm CPUs; wins INT8 vision on some of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...artifact import EngineSpec
+from ...errors import VlmcError
+from ..runner import Array, Decoder, Runner
+
+
+def unavailable() -> str:
+    try:
+        import openvino  # noqa: F401
+    except ImportError as error:
+        return f"openvino is not installed ({error}); pip install 'vlm-compile[openvino]'"
+    return ""
+
+
+def load_runner(spec: EngineSpec, path: Path, threads: int) -> OpenvinoRunner:
+    return OpenvinoRunner(compile_model(path, spec.settings, threads))
+
+
+def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> Decoder:
+    raise VlmcError("The OpenVINO backend has no decoder", fix="build the decoder for onnxruntime")
+
+
+def compile_model(path: Path, settings: Mapping[str, Any], threads: int = 0) -> Any:
+    """The model compiled for this CPU. Float32 stays float32: what is measured is what was asked for."""
+    import openvino
+
+    config = {
+        "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    try:
+        return openvino.Core().compile_model(str(path), "CPU", config | dict(settings))
+    except RuntimeError as error:
+        raise VlmcError(
+            f"OpenVINO {openvino.__version__} cannot compile {path}",
+            found=str(error).strip().splitlines()[-1][:300],
+            fix="build the engine again with this version of OpenVINO",
+        ) from None
+
+
+class OpenvinoRunner:
+    """A component without state."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._outputs = [output.get_any_name() for output in compiled.outputs]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        results = self._request.infer(dict(inputs))
+        return {name: results[index] for index, name in enumerate(self._outputs)}

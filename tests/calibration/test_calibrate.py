@@ -1,0 +1,195 @@
+"""A whole small VLM, its set, and the plan that comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vlmc.calibration import recipes
+from vlmc.calibration.calibrate import plan_for
+from vlmc.calibration.observation import Observation, layers_of
+from vlmc.calibration.plan import Plan
+from vlmc.calibration.recipes import Precision, Recipe
+from vlmc.calibration.sets import CalibrationSet, load_set
+from vlmc.errors import VlmcError
+from vlmc.runtime.images import open_image
+
+DOWN = "decoder/model.layers.1.mlp.down_proj"
+FC1 = "vision_encoder/vision_model.encoder.layers.0.mlp.fc1"
+
+
+@pytest.fixture(scope="module")
+def data(set_file) -> CalibrationSet:
+    return load_set(set_file)
+
+
+@pytest.fixture
+def plan(session, components, data) -> Any:
+    def make(name: str, **changes: Any) -> Plan:
+        return plan_for(session, components, replace(recipes.load(name), **changes), data, lambda *_: None)
+
+    return make
+
+
+def test_int8_plans_every_layer_but_the_patches(plan, components, artifact, data) -> None:
+    made = plan("int8")
+    quantised = {path for path, module in made.modules.items() if module.weight_bits}
+    assert quantised == layers_of(components).keys() - {"vision_encoder/vision_model.embeddings.patch_embedding"}
+    assert made.source_sha256 == artifact.manifest.source.sha256
+    assert made.calibrated_on.sha256 == data.sha256
+    assert made.calibrated_on.rows == 3
+    assert made.calibrated_on.pictures == data.pictures
+    assert made.notes == ()
+
+
+def test_each_phase_is_observed_apart(plan) -> None:
+    made = plan("int8-minmax")
+    assert set(made.modules[FC1].peaks) == {"vision"}
+    assert set(made.modules[DOWN].peaks) == {"prefill", "decode"}
+
+
+def test_peaks_are_what_the_layers_really_got(plan, session, components, data) -> None:
+    """The same numbers, from watching one layer while the first two rows are answered along their answers."""
+    seen: dict[str, float] = {"prefill": 0.0, "decode": 0.0}
+
+    def hook(module: Any, args: tuple[torch.Tensor]) -> None:
+        phase = "prefill" if args[0].shape[1] > 20 else "decode"
+        seen[phase] = max(seen[phase], float(args[0].abs().max()))
+
+    handle = components.decoder.get_submodule("model.layers.1.mlp.down_proj").register_forward_pre_hook(hook)
+    for row in data.rows[:2]:
+        inputs = session.prepare([open_image(row.image)], row.prompt)
+        next(session.generate(inputs))
+        for token in session.tokenizer.encode(" " + row.answer):
+            session.decoder.feed(int(token))  # a step a token, where calibration reads them all at once
+    for row in data.rows[2:]:
+        list(session.generate(session.prepare([open_image(row.image)], row.prompt), 32))
+    handle.remove()
+    assert plan("int8-minmax").modules[DOWN].peaks == pytest.approx(seen, rel=1e-5)
+
+
+def test_a_scale_covers_the_larger_phase(plan) -> None:
+    for name in ("int8", "int8-minmax"):
+        for module in plan(name).modules.values():
+            assert module.activation_scale * 127 == pytest.approx(max(module.ranges.values()))
+            assert module.ranges == module.peaks
+
+
+def test_smoothing_tames_the_outliers(plan) -> None:
+    plain, smooth = plan("int8-minmax").modules[FC1], plan("int8").modules[FC1]
+    assert plain.smoothing is None
+    assert plain.absorbed_by is None
+    assert smooth.absorbed_by == "vision_encoder/vision_model.encoder.layers.0.layer_norm2"
+    assert smooth.activation_scale < plain.activation_scale / 10
+
+
+def test_absorbers_divide_by_what_the_layers_multiply_with(plan) -> None:
+    made = plan("int8")
+    for module in made.modules.values():
+        if module.smoothing is not None:
+            assert set(module.smoothing) == set(made.absorbers[module.absorbed_by])
+    assert made.modules[DOWN].smoothing == made.absorbers["decoder/model.layers.1.mlp.up_proj"]
+
+
+@pytest.mark.parametrize("observer", ["percentile", "entropy", "mse"])
+def test_an_observer_cuts_ranges_and_never_widens_them(plan, observer: str) -> None:
+    made = plan("int8", observer=observer)
+    shares = [module.ranges[phase] / peak for module in made.modules.values() for phase, peak in module.peaks.items()]
+    # Peaks come of the channels' own, ranges of the histogram: the quotients round apart.
+    assert max(shares) <= 1 + 1e-6
+    assert min(shares) < 0.999
+    assert made.recipe.observer == observer
+
+
+def test_values_that_only_decoding_shows_are_noted_where_clipped(plan, monkeypatch) -> None:
+    monkeypatch.setitem(__import__("vlmc.calibration.calibrate", fromlist=["_"]).RANGES, "mse", _blind_to_decoding())
+    made = plan("int8-minmax", observer="mse")
+    clipped = [p for p, m in made.modules.items() if m.peaks.get("decode", 0) > 1.001 * m.peaks.get("prefill", np.inf)]
+    assert clipped
+    (note,) = made.notes
+    assert note.startswith(f"Values that only decoding showed are clipped in {clipped[0]}")
+
+
+def _blind_to_decoding() -> Any:
+    """An observer that keeps everything of large streams and nearly nothing of short ones."""
+    return lambda seen: seen.peak if seen.counts.sum() > 2000 else seen.peak / 100
+
+
+def test_weights_alone_need_no_set(session, components) -> None:
+    made = plan_for(session, components, recipes.load("w4"), None, lambda *_: None)
+    assert made.calibrated_on is None
+    assert made.modules["decoder/lm_head"].weight_bits == 8
+    assert made.modules[DOWN].weight_bits == 4
+    assert made.modules[DOWN].activation_scale is None
+    assert all(path.startswith("decoder/") for path in made.modules)
+    assert plan_for(session, components, recipes.load("fp32"), None, lambda *_: None).modules == {}
+
+
+def test_activations_need_a_set(session, components) -> None:
+    with pytest.raises(VlmcError, match="'int8' needs a calibration set"):
+        plan_for(session, components, recipes.load("int8"), None, lambda *_: None)
+
+
+def test_a_layer_that_shares_the_smoothing_of_others_is_in_the_plan_though_it_stays_float(
+    session, components, data
+) -> None:
+    layer = "decoder/model.layers.0.self_attn"
+    smoothed = Precision(weight_bits=8, activation_bits=8, smooth=0.5)
+    recipe = Recipe("one", "", {f"{layer}.q_proj": smoothed})
+    made = plan_for(session, components, recipe, data, lambda *_: None)
+    assert set(made.modules) == {f"{layer}.{name}" for name in ("q_proj", "k_proj", "v_proj")}
+    assert made.modules[f"{layer}.k_proj"].weight_bits == 0
+    assert made.modules[f"{layer}.k_proj"].activation_scale is None
+    assert made.modules[f"{layer}.k_proj"].smoothing == made.modules[f"{layer}.q_proj"].smoothing
+
+
+def test_a_set_without_answers_follows_the_models_own(session, components, data) -> None:
+    mute = replace(data, rows=data.rows[2:])
+    made = plan_for(session, components, recipes.load("int8-minmax"), mute, lambda *_: None)
+    assert set(made.modules[DOWN].peaks) == {"prefill", "decode"}
+
+
+def test_a_model_that_says_nothing_is_noted(session, components, data, monkeypatch) -> None:
+    monkeypatch.setattr(session, "generate", _only_the_first_token(session.generate))
+    mute = replace(data, rows=data.rows[2:])
+    (note,) = plan_for(session, components, recipes.load("int8-minmax"), mute, lambda *_: None).notes
+    assert note.startswith("No decode step was observed")
+
+
+def _only_the_first_token(generate: Any) -> Any:
+    def one(inputs: Any, max_new_tokens: int = 1) -> Iterator[int]:
+        yield from generate(inputs, 1)
+
+    return one
+
+
+def test_a_layer_that_turns_out_nan_is_named(session, components, data) -> None:
+    weight = components.decoder.get_submodule("model.layers.1.mlp.up_proj").weight
+    before = weight[0, 0].item()
+    weight[0, 0] = float("nan")
+    try:
+        with pytest.raises(VlmcError, match=r"decoder/model\.layers\.1\.mlp\.down_proj, prefill: .* NaN"):
+            Observation(session, components, data, lambda *_: None).peaks()
+    finally:
+        weight[0, 0] = before
+
+
+def test_an_interrupted_run_leaves_no_hooks(session, components, data) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plan_for(session, components, recipes.load("int8"), data, interrupt)
+    for _, component in components.items():
+        for module in component.modules():
+            assert not module._forward_pre_hooks
+            assert not module._forward_hooks
+
+
+def test_the_same_set_gives_the_same_plan(plan) -> None:
+    assert plan("int8") == plan("int8")

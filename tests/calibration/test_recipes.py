@@ -1,0 +1,39 @@
+"""Recipes are found by their file's name, and their first matching rule counts."""
+
+from __future__ import annotations
+
+import pytest
+from vlmc.calibration import recipes
+from vlmc.calibration.recipes import FLOAT, Precision, Recipe
+from vlmc.errors import VlmcError
+
+
+def test_every_file_is_a_recipe_of_its_name() -> None:
+    assert recipes.names() == ["fp32", "int8", "int8-minmax", "w4", "w8"]
+    for name in recipes.names():
+        recipe = recipes.load(name)
+        assert recipe.name == name
+        assert recipe.about
+
+
+def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
+    with pytest.raises(VlmcError, match="did you mean int8-minmax"):
+        recipes.load("int8-minmx")
+
+
+def test_the_first_rule_that_matches_counts() -> None:
+    recipe = Recipe("r", "", {"decoder/lm_head": Precision(8), "decoder/*": Precision(4, 32)})
+    assert recipe.precision("decoder/lm_head") == Precision(8)
+    assert recipe.precision("decoder/model.layers.0.mlp.up_proj") == Precision(4, 32)
+    assert recipe.precision("vision_encoder/fc1") == FLOAT
+
+
+@pytest.mark.parametrize(("name", "needs"), [("fp32", False), ("w8", False), ("w4", False), ("int8", True)])
+def test_only_activations_need_data(name: str, needs: bool) -> None:
+    assert recipes.load(name).needs_data == needs
+
+
+def test_int8_leaves_the_patch_convolution_and_takes_the_head() -> None:
+    recipe = recipes.load("int8")
+    assert recipe.precision("vision_encoder/vision_model.embeddings.patch_embedding") == FLOAT
+    assert recipe.precision("decoder/lm_head") == Precision(weight_bits=8, activation_bits=8, smooth=0.5)

@@ -1,0 +1,74 @@
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from vlmc.console import WIDTH, output
+from vlmc.reports.document import parse
+from vlmc.reports.terminal import show
+
+
+def shown(report: dict[str, Any]) -> str:
+    console = output()
+    with console.capture() as capture:
+        show(parse(report), console)
+    return capture.get()
+
+
+def test_the_table_shows_each_variant_with_its_numbers(sample: dict[str, Any]) -> None:
+    line = next(line for line in shown(sample).splitlines() if line.startswith("PyTorch eager"))
+    assert line.split() == [
+        "PyTorch",
+        "eager",
+        *["34.2", "55.7", "61.0", "712", "MB", "n/a", "[1]", "94.9", "(92.6–96.5)", "reference"],
+    ]
+
+
+def test_the_kept_variant_is_named_in_words(sample: dict[str, Any]) -> None:
+    assert "(kept)" in shown(sample)
+
+
+def test_the_verdict_stands_under_the_table(sample: dict[str, Any]) -> None:
+    text = " ".join(shown(sample).split())
+    assert all(sentence in text for sentence in sample["verdict"]["sentences"])
+    assert "no significant difference" in text
+
+
+def test_a_missing_number_leads_to_its_reason(sample: dict[str, Any]) -> None:
+    text = shown(sample)
+    assert "n/a [1]" in text
+    assert "[1] unavailable: this machine exposes no RAPL counter" in text
+
+
+def test_random_weights_are_said(sample: dict[str, Any]) -> None:
+    sample["artifact"]["random_weights"] = True
+    assert "Random weights" in shown(sample)
+
+
+def test_names_are_no_markup(sample: dict[str, Any]) -> None:
+    sample["variants"][0]["name"] = "[bold]x[/] [link=y]z"
+    assert "[link=y]z" in shown(sample)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.text(min_size=1, max_size=150), sentence=st.text(max_size=300))
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_is_wider_than_the_console(sample: dict[str, Any], name: str, sentence: str) -> None:
+    from rich.cells import cell_len
+
+    sample["variants"][3]["name"] = name
+    sample["artifact"]["name"] = name
+    sample["verdict"]["sentences"] = [sentence]
+    assert max(cell_len(line) for line in shown(sample).splitlines()) <= WIDTH
+
+
+def test_large_numbers_fit_too(sample: dict[str, Any]) -> None:
+    for variant in sample["variants"]:
+        variant["name"] = "A very long name of a variant: " + variant["name"]
+        variant["latency_ms"]["vision"]["median"] = 1234567.8
+        variant["latency_ms"]["time_to_first_token"]["median"] = 1234567.8
+        variant["memory"]["peak_rss_bytes"] = 123456e9
+        variant["energy"]["joules_per_image"] = 123456.7
+    lines = shown(sample).splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert sum("1,234,568" in line for line in lines) == 5

@@ -1,0 +1,66 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vlmc.reports import words
+from vlmc.reports.document import Agreement, Comparison, parse
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.0123, "0.0123"),
+        (1.2, "1.20"),
+        (9.999, "10.0"),
+        (99.96, "100"),
+        (517.4, "517"),
+        (1190.2, "1,190"),
+        (-34.25, "-34.2"),
+        (1e-7, "1.00e-07"),
+        (2.5e12, "2.50e+12"),
+    ],
+)
+def test_numbers_keep_three_digits(value: float, text: str) -> None:
+    assert words.number(value) == text
+
+
+@given(st.floats(1e-300, 1e300))
+def test_a_printed_number_is_off_by_half_a_percent_at_most(value: float) -> None:
+    assert float(words.number(value).replace(",", "")) == pytest.approx(value, rel=0.0051)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (64000, "64.0 kB"), (13.9e6, "13.9 MB"), (1.2e9, "1.20 GB")]
+)
+def test_sizes(count: float, text: str) -> None:
+    assert words.size(count) == text
+
+
+def compare(won: int, lost: int, p_value: float) -> str:
+    return words.comparison(Comparison("int8", "float", 500, won, lost, p_value, p_value < 0.05))
+
+
+def test_comparisons_are_told_in_words() -> None:
+    assert compare(2, 4, 0.6875) == (
+        "Against float, int8 lost 4 and won 2 of 500 questions: no significant difference "
+        "(exact McNemar test, p = 0.69)."
+    )
+    assert "a significant difference (exact McNemar test, p < 0.001)" in compare(0, 25, 6e-8)
+    assert compare(0, 0, 1.0) == "int8 and float score alike on each of 500 questions."
+
+
+def test_agreement_names_the_first_difference() -> None:
+    assert words.agreement(Agreement(3, 1, (None, 7, 4))) == "1 of 3, first difference at token 4"
+    assert words.agreement(Agreement(2, 2, (None, None))) == "2 of 2"
+    assert words.agreement("unavailable: no golden") == "unavailable: no golden"
+
+
+def test_random_weights_are_said_first(sample: dict) -> None:
+    assert words.RANDOM_WEIGHTS not in words.findings(parse(sample))
+    sample["artifact"]["random_weights"] = True
+    assert words.findings(parse(sample))[0] == words.RANDOM_WEIGHTS
+
+
+def test_a_report_without_a_verdict_says_so(bare: dict) -> None:
+    assert words.findings(parse(bare)) == ["The report holds no verdict."]
+    assert words.subject(parse(bare)) == "1 variant of bare."
