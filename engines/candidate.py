@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -28,9 +27,10 @@ from ..artifact import (
     to_json,
     write_record,
 )
-from ..calibration.plan import Plan, read_plan
+from ..calibration.plan import read_plan
 from ..errors import VlmcError
-from ..files import staged_folder
+from ..files import staged_folder, write_json
+from ..profiles.memory import peak_rss_bytes
 from . import builders
 from .passes import quantize
 
@@ -39,7 +39,7 @@ PACKAGES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "handove
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is to be built. `precision` is `fp32` or the recipe's name; `recipe` is the plan's."""
+    """What is to be built. `precision` is `fp32` or the name of the recipe whose plan it follows."""
 
     device: str
     component: str
@@ -56,19 +56,12 @@ class Candidate:
 
 def key(artifact: Artifact, candidate: Candidate) -> str:
     """The hash of all that goes into the engine: graph, plan, backend and versions."""
-    plan: Any = None
-    if candidate.precision != "fp32":
-        plan = to_json(component_plan(artifact, candidate))
+    plan = None if candidate.precision == "fp32" else to_json(read_plan(artifact, candidate.precision))
     file = GRAPH_FILES[candidate.component]
     known = artifact.manifest.files
     parts = [known[name].sha256 for name in (file, f"{file}.data") if name in known]
     values = [SCHEMA, vars(candidate), plan, parts, vars(artifact.manifest.kv), _versions(candidate.backend)]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def component_plan(artifact: Artifact, candidate: Candidate) -> Plan:
-    """The recipe's plan, or a VlmcError where there is none for these weights."""
-    return read_plan(artifact, candidate.precision)
 
 
 def cached(artifact: Artifact, candidate: Candidate) -> EngineSpec | None:
@@ -92,13 +85,13 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
     with staged_folder(candidate.folder(artifact)) as folder:
         model = ir.load(graph)
         if candidate.precision != "fp32":
-            quantize.apply(model, component_plan(artifact, candidate), candidate.component)
+            quantize.apply(model, read_plan(artifact, candidate.precision), candidate.component)
         built = builder.build(model, artifact.manifest.kv, folder)
         files = describe_files(folder)
         products = builder.products(folder / built.file, built.settings)
         report = BuildReport(
             seconds=round(time.perf_counter() - start, 3),
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_memory_bytes=peak_rss_bytes() or 0,
             size_bytes=_size(files),
             products=products,
         )
@@ -127,8 +120,6 @@ def record_trial(artifact: Artifact, candidate: Candidate, trial: dict[str, Any]
     path = candidate.folder(artifact) / "engine.json"
     data = to_json(read_record(EngineSpec, path))
     data["report"] |= trial
-    from ..files import write_json
-
     write_json(path, data)
     return read_record(EngineSpec, path)
 

@@ -57,24 +57,35 @@ def _ensure_plan(artifact: Artifact, recipe: str, set_file: Path | None) -> None
 
 
 def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(
-        "component", "engine", "ms", "cosine", "products", "MB", "built", "kept", title=f"Engines for {record.device}"
-    )
-    for row in rows:
-        times = " / ".join(f"{name} {ms:.2f}" for name, ms in row["latency_ms"].items())
-        products = ", ".join(f"{n} {kind}" for kind, n in row["products"].items())
-        near = "" if row["agreement"] is None else f"{row['agreement']:.4f}"
-        built = f"{row['build_seconds']:.1f} s, {row['peak_memory_bytes'] / 1e6:.0f} MB"
-        size = f"{row['size_bytes'] / 1e6:.1f}"
-        kept = "kept" if row["kept"] else ""
-        table.add_row(row["component"], row["engine"], times, near, products, size, built, kept)
     output = console.output()
+    table = Table(title=f"Engines for {record.device}", box=box.SIMPLE_HEAD)
+    for column in ("engine", "ms", "cosine", "matrix products", "MB", "build s", "peak MB", ""):
+        table.add_column(column, justify="left" if column in ("engine", "matrix products", "") else "right")
+    component = ""
+    for row in rows:
+        if row["component"] != component:
+            component = row["component"]
+            table.add_row(f"[bold]{component}")
+        times = [f"{ms:.2f}{'' if name == 'run' else ' ' + name}" for name, ms in row["latency_ms"].items()]
+        table.add_row(
+            f"  {row['engine']}",
+            "\n".join(times),
+            "" if row["agreement"] is None else f"{row['agreement']:.4f}",
+            "\n".join(f"{count} {kind}" for kind, count in row["products"].items()),
+            f"{row['size_bytes'] / 1e6:.1f}",
+            f"{row['build_seconds']:.1f}",
+            f"{row['peak_memory_bytes'] / 1e6:.0f}",
+            "[bold]kept[/bold]" if row["kept"] else "",
+        )
     output.print(table)
     for component, choice in record.choices.items():
-        output.print(f"{component}: {choice.engine}, {choice.reason}.")
+        output.print(f"[bold]{component}[/bold]: {choice.engine}, {choice.reason}.")
     if hits:
         output.print(f"Unchanged since an earlier build: {', '.join(hits)}.")
     if record.remaining:
         output.print(record.remaining)
+    else:
+        output.print("Next: vlmc profile, or vlmc run ARTEFACT PICTURE --prompt QUESTION.")

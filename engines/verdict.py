@@ -34,10 +34,13 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
     wrong = "".join(f"; {e} was left out: cosine {reports[e].agreement:.3f}" for e in reports if e not in right)
     what = "ms" if component != "decoder" else f"ms for prompt and {ANSWER} tokens"
     others = ", ".join(f"{e} {ms:.2f}" for e, ms in sorted(costs.items(), key=lambda item: item[1]) if e != best)
-    if len(reports) == 1:
-        return Choice(best, "nothing else was built for it", candidates)
+    others = others or "nothing else was right"
+    if all(engine in floats for engine in costs):
+        return Choice(
+            baseline, f"the recipe leaves it in float; {costs[baseline]:.2f} {what} ({others}){wrong}", candidates
+        )
     if costs[baseline] < costs[best] * GAIN:
-        why = f"float is as fast or faster: {costs[baseline]:.2f} {what} against {others or 'nothing else'}{wrong}"
+        why = f"float is as fast or faster: {costs[baseline]:.2f} {what} against {others}{wrong}"
         return Choice(baseline, why, candidates)
     ratio = costs[baseline] / costs[best]
     return Choice(

@@ -72,6 +72,9 @@ def resolve(model: str, random_weights: bool = False, seed: int = 0) -> Checkpoi
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:
     """The model in float32, in evaluation mode, with vlmc's attention."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # vlmc shows its own
     family = checkpoint.family
     if checkpoint.source.random_weights:
         model = family.randomise(checkpoint.config, checkpoint.source.seed)

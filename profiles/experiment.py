@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..artifact import Artifact, BuildSpec, EngineSpec
 from ..errors import VlmcError
 from ..files import read_json, writing
 from ..runtime.images import open_image
-from . import harness, limits, machine, memory, power, questions
+from . import harness, limits, machine, power, questions
 from .device import Device
 from .harness import Measurement, Progress, Settings
 from .questions import Question
@@ -65,10 +65,102 @@ def profile(
         progress("measuring the machine's limits", 0, 1)
         run = {"key": key} | _description(artifact, build, device, measurement, found, here)
         run["no_accuracy"] = asked if isinstance(asked, str) else "unavailable: the questions were not asked"
+        run["examples"] = _examples(harness.fresh(folder), measurement.questions)
         harness.begin(folder, run)
-        run["examples"] = _examples(folder / "unfinished", measurement.questions)
     run["failures"] = harness.measure(folder, measurement, progress)
     run["limits"] = limits.best(run["limits"], _limits(device, settings.threads))
     run["machine"]["after"] = machine.state()
     harness.finish(folder, run)
     return folder
+
+
+def _same_machine(device: Device) -> None:
+    here = ARCHITECTURES.get(platform.machine(), platform.machine())
+    if device.architecture != here:
+        raise VlmcError(
+            f"The device {device.name!r} ({device.title}) is not this machine, so nothing can be measured here",
+            found=here,
+            expected=device.architecture,
+            fix=device.handover,
+        )
+
+
+def _description(
+    artifact: Artifact,
+    build: BuildSpec,
+    device: Device,
+    measurement: Measurement,
+    found: Variants,
+    here: dict[str, Any],
+) -> dict[str, Any]:
+    """All of run.json that is known before the first run."""
+    manifest, settings = artifact.manifest, measurement.settings
+    specs = engine_specs(artifact, build)
+    return {
+        "artifact": {
+            "name": manifest.name,
+            "family": manifest.family,
+            "random_weights": manifest.source.random_weights,
+            "parameters": {name: spec.parameters for name, spec in manifest.components.items()},
+        },
+        "device": asdict(device),
+        "machine": here
+        | {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": " ".join(["vlmc", *sys.argv[1:]]),
+        },
+        "limits": _limits(device, settings.threads),
+        "power": {"source": measurement.power_source, "idle_watts": _idle(measurement)},
+        "settings": asdict(settings) | {"turns": harness.TURNS, "questions": len(measurement.questions)},
+        "variants": [_variant(variant, specs) for variant in found.measured],
+        "skipped": found.skipped,
+        "choices": {name: asdict(choice) for name, choice in build.choices.items()},
+        "examples": [],
+    }
+
+
+def _variant(variant: Variant, specs: Mapping[tuple[str, str], EngineSpec]) -> dict[str, Any]:
+    """The variant with what its engines' build reports say."""
+    reports = {part: specs[part, engine].report for part, engine in variant.engines.items()}
+    none = "unavailable: PyTorch runs the checkpoint, nothing is built"
+    return {
+        "name": variant.name,
+        "kind": variant.kind,
+        "recipe": variant.recipe,
+        "engines": dict(variant.engines),
+        "disk_bytes": sum(report.size_bytes for report in reports.values()) if reports else none,
+        "build_peak_bytes": max(report.peak_memory_bytes for report in reports.values()) if reports else none,
+        "products": {part: report.products for part, report in reports.items()} or none,
+        "work": {part: report.work for part, report in reports.items()},
+    }
+
+
+def _limits(device: Device, threads: int) -> dict[str, Any]:
+    """Measured, where the processor runs the engines; the data sheet's for a GPU, which numpy cannot reach."""
+    return limits.measure(threads) if device.sm is None else limits.from_data_sheet(device)
+
+
+def _idle(measurement: Measurement) -> float | str:
+    if measurement.power_source.startswith("unavailable"):
+        return measurement.power_source
+    meter = power.open_meter(measurement.power_source, power.Where(measurement.power_rails))
+    try:
+        return power.idle_watts(meter)
+    except (OSError, ValueError) as error:
+        return f"unavailable: {error}"
+    finally:
+        meter.close()
+
+
+def _examples(folder: Path, asked: Sequence[Question]) -> list[dict[str, Any]]:
+    """The pictures of the answers that the report will show, kept with the samples."""
+    kept = []
+    with writing(folder):
+        for number, row in enumerate(questions.examples(asked, EXAMPLES)):
+            name = f"examples/{number:02d}.png"
+            (folder / "examples").mkdir(exist_ok=True)
+            image = open_image(asked[row].image)
+            image.thumbnail((512, 512))
+            image.save(folder / name)
+            kept.append({"row": row, "image": name})
+    return kept

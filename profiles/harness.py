@@ -73,20 +73,22 @@ class Measurement:
 
 
 def unfinished(folder: Path, key: str) -> dict[str, Any] | None:
-    """run.json of the interrupted measurement with this key, or None; one with another key is thrown away."""
-    at = folder / "unfinished"
-    if (at / "run.json").is_file():
-        run: dict[str, Any] = read_json(at / "run.json")
-        if run.get("key") == key:
-            return run
-    shutil.rmtree(at, ignore_errors=True)
-    return None
+    """run.json of the interrupted measurement with this key, or None."""
+    record = folder / "unfinished" / "run.json"
+    run: dict[str, Any] = read_json(record) if record.is_file() else {}
+    return run if run.get("key") == key else None
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder for a new measurement; an interrupted one of another kind is thrown away."""
+    with writing(folder):
+        shutil.rmtree(folder / "unfinished", ignore_errors=True)
+        (folder / "unfinished").mkdir(parents=True)
+    return folder / "unfinished"
 
 
 def begin(folder: Path, run: dict[str, Any]) -> None:
-    """Opens a new measurement."""
-    with writing(folder):
-        (folder / "unfinished").mkdir(parents=True, exist_ok=True)
+    """From here on the measurement can be gone on with."""
     write_json(folder / "unfinished" / "run.json", run)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def demo_set(artifact: Artifact, pictures: int) -> Path:
     return listed if listed.is_file() else write_set(folder, "test", pictures)
 
 
-def examples(questions: list[Question], count: int) -> list[int]:
+def examples(questions: Sequence[Question], count: int) -> list[int]:
     """Indices of a few questions to show: different pictures, the tasks in turn."""
     chosen: list[int] = []
     used: dict[str, int] = {}

@@ -7,28 +7,38 @@ two times; the share says how much of that limit a measured run reaches.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-# The phases that are timed, with the component and the prefix of its counts in BuildReport.work.
+
+@dataclass(frozen=True)
+class Phase:
+    """What is timed as `part`: the component, and the names of its counts in BuildReport.work."""
+
+    component: str
+    flops: str
+    bytes: tuple[str, ...]
+    part: str
+
+
 PHASES = {
-    "vision_encoder": ("vision_encoder", "", "vision"),
-    "decoder_prefill": ("decoder", "prefill_", "prefill"),
-    "decoder_step": ("decoder", "decode_", "decode_per_token"),
+    "vision_encoder": Phase("vision_encoder", "flops", ("weight_bytes", "io_bytes"), "vision"),
+    "decoder_prefill": Phase("decoder", "prefill_flops", ("weight_bytes",), "prefill"),
+    "decoder_step": Phase("decoder", "decode_flops", ("weight_bytes", "decode_kv_bytes"), "decode_per_token"),
 }
 
 
-def limit(work: Mapping[str, float], prefix: str, precision: str, limits: Mapping[str, Any]) -> dict[str, Any] | None:
+def limit(work: Mapping[str, float], phase: Phase, precision: str, limits: Mapping[str, Any]) -> dict[str, Any] | None:
     """{"limit_ms", "bound", "in_cache", "flops", "bytes"} of one phase, or None where its work was not counted.
 
-    `flops` (a multiply-add being two) and `bytes` are `work[prefix + ...]`. Operations of quantised engines may run at
-    the integer rate: those counted in `int8_flops`, or all of them where that is not counted, for a limit must not be
-    one that can be beaten. Bytes that fit half of the largest cache are read from there, run after run. A rate that
-    is not known bounds nothing.
+    Operations (a multiply-add being two) of quantised engines may run at the integer rate: those counted as
+    "int8_" + phase.flops, or all of them where that is not counted, for a limit must not be one that can be beaten.
+    Bytes that fit half of the largest cache are read from there, run after run. An unknown rate bounds nothing.
     """
-    flops, moved = work.get(f"{prefix}flops"), work.get(f"{prefix}bytes")
-    if flops is None or moved is None:
+    if phase.flops not in work or any(name not in work for name in phase.bytes):
         return None
-    integer = 0.0 if precision in _FLOAT_RATE else work.get(f"{prefix}int8_flops", flops)
+    flops, moved = work[phase.flops], sum(work[name] for name in phase.bytes)
+    integer = 0.0 if precision in _FLOAT_RATE else work.get(f"int8_{phase.flops}", flops)
     compute = _milliseconds(integer, limits.get("int8_gop_per_s")) + _milliseconds(
         flops - integer, limits.get(_FLOAT_RATE.get(precision, "float32_gflop_per_s"))
     )
@@ -52,12 +62,12 @@ def table(
     works: BuildReport.work by component; engines: BACKEND-PRECISION by component; latency_ms: statistics by part.
     """
     found = {}
-    for phase, (component, prefix, part) in PHASES.items():
-        precision = engines.get(component, "").partition("-")[2]
-        line = limit(works.get(component, {}), prefix, precision, limits)
-        if line is not None and part in latency_ms:
-            measured = latency_ms[part]["median"]
-            found[phase] = line | {"measured_ms": measured, "share": line["limit_ms"] / measured}
+    for name, phase in PHASES.items():
+        precision = engines.get(phase.component, "").partition("-")[2]
+        line = limit(works.get(phase.component, {}), phase, precision, limits)
+        if line is not None and phase.part in latency_ms:
+            measured = latency_ms[phase.part]["median"]
+            found[name] = line | {"measured_ms": measured, "share": line["limit_ms"] / measured}
     return found
 
 

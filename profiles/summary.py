@@ -7,7 +7,7 @@ Nothing but these files is read, so that the report can be made again anywhere. 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from . import roofline, samples, statistics, verdict
 from .harness import slug
 from .samples import Row
 
-# The parts of a run: statistics of the milliseconds that this gives for one run.
-PARTS = {
+# The parts of a run, each with the milliseconds that one run gives for it.
+PARTS: dict[str, Callable[[Row], list[float]]] = {
     "preprocess": lambda row: [row["preprocess_s"] * 1e3],
     "vision": lambda row: [row["vision_s"] * 1e3],
     "prefill": lambda row: [row["prefill_s"] * 1e3],
@@ -157,7 +157,7 @@ def _answers(rows: list[Row], examples: Sequence[dict[str, Any]], at: Path) -> l
 def _speedups(measured: list[dict[str, Any]], rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
     """Every engine over every baseline, and every other engine over the float engines: ratios of medians, and the
     lowest and highest end-to-end ratio of any turn."""
-    references = [info for info in measured if info["kind"] == "baseline" or info["recipe"].startswith(("fp", "bf"))]
+    references = [info for info in measured if info["kind"] == "baseline" or info["recipe"] == "fp32"]
     found = []
     for info in measured:
         for over in references:
@@ -181,11 +181,11 @@ def _median(runs: list[Row], part: str, turn: int | None = None) -> float:
 def _comparisons(
     measured: list[dict[str, Any]], rows: dict[str, list[Row]], run: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Whether the kept engines really answer otherwise than each float variant: McNemar's test on the same questions."""
+    """Whether the kept engines really answer otherwise than each float variant, on the same questions."""
     kept = verdict.kept_name(measured, run["choices"])
     answers = {info["name"]: _scored(rows[info["name"]]) for info in measured}
     return [
         {"of": kept, "over": info["name"]} | accuracy.paired(answers[kept], answers[info["name"]])
         for info in measured
-        if info["name"] != kept and info["recipe"].startswith(("fp", "bf")) and answers[kept] and answers[info["name"]]
+        if info["name"] != kept and info["recipe"] == "fp32" and answers[kept] and answers[info["name"]]
     ]

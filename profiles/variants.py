@@ -20,7 +20,7 @@ TITLES = {
     "tensorrt": "TensorRT",
     "tensorrt_rtx": "TensorRT-RTX",
 }
-FLOAT = ("fp32", "fp16", "bf16")  # the widest comes first
+
 EAGER = "PyTorch eager"
 
 
@@ -77,17 +77,18 @@ def engine_specs(artifact: Artifact, build: BuildSpec) -> dict[tuple[str, str], 
 
 
 def _mixes(build: BuildSpec, specs: Mapping[tuple[str, str], EngineSpec]) -> list[tuple[str, str, dict[str, str]]]:
-    """Name, recipe and engines of each mix; a backend has one where it has an engine for every component."""
+    """Name, recipe and engines of each mix; a backend has one where it has an engine for every component. What a
+    recipe leaves alone (the embeddings) stays float in its mix."""
     kept = {component: choice.engine for component, choice in build.choices.items()}
     mixes: list[tuple[str, str, dict[str, str]]] = []
     for backend in dict.fromkeys(spec.backend for spec in specs.values()):
         title = TITLES.get(backend, backend)
         here = {part: _of_backend(specs, part, backend) for part in COMPONENTS}
-        plain = {part: next((here[part][kind] for kind in FLOAT if kind in here[part]), "") for part in COMPONENTS}
+        plain = {part: here[part].get("fp32", "") for part in COMPONENTS}
         if not all(plain.values()):
             continue
-        mixes.append((f"{title} float", specs["decoder", plain["decoder"]].precision, plain))
-        quantised = {part: _quantised(here[part], kept.get(part, "")) or plain[part] for part in COMPONENTS}
+        mixes.append((f"{title} float", "fp32", plain))
+        quantised = {part: here[part].get(build.recipe, plain[part]) for part in COMPONENTS}
         if quantised != plain:
             mixes.append((f"{title} {build.recipe}", build.recipe, quantised))
     if kept and kept.items() <= specs.keys() and all(kept != engines for _, _, engines in mixes):
@@ -100,12 +101,6 @@ def _of_backend(specs: Mapping[tuple[str, str], EngineSpec], component: str, bac
     return {
         spec.precision: engine for (part, engine), spec in specs.items() if (part, spec.backend) == (component, backend)
     }
-
-
-def _quantised(engines: Mapping[str, str], kept: str) -> str:
-    """The kept engine where it is quantised, else the first that is; "" where none is."""
-    quantised = [engine for precision, engine in engines.items() if precision not in FLOAT]
-    return kept if kept in quantised else next(iter(sorted(quantised)), "")
 
 
 def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, threads: int) -> None:

@@ -38,12 +38,13 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Roofline:
-    """One component against the machine's limit; `share` is limit_ms / measured_ms."""
+    """One phase against the machine's limit; `share` is limit_ms / measured_ms; `bound` is memory or compute."""
 
     limit_ms: Number
     measured_ms: Number
     share: Number
     bound: str
+    in_cache: bool = False
     flops: Number = ABSENT
     bytes: Number = ABSENT
 
@@ -115,7 +116,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times as fast `of` is as `over`."""
+    """How many times as fast `of` is as `over`; `low` and `high` are the end-to-end ratio's ends over `turns` turns."""
 
     of: str
     over: str
@@ -123,6 +124,9 @@ class Speedup:
     prefill: Number = ABSENT
     decode: Number = ABSENT
     end_to_end: Number = ABSENT
+    low: float | None = None
+    high: float | None = None
+    turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,10 @@ class Report:
     variants: tuple[Variant, ...]
     device: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
-    limits: dict[str, Number] | str = ABSENT
-    power: dict[str, Number] | str = ABSENT
+    limits: dict[str, Any] | str = ABSENT
+    power: dict[str, Any] | str = ABSENT
+    settings: dict[str, Any] = field(default_factory=dict)
+    not_measured: dict[str, str] = field(default_factory=dict)
     speedups: tuple[Speedup, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     verdict: Verdict = Verdict()
@@ -171,14 +177,12 @@ class Report:
         return next((v for v in self.variants if chosen and chosen.items() <= v.engines.items()), None)
 
     @property
-    def reference(self) -> str:
-        """The variant that headline speed-ups are over: the first baseline that has any, "" without speed-ups."""
-        over = [speedup.over for speedup in self.speedups]
-        return next((v.name for v in self.variants if v.name in over), over[0] if over else "")
+    def reference(self) -> Variant:
+        """What headline speed-ups are over: plain PyTorch, or what comes first without it."""
+        return self.variants[0]
 
-    def speedup(self, variant: Variant) -> Speedup | None:
-        """The variant over the reference."""
-        return next((s for s in self.speedups if (s.of, s.over) == (variant.name, self.reference)), None)
+    def speedups_of(self, variant: Variant) -> list[Speedup]:
+        return [speedup for speedup in self.speedups if speedup.of == variant.name]
 
     @property
     def device_name(self) -> str:
@@ -191,7 +195,7 @@ def look(group: Mapping[str, T] | str, key: str) -> T | str:
 
 
 def read(folder: Path) -> Report:
-    """The checked `report.json` of a profile's folder; baselines come first, then float, int8 and other engines."""
+    """The checked `report.json` of a profile's folder; PyTorch comes first, then float, int8 and other engines."""
     return parse(read_json(folder / "report.json"), str(folder / "report.json"))
 
 
@@ -223,13 +227,19 @@ def precision(variant: Variant) -> str:
     """What colour and place a variant gets: baseline, float, int8 or other."""
     if variant.kind == "baseline":
         return "baseline"
-    if variant.recipe.startswith(("fp", "float", "bf")):
+    if _is_float(variant.recipe):
         return "float"
     return "int8" if variant.recipe == "int8" else "other"
 
 
-def _order(variant: Variant) -> int:
-    return ("baseline", "float", "int8", "other").index(precision(variant))
+def _order(variant: Variant) -> tuple[int, bool]:
+    """Baselines first, the plain one before those with a recipe's scales."""
+    kind = precision(variant)
+    return ("baseline", "float", "int8", "other").index(kind), kind == "baseline" and not _is_float(variant.recipe)
+
+
+def _is_float(recipe: str) -> bool:
+    return recipe.startswith(("fp", "float", "bf"))
 
 
 def _clean(value: Any, where: str) -> Any:

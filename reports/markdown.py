@@ -18,7 +18,7 @@ def render(report: Report) -> str:
 
 def _lines(report: Report) -> Iterator[str]:
     yield f"# {escape(report.artifact.name)} on {escape(report.device_name)}"
-    yield ""
+    yield from ("", f"**{escape(words.lead(report))}**", "")
     for sentence in words.findings(report):
         yield f"- {escape(sentence)}"
     sections = {

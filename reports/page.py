@@ -30,6 +30,7 @@ def render(report: Report) -> str:
     return environment.get_template("page.html.jinja").render(
         report=report,
         subject=words.subject(report),
+        lead=words.lead(report),
         findings=words.findings(report),
         figures=key_figures(report),
         compact=compact,
@@ -67,7 +68,7 @@ def key_figures(report: Report) -> list[Figure]:
     kept = report.kept
     if kept is None:
         return []
-    faster = report.speedup(kept)
+    faster = next((entry for entry in report.speedups_of(kept) if entry.over == report.reference.name), None)
     vision = f"{words.ratio(faster.vision)} as fast" if faster and isinstance(faster.vision, float) else ""
     decode = f"{words.ratio(faster.decode)} as fast" if faster and isinstance(faster.decode, float) else ""
     first, right = tables.statistics(kept, "time_to_first_token"), kept.accuracy

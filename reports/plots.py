@@ -12,7 +12,7 @@ from typing import Any
 
 from . import words
 from .canvas import WIDTH, Canvas, settings, short, tagged, to_svg
-from .document import Number, Report, Roofline, Score, Statistics, Variant, look
+from .document import Number, Report, Score, Statistics, Variant, look
 from .style import LIGHT, variant_colours
 from .tables import median, statistics
 
@@ -127,32 +127,28 @@ def memory(report: Report) -> Plot:
 
 
 def energy(report: Report) -> Plot:
-    plot = Plot("energy", "What energy does a picture cost?", "Joules for one picture and its answer.")
+    plot = Plot(
+        "energy", "What energy does a picture cost?", "Joules from the picture to the first token, idle power included."
+    )
     found = {v.name: look(v.energy, "joules_per_image") for v in report.variants}
     _bars(report, plot, found, lambda joules: f"{words.number(joules)} J")
     return plot
 
 
 def limits(report: Report) -> Plot:
-    caption = (
-        "A full bar would be the least time that the machine's bandwidth and arithmetic allow. Components that take"
-    )
-    plot = Plot(
-        "limits", "How far from the machine's limit?", f"{caption} less than 1 % of the time are left out here."
-    )
+    caption = "A full bar would be the least time that the machine's bandwidth and arithmetic allow."
+    plot = Plot("limits", "How far from the machine's limit?", caption)
     rows: list[tuple[str, str, float]] = []
     for variant in report.variants:
         if isinstance(variant.roofline, str):
             plot.number(variant.name, variant.roofline)
             continue
-        times = [e.measured_ms for e in variant.roofline.values() if isinstance(e, Roofline)]
-        trifle = 0.01 * sum(ms for ms in times if isinstance(ms, float))
         for key, entry in variant.roofline.items():
             name = words.component(key)
             share = plot.number(f"{variant.name}, {name}", entry if isinstance(entry, str) else entry.share)
-            if share is not None and isinstance(entry, Roofline) and _at_least(trifle, entry.measured_ms):
+            if share is not None:
                 rows.append((variant.name, name, share))
-                plot.told.append(f"{variant.name}, {name}: {100 * share:.0f} % of the limit, bound by {entry.bound}")
+                plot.told.append(f"{variant.name}, {name}: {100 * share:.0f} % of the limit")
     if not rows:
         return plot
     canvas = Canvas(report, len(rows))
@@ -163,10 +159,6 @@ def limits(report: Report) -> Plot:
         canvas.value(1, f"{100 * share:.0f} %")
     plot.svg = canvas.svg(plot.name)
     return plot
-
-
-def _at_least(low: float, value: Number) -> bool:
-    return isinstance(value, str) or value >= low
 
 
 def accuracy(report: Report) -> Plot:

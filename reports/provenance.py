@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import words
-from .document import Report
+from .document import ABSENT, Report
 
 Facts = list[tuple[str, str]]
 
@@ -18,14 +18,17 @@ def facts(report: Report) -> dict[str, Facts]:
     described: dict[str, Any] = {"name": model.name, "family": model.family, "weights": weights}
     described["parameters"] = {words.component(name): count for name, count in model.parameters.items()}
     variants = {v.name: {"kind": v.kind, "recipe": v.recipe, "engines": v.engines} for v in report.variants}
-    return {
-        "Model": list(_flatten(described)),
-        "Machine": list(_flatten(report.machine)),
-        "The machine's limits": list(_flatten(report.limits)),
-        "Power": list(_flatten(report.power)),
-        "Variants": list(_flatten(variants)),
-        "Device profile": list(_flatten(report.device)),
+    headings: dict[str, Any] = {
+        "Model": described,
+        "Machine": report.machine or ABSENT,
+        "The machine's limits": report.limits,
+        "Settings": report.settings,
+        "Not measured": report.not_measured,
+        "Power": report.power,
+        "Variants": variants,
+        "Device profile": report.device or ABSENT,
     }
+    return {heading: list(_flatten(value)) for heading, value in headings.items() if value}
 
 
 def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

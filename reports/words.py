@@ -6,11 +6,15 @@ import math
 from collections.abc import Iterable
 
 from ..evaluation.tasks import TASKS
-from .document import ABSENT, Agreement, Comparison, Report, Score
+from .document import ABSENT, Agreement, Comparison, Report, Score, Speedup
 
 RANDOM_WEIGHTS = "Random weights: the speeds are real, the answers mean nothing and no accuracy is given."
 
-_COMPONENTS = {"vision_encoder": "vision encoder", "embed_tokens": "token embeddings", "decoder": "decoder"}
+_COMPONENTS = {
+    "embed_tokens": "token embeddings",
+    "decoder_prefill": "decoder, prefill",
+    "decoder_step": "decoder, a step",
+}
 
 
 def component(name: str) -> str:
@@ -74,6 +78,27 @@ def subject(report: Report) -> str:
     return ", ".join([told, *(["measured on " + ", ".join(known)] if known else [])]) + "."
 
 
+def lead(report: Report) -> str:
+    """The outcome in a sentence or two: what is kept, how much faster it is, and whether its answers suffer."""
+    kept = report.kept
+    if kept is None:
+        return f"{len(report.variants)} measured; none of them is what `vlmc build` kept."
+    faster = ", ".join(filter(None, map(_faster, report.speedups_of(kept))))
+    told = f"{kept.name} is kept" + (f": {faster}." if faster else ".")
+    compared = [result for result in report.comparisons if result.of == kept.name]
+    worse = [result.over for result in compared if result.significant and result.lost > result.won]
+    if worse:
+        return f"{told} Its answers are significantly worse than those of {' and '.join(worse)}."
+    return told + (" Its answers are not significantly worse." if compared else "")
+
+
+def _faster(entry: Speedup) -> str:
+    """How much faster end to end; where turns disagree on who is faster, that is said; "" where it is not known."""
+    if entry.low is not None and entry.high is not None and entry.low < 1 < entry.high:
+        return f"no clear difference to {entry.over}"
+    return "" if isinstance(entry.end_to_end, str) else f"{ratio(entry.end_to_end)} as fast as {entry.over}"
+
+
 def comparison(result: Comparison) -> str:
     if result.won == result.lost == 0:
         return f"{result.of} and {result.over} score alike on each of {result.total} questions."
@@ -96,5 +121,4 @@ def agreement(result: Agreement | str) -> str:
 def findings(report: Report) -> list[str]:
     """The verdict in words, what holds for every number first."""
     said = [RANDOM_WEIGHTS] if report.artifact.random_weights else []
-    said += report.verdict.sentences or ["The report holds no verdict."]
-    return said + [comparison(result) for result in report.comparisons]
+    return [*said, *report.verdict.sentences, *map(comparison, report.comparisons)]

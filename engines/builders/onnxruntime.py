@@ -49,10 +49,10 @@ def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
         elif node.op_type == "MatMulNBits":
             kind = f"w{node.attributes['bits'].as_int()}"
         elif node.op_type in ATTENTION:
-            kind, number = "float32 (attention)", 2  # queries by keys, and scores by values
+            kind, number = "float32 attention", 2  # queries by keys, and scores by values
         elif node.op_type in FLOAT:
             constant = node.inputs[1] is not None and node.inputs[1].const_value is not None
-            kind = "float32" if constant else "float32 (activations)"
+            kind = "float32" if constant else "float32 attention"
         if kind:
             counts[kind] = counts.get(kind, 0) + number
     return counts

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from vlmc import demo
@@ -17,6 +18,9 @@ from vlmc.exporter.families.smolvlm import SmolVlm
 from vlmc.exporter.family import Components
 from vlmc.exporter.onnx_ops import IMPLEMENTATION
 from vlmc.runtime.session import Session
+
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 DEMO = Path(demo.__file__).parent / "model"
 

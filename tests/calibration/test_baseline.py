@@ -51,7 +51,7 @@ def test_fake_quant_answers_with_quantised_layers(
 
 def test_without_a_plan_it_says_how_to_make_one(artifact: Artifact) -> None:
     plan_path(artifact, "w8").unlink(missing_ok=True)
-    with pytest.raises(VlmcError, match="vlmc calibrate .* --recipe w8"):
+    with pytest.raises(VlmcError, match=r"vlmc calibrate .* --recipe w8"):
         baseline.open_session(artifact, "w8")
 
 

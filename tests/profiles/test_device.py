@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vlmc.errors import VlmcError
 from vlmc.profiles.device import FOLDER, device_names, load_device
 
-MISSION = {"cpu", "rpi4", "rpi5", "orin", "thor", "gb10", "jetson-nano", "xavier-nx", "snapdragon-8-gen-3"}
+MISSION = {"cpu", "rpi4", "rpi5", "orin", "thor", "gb10", "jetson-nano", "xavier-nx", "snapdragon8gen3"}
 FIGURES = ("memory_gb", "memory_budget_gb", "latency_budget_ms", "dram_gb_per_s", "peak_", "tensorrt ")
 
 

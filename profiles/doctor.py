@@ -1,0 +1,69 @@
+"""What can run here, and why the rest cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..runtime import backends
+from . import machine, memory, power
+from .device import Device, device_names, load_device
+
+PACKAGES = {  # distribution: what it is for
+    "torch": "export, calibration and the PyTorch baselines",
+    "transformers": "export and calibration",
+    "onnx": "export and build",
+    "onnxruntime": "the backend onnxruntime",
+    "openvino": "the backend openvino",
+    "tensorrt": "the backend tensorrt",
+    "tensorrt-rtx-cu13": "the backend tensorrt_rtx",
+    "nvidia-ml-py": "energy and memory of NVIDIA GPUs",
+    "matplotlib": "the plots of a report",
+    "jinja2": "the page of a report",
+}
+
+
+def examine(folder: Path = Path()) -> dict[str, Any]:
+    """{"machine", "backends", "power", "packages", "devices"}: of each thing "" where it can be used here, else the
+    reason; of packages the version, or "unavailable: ...". `folder` is where free disk space is looked up."""
+    return {
+        "machine": {
+            "cpu": machine.describe(0)["cpu"],
+            "cores": os.cpu_count(),
+            "memory_gb": _gigabytes(memory.total_bytes()),
+            "memory_free_gb": _gigabytes(memory.available_bytes()),
+            "disk_free_gb": _gigabytes(shutil.disk_usage(folder).free),
+            "os": machine.describe(0)["os"],
+            "python": platform.python_version(),
+        },
+        "backends": {name: backends.unavailable(name) for name in backends.names()},
+        "power": {name: power.probe(name) for name in power.names()},
+        "packages": {name: _version(name, use) for name, use in PACKAGES.items()},
+        "devices": {name: built_here(load_device(name)) for name in device_names()},
+    }
+
+
+def built_here(device: Device) -> str:
+    """ "" where engines for the device can be built on this machine, else what stands in the way."""
+    if not device.ahead_of_time:
+        return device.ahead_of_time_why
+    missing = [name for name in device.backends if importlib.util.find_spec(name) is None]
+    if device.backends[0] in missing:
+        return f"the package of its backend {device.backends[0]} is not installed"
+    return ""
+
+
+def _version(name: str, use: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"unavailable: not installed; it is for {use}"
+
+
+def _gigabytes(count: int | None) -> float | str:
+    return "unavailable: the kernel does not tell" if count is None else round(count / 1e9, 1)
