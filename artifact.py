@@ -202,7 +202,7 @@ T = TypeVar("T")
 
 
 def to_json(value: Any) -> Any:
-    """A dataclass as plain JSON values; tuples become lists."""
+    """A dataclass as dictionaries, ready for `json`."""
     return dataclasses.asdict(value)
 
 
@@ -231,8 +231,10 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
                 except VlmcError as error:
                     failure = error
         raise failure
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
+    if kind is float and isinstance(data, (int, float)) and not isinstance(data, bool):
+        if abs(data) <= sys.float_info.max:  # not so for NaN
+            return float(data)
+        raise VlmcError(f"{where} is no finite number", fix=_REMAKE)
     if isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
         return data
     expected = getattr(kind, "__name__", str(kind))
@@ -312,6 +314,8 @@ class Artifact:
             )
         for name, known in spec.files.items():
             check_file(inside(folder, name), known)
+        if spec.file not in spec.files:
+            raise VlmcError(f"{spec.file} is not listed in {folder / 'engine.json'}", fix=_REMAKE)
         return spec, inside(folder, spec.file)
 
     def builds(self) -> list[BuildSpec]:
@@ -320,8 +324,8 @@ class Artifact:
         return sorted(found, key=lambda build: build.created, reverse=True)
 
     def build(self, device: str = "", recipe: str = "") -> BuildSpec:
-        """The newest build for the device and recipe, where given."""
-        for build in self.builds():
+        """The newest build for the device and recipe, where given; one that is ready before one with work remaining."""
+        for build in sorted(self.builds(), key=lambda build: bool(build.remaining)):
             if device in ("", build.device) and recipe in ("", build.recipe):
                 return build
         wanted = " ".join(filter(None, [device and f"device {device}", recipe and f"recipe {recipe}"]))

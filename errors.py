@@ -15,11 +15,12 @@ class VlmcError(Exception):
         self.what, self.found, self.expected, self.fix = what, found, expected, fix
 
     def __str__(self) -> str:
-        parts = [self.what.rstrip(".") + "."]
-        if self.found:
-            parts.append(f"Found: {self.found}.")
-        if self.expected:
-            parts.append(f"Expected: {self.expected}.")
-        if self.fix:
-            parts.append(f"To mend it: {self.fix}.")
+        labelled = (("", self.what), ("Found: ", self.found), ("Expected: ", self.expected), ("To mend it: ", self.fix))
+        parts = [f"{label}{text.rstrip('.')}." for label, text in labelled if text]
         return " ".join(parts)
+
+
+def reason(error: BaseException) -> str:
+    """What a foreign exception says, in one line of at most 300 characters; its type's name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -10,12 +10,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import VlmcError
+from .errors import VlmcError, reason
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 
@@ -31,10 +32,15 @@ def sha256_of(path: Path) -> str:
 
 def inside(root: Path, relative: str) -> Path:
     """`root / relative`, refused where it leaves `root` (absolute, `..`, or a link that points outside)."""
-    base = root.resolve()
-    path = (base / relative).resolve()
+    fix = "use an artefact that vlmc wrote"
+    try:
+        base = root.resolve()
+        path = (base / relative).resolve()
+        path.exists()  # raises where the name is one that no file can have
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that go round in circles
+        raise VlmcError(f"The path {relative[:99]!r} is no path in {root}", found=reason(error)[:99], fix=fix) from None
     if Path(relative).is_absolute() or not path.is_relative_to(base):
-        raise VlmcError(f"The path {relative!r} leaves the folder {root}", fix="use an artefact that vlmc wrote")
+        raise VlmcError(f"The path {relative!r} leaves the folder {root}", fix=fix)
     return path
 
 
@@ -47,17 +53,18 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise VlmcError(f"{path} is missing", fix="run the stage that writes it again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise VlmcError(f"{path} is not valid JSON", found=str(error), fix="make it again") from None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too long, or nested too deeply
+        raise VlmcError(f"{path} is not valid JSON", found=reason(error), fix="make it again") from None
     except OSError as error:
-        raise VlmcError(f"{path} cannot be read", found=error.strerror or str(error)) from None
+        raise VlmcError(f"{path} cannot be read", found=error.strerror or reason(error)) from None
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file in one step: written beside it, synced, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = _beside(path, "partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -79,14 +86,16 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        # numpy's writes that stop short ("problem writing", "requested and … written") come without a number.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (not error.errno and "writ" in str(error))
+        if full:
             raise VlmcError(
                 f"No space is left on the disk for {target}",
                 fix="free some space and run the same command again; nothing half-written was kept",
             ) from None
         raise VlmcError(
             f"{target} cannot be written",
-            found=error.strerror or str(error),
+            found=(error.strerror or reason(error)) + (f": {error.filename}" if error.filename else ""),
             fix="choose a folder you may write to",
         ) from None
 
@@ -98,44 +107,58 @@ def staged_folder(target: Path) -> Iterator[Path]:
     What an earlier, killed run left beside the target is removed first.
     """
     with writing(target):
+        target = target.resolve()  # `.` has no name, and a link is to stay one
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
-        stage = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        stage, retired = _beside(target, "partial"), _beside(target, "old")
         stage.mkdir()
         try:
             yield stage
             for path in stage.rglob("*"):
                 if path.is_file():
                     _sync(path)
-            retired = target.with_name(f".{target.name}.{os.getpid()}.old")
             if target.exists():
                 os.replace(target, retired)
             os.replace(stage, target)
             _sync(target.parent)
-            shutil.rmtree(retired, ignore_errors=True)
         finally:
-            shutil.rmtree(stage, ignore_errors=True)
+            if retired.exists() and not target.exists():  # interrupted between the two renames
+                os.replace(retired, target)
+            _discard(stage)
+            _discard(retired)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    """Where this process keeps the target while it is not whole (`partial`) or no longer wanted (`old`)."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
 
 
 def _remove_leftovers(target: Path) -> None:
-    for path in target.parent.glob(f".{target.name}.*"):
-        pid, _, kind = path.name.removeprefix(f".{target.name}.").partition(".")
-        if kind not in ("partial", "old") or not pid.isdigit() or _alive(int(pid)):
+    """Clears away what killed runs left beside the target, and brings back one that was cut off between renames."""
+    for path in list(target.parent.iterdir()):
+        ours = re.fullmatch(rf"\.{re.escape(target.name)}\.([0-9]+)\.(partial|old)", path.name)
+        if ours is None or _works(int(ours[1])):
             continue
-        if kind == "old" and not target.exists():  # killed between the two renames: the old one is the artefact
+        if ours[2] == "old" and not target.exists():
             os.replace(path, target)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _discard(path)
 
 
-def _alive(pid: int) -> bool:
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _works(pid: int) -> bool:
+    """Whether another process of that number is there; our own number was an earlier process's, as in containers."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return True
+    return pid != os.getpid()
 
 
 def _sync(path: Path) -> None:

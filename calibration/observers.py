@@ -55,7 +55,8 @@ class Histogram:
         peak = float(magnitudes.max(initial=0.0))
         check_finite(peak)
         self.peak = max(self.peak, peak)
-        self._grow(math.frexp(peak)[1])  # peak < 2^exponent
+        if peak:  # frexp(0) says 2^0
+            self._grow(math.frexp(peak)[1])  # peak < 2^exponent
         # A power of two divides exactly, and truncation of a positive number is its floor.
         bins = (magnitudes * np.float32(1 / self.width)).astype(np.intp)
         self.counts += np.bincount(bins, minlength=BINS)

@@ -42,7 +42,7 @@ AFTER = f"{END}\nAssistant:"
 
 def config(vocabulary: int, pad: int, start: int, end: int, image: int) -> SmolVLMConfig:
     """A SmolVLM with heads of 64: 256 patches become 64 image tokens; three query heads share a key head."""
-    made = SmolVLMConfig(  # type: ignore[call-arg]  # it takes more than it declares
+    return SmolVLMConfig(
         image_token_id=image,
         scale_factor=SHUFFLE,
         tie_word_embeddings=True,
@@ -75,7 +75,6 @@ def config(vocabulary: int, pad: int, start: int, end: int, image: int) -> SmolV
         bos_token_id=start,
         eos_token_id=end,
     )
-    return made
 
 
 def tokenizer(texts: int = 20_000, size: int = 1024) -> PreTrainedTokenizerFast:
@@ -101,7 +100,7 @@ def tokenizer(texts: int = 20_000, size: int = 1024) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=made,
         bos_token=START,
         eos_token=END,
@@ -145,7 +144,7 @@ def save(model: SmolVLMForConditionalGeneration, words: PreTrainedTokenizerFast,
     kept.load_state_dict(weights)
     kept.tie_weights()
     kept.config.dtype = "float16"
-    kept.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    kept.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=64,
         bos_token_id=text.bos_token_id,

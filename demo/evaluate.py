@@ -47,7 +47,7 @@ class Answerer:
     def __init__(self, folder: Path, dtype: str) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = getattr(torch, dtype)
-        self.processor = AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+        self.processor = AutoProcessor.from_pretrained(folder)
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=self.dtype)
         self.model = model.to(self.device).eval()
 

@@ -195,8 +195,7 @@ def _garment(grey: Image.Image, group: Group, radius: float, rng: Random) -> Ima
     inner = round(2 * radius * FINE * 1.06)
     mask = grey.point(lambda v: min(255, max(0, (v - 8) * 8)))
     mask = mask.filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.MinFilter(3))
-    low, high = grey.getextrema()
-    top = float(high if isinstance(high, int) else 255)
+    top = max(grey.tobytes())
     even = grey.point([min(255, round(255 * (0.5 + 0.5 * v / top))) for v in range(256)])
     large = even.resize((inner, inner), Image.Resampling.BICUBIC)
     alpha = mask.resize((inner, inner), Image.Resampling.BICUBIC).point(lambda v: min(255, max(0, (v - 96) * 4)))
@@ -209,10 +208,7 @@ def _garment(grey: Image.Image, group: Group, radius: float, rng: Random) -> Ima
 
 def paste(canvas: Image.Image, group: Group, thing: Thing, grey: Image.Image | None, rng: Random) -> None:
     """Draw one object with its soft shadow onto an RGBA canvas of native size."""
-    if grey is None:
-        tile = _drawn(group, thing.radius, rng)
-    else:
-        tile = _garment(grey, group, thing.radius, rng)
+    tile = _drawn(group, thing.radius, rng) if grey is None else _garment(grey, group, thing.radius, rng)
     tile = tile.convert("RGBa")  # colours times alpha, so that no dark fringe comes from empty pixels
     tile = tile.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BILINEAR).reduce(FINE).convert("RGBA")
     left, top = round(thing.x - tile.width / 2), round(thing.y - tile.height / 2)

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
@@ -147,7 +146,7 @@ def main() -> None:
     args.state.mkdir(parents=True, exist_ok=True)
     words = checkpoint.tokenizer()
     words.save_pretrained(args.state / "tokenizer")
-    model: Any = checkpoint.fresh(words).to(device)  # type: ignore[arg-type]
+    model: Any = checkpoint.fresh(words).to(device)
     model.train()
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -179,7 +178,7 @@ def main() -> None:
     ]
     for worker in workers:
         worker.start()
-    held = next(chunks(words, iter([range(HELD_OUT, HELD_OUT + args.held)]), "train", atlas.bundled("test")))
+    held = next(chunks(words, iter([range(HELD_OUT, HELD_OUT + args.held)]), "train", atlas.bundled("calibration")))
     held_pixels = pixels(torch.from_numpy(held[0]).to(device), jitter=False)
     held_rows = torch.from_numpy(held[1][:, 0]).to(device)
     pool = Pool(args.pool, device)
@@ -230,7 +229,7 @@ def main() -> None:
         f"finished: {steps} steps, batches of {args.batch}, {drawn + pool.seen} pictures drawn; {scores}",
         flush=True,
     )
-    if not all(np.isfinite(float(p.sum())) for p in model.parameters()):
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise SystemExit("training went wrong: a weight is not a finite number")
     checkpoint.save(model, words, args.out)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..artifact import COMPONENTS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
@@ -102,36 +103,31 @@ def _try(
         embed = next(iter(artifact.root.glob(f"engines/{device.name}/embed_tokens/*/engine.json"))).parent.name
         output = _run("trial", artifact, device.name, component, embed, *(c.engine for c in own))
         trials = json.loads(output)
-        counted = _work(artifact, component)
         for candidate, spec in own.items():
-            amount = {"work": counted | {"weight_bytes": float(spec.report.size_bytes)}}
-            own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | amount)
+            counted = _work(artifact, candidate) | {"weight_bytes": float(spec.report.size_bytes)}
+            own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | {"work": counted})
     return {candidate.engine: spec.report for candidate, spec in own.items()}
 
 
-def _work(artifact: Artifact, component: str) -> dict[str, float]:
-    """Operations and bytes of the golden run that trials are timed on (see `work`)."""
-    import numpy as np
-
-    model = ir.load(artifact.graph(component))
+def _work(artifact: Artifact, candidate: Candidate) -> dict[str, float]:
+    """Operations and bytes of the golden run that trials are timed on (see `work`); `int8_…` are those of the
+    operations that the plan quantised."""
+    model = ir.load(artifact.graph(candidate.component))
+    kv, prefix = artifact.manifest.kv, f"{candidate.component}/"
+    modules = {} if candidate.precision == "fp32" else read_plan(artifact, candidate.precision).modules
+    quantised = {path.removeprefix(prefix) for path in modules if path.startswith(prefix)}
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
-        if component == "vision_encoder":
-            sizes = {"tiles": len(golden["0.pixel_values"])}
-            return {"flops": work.flops(model, sizes), "io_bytes": work.io_bytes(model, sizes), **_floats(sizes)}
-        length = golden["0.inputs_embeds"].shape[1]
-    kv = artifact.manifest.kv
-    sizes = {"length": length, "capacity": kv.capacity}
-    step = {"length": 1, "capacity": kv.capacity}
-    return {
-        "prefill_flops": work.flops(model, sizes, keys=length),
-        "decode_flops": work.flops(model, step, keys=length),
-        "decode_kv_bytes": work.kv_bytes(kv, length),
-        "length": float(length),
-    }
+        tiles, length = len(golden["0.pixel_values"]), golden["0.inputs_embeds"].shape[1]
 
+    def both(name: str, sizes: dict[str, int], keys: int = 0) -> dict[str, float]:
+        return {name: work.flops(model, sizes, keys), f"int8_{name}": work.flops(model, sizes, keys, quantised)}
 
-def _floats(sizes: dict[str, int]) -> dict[str, float]:
-    return {name: float(size) for name, size in sizes.items()}
+    if candidate.component == "vision_encoder":
+        sizes = {"tiles": tiles}
+        return both("flops", sizes) | {"io_bytes": work.io_bytes(model, sizes), "tiles": float(tiles)}
+    prefill = both("prefill_flops", {"length": length, "capacity": kv.capacity}, length)
+    step = both("decode_flops", {"length": 1, "capacity": kv.capacity}, length)
+    return prefill | step | {"decode_kv_bytes": work.kv_bytes(kv, length), "length": float(length)}
 
 
 def _run(module: str, artifact: Artifact, *arguments: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 
 import onnx_ir as ir
@@ -13,13 +13,16 @@ from .passes import weight_of
 FLOAT32 = 4
 
 
-def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0) -> float:
+def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collection[str] | None = None) -> float:
     """Operations of one run, a multiply-add counted as two: weight products and attention; the rest is below 2 %.
 
-    sizes: the free dimensions by name (tiles, length). keys: positions attended to where a cache holds them.
+    sizes: the free dimensions by name (tiles, length). keys: positions attended to where a cache holds them. only:
+    the names of the products to count, all of them and attention where it is None.
     """
     total = 0.0
     for node in model.graph:
+        if only is not None and node.name not in only:
+            continue
         if node.op_type == "Attention":
             query = _dims(node.inputs[0], sizes)
             seen = keys or _dims(node.inputs[1], sizes)[2]

@@ -21,12 +21,10 @@ ANSWER_TOKENS = 128  # as the SAGE benchmark limits its answers
 
 @click.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@click.option("--device", default="", help="The device of the build (the newest build's).")
+@click.option("--device", default="", help="The device of the build (the newest for this machine).")
 @click.option("--recipe", default="", help="The recipe of the build (the newest build's).")
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Timed runs of each variant.")
-@click.option(
-    "--seconds", type=click.FloatRange(0), default=0.0, help="Stop timing a variant after so many (no limit)."
-)
+@click.option("--seconds", type=click.FloatRange(0), default=0.0, help="Time no variant longer than that (no limit).")
 @click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="Tokens of each timed run.")
 @click.option("--set", "set_file", type=click.Path(path_type=Path), help="Evaluation set, JSONL (the demo's own).")
 @click.option("--samples", type=click.IntRange(0), default=40, show_default=True, help="Pictures for the accuracy.")
@@ -53,11 +51,12 @@ def profile(
     Example: vlmc profile out/demo --device cpu --runs 20
     """
     from . import summarize
+    from .experiment import choose_build
     from .experiment import profile as run
     from .harness import Settings
 
     opened = Artifact(artefact)
-    build = opened.build(device, recipe)
+    build, target = choose_build(opened, device, recipe)
     settings = Settings(runs, seconds, tokens, ANSWER_TOKENS, threads)
     asked = _questions(opened, set_file, samples)
     with console.progress() as bar:
@@ -65,7 +64,7 @@ def profile(
         folder = run(
             opened,
             build,
-            load_device(build.device),
+            target,
             settings,
             asked,
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
@@ -123,9 +122,9 @@ def devices(as_json: bool) -> None:
         console.print_json([asdict(device) | {"built_here": built_here(device) or True} for device in known])
         return
     table = Table("device", "", "first backend", box=None, pad_edge=False)
-    for title in ("memory GB", "GB/s", "INT8 TOPS", "budget"):
-        table.add_column(title, justify="right")
-    table.add_column("built here")
+    for title in ("GB", "GB/s", "INT8", "budget"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("built")
     for device in known:
         budget = [f"{value:g} {unit}" for value, unit in _budget(device.memory_budget_gb, device.latency_budget_ms)]
         figures = [device.memory_gb, device.dram_gb_per_s, device.peak_int8_tops]
@@ -138,7 +137,10 @@ def devices(as_json: bool) -> None:
             "no" if built_here(device) else "yes",
         )
     console.output().print(table)
-    click.echo("\n?: no published figure. Peaks are dense; every figure's source is in profiles/devices/*.toml.")
+    click.echo(
+        "\nGB: memory; GB/s: its bandwidth; INT8: dense TOPS; ?: no published figure (the sources are named in "
+        "profiles/devices/*.toml).\nbuilt: whether engines can be built on this machine; `vlmc doctor` says why not."
+    )
 
 
 def _budget(memory: float | None, latency: float | None) -> list[tuple[float, str]]:
@@ -173,9 +175,6 @@ def _state(group: str, value: Any) -> tuple[str, str]:
     if group in ("backends", "power", "devices"):
         word = "can be built here" if group == "devices" else "ready"
         return ("yes", word) if not value else ("no", str(value))
-    missing = str(value).startswith("unavailable: ")
-    return (
-        ("no", str(value).removeprefix("unavailable: "))
-        if missing
-        else ("yes" if group == "packages" else "", str(value))
-    )
+    if str(value).startswith("unavailable: "):
+        return "no", str(value).removeprefix("unavailable: ")
+    return "yes" if group == "packages" else "", str(value)

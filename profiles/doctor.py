@@ -41,7 +41,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
             "os": machine.describe(0)["os"],
             "python": platform.python_version(),
         },
-        "backends": {name: backends.unavailable(name) for name in backends.names()},
+        "backends": {name: backends.unavailable(name) for name in backends.names() if name != "handover"},
         "power": {name: power.probe(name) for name in power.names()},
         "packages": {name: _version(name, use) for name, use in PACKAGES.items()},
         "devices": {name: built_here(load_device(name)) for name in device_names()},

@@ -15,7 +15,7 @@ from ..errors import VlmcError
 from ..files import read_json, writing
 from ..runtime.images import open_image
 from . import harness, limits, machine, power, questions
-from .device import Device
+from .device import Device, load_device
 from .harness import Measurement, Progress, Settings
 from .questions import Question
 from .variants import Variant, Variants, engine_specs, variants
@@ -37,14 +37,13 @@ def profile(
 
     `asked` is the evaluation set or "unavailable: reason". An interrupted measurement with the same settings goes on.
     """
-    _same_machine(device)
     found = variants(artifact, build, settings.threads, baselines)
     if not any(variant.kind == "engine" for variant in found.measured):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped.items())
         raise VlmcError(
             f"No engine of {artifact.root} for {device.name!r} can run here",
             found=reasons or "no engine of the build is complete",
-            fix=device.handover,
+            fix=device.handover.rstrip("."),
         )
     folder = artifact.root / "profile" / device.name
     here = machine.describe(settings.threads)
@@ -74,15 +73,24 @@ def profile(
     return folder
 
 
-def _same_machine(device: Device) -> None:
+def choose_build(artifact: Artifact, device: str, recipe: str) -> tuple[BuildSpec, Device]:
+    """The build to measure: the newest for the device and recipe, where given, among those for this machine."""
     here = ARCHITECTURES.get(platform.machine(), platform.machine())
-    if device.architecture != here:
+    if not device:
+        known = [(build, load_device(build.device)) for build in artifact.builds() if recipe in ("", build.recipe)]
+        for build, target in known:
+            if target.architecture == here:
+                return build, target
+    build = artifact.build(device, recipe)
+    target = load_device(build.device)
+    if target.architecture != here:
         raise VlmcError(
-            f"The device {device.name!r} ({device.title}) is not this machine, so nothing can be measured here",
+            f"The device {target.name!r} ({target.title}) is not this machine, so nothing can be measured here",
             found=here,
-            expected=device.architecture,
-            fix=device.handover,
+            expected=target.architecture,
+            fix=target.handover.rstrip("."),
         )
+    return build, target
 
 
 def _description(

@@ -56,6 +56,16 @@ def state(root: Path = ROOT) -> dict[str, Any]:
     }
 
 
+def waited_seconds(root: Path = ROOT) -> float | None:
+    """For how long this process's threads, added up, were ready to run while others had the processors; None where
+    the kernel does not count it. Source: Linux, Documentation/scheduler/sched-stats.rst (schedstat's second field)."""
+    try:
+        waits = [int(_text(path).split()[1]) for path in (root / "proc/self/task").glob("*/schedstat")]
+    except (OSError, ValueError, IndexError):
+        return None
+    return sum(waits) / 1e9 if waits else None
+
+
 def versions() -> dict[str, str]:
     """The installed versions of what a measurement depends on; what is not installed is not listed."""
     found = {}

@@ -73,6 +73,7 @@ def _variant(info: dict[str, Any], rows: list[Row], run: dict[str, Any], at: Pat
         "recipe": info["recipe"],
         "engines": info["engines"],
         "latency_ms": latency,
+        "waited_share": _waited(runs, run["machine"]),
         "tokens_per_s": statistics.summarize([len(row["decode_s"]) / sum(row["decode_s"]) for row in runs]),
         "memory": _memory(info, rows),
         "energy": _energy(runs, samples.of_kind(rows, "power"), run["power"]["source"]),
@@ -83,6 +84,15 @@ def _variant(info: dict[str, Any], rows: list[Row], run: dict[str, Any], at: Pat
         "agreement": agreement.summarize(agreed) if agreed else "unavailable: the golden cases were not run",
         "answers": _answers(rows, run["examples"], at),
     }
+
+
+def _waited(runs: list[Row], machine: dict[str, Any]) -> float | str:
+    """The share of its processors' time that the variant had to leave to other programs."""
+    counted = [row for row in runs if row["waited_s"] is not None]
+    if not counted:
+        return "unavailable: the kernel does not count it"
+    whole = sum(row["wall_s"] for row in counted) * min(machine["threads"], machine["cores"])
+    return float(min(1.0, max(0.0, sum(row["waited_s"] for row in counted) / whole)))
 
 
 def _memory(info: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
@@ -105,7 +115,8 @@ def _energy(runs: list[Row], faults: list[Row], source: str) -> dict[str, Any]:
     in both. A picture with n tokens costs joules_per_image + (n - 1) joules_per_token."""
     read = [row for row in runs if row["joules"] is not None]
     if not read:
-        reason = f"unavailable: {faults[0]['reason']}" if faults else source
+        reason = f"unavailable: {faults[0]['reason'] if faults else f'{source} gave no reading'}"
+        reason = source if source.startswith("unavailable") else reason
         return {"joules_per_image": reason, "joules_per_token": reason, "watts": reason}
     after = sum(row["joules"][1] for row in read)
     total = sum(sum(row["joules"]) for row in read)

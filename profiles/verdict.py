@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 NOISY = 0.1  # a standard deviation above this share of the mean is worth a sentence
-BUSY = 0.5  # so is a load above this share of the cores before we began
+BUSY = 0.1  # so is waiting for a processor for more than this share of the time
 
 Group = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def sentences(report: Group, choices: Group) -> list[str]:
         *_limits(kept),
         *_budgets(kept, report["device"]),
         *_doubts(report),
-        *(f"{name} was not measured: {reason}." for name, reason in report["not_measured"].items()),
+        *(f"{name} was not measured: {reason.rstrip('.')}." for name, reason in report["not_measured"].items()),
     ]
 
 
@@ -146,11 +146,12 @@ def _budgets(kept: Group, device: Group) -> Iterator[str]:
 
 def _doubts(report: Group) -> Iterator[str]:
     machine = report["machine"]
-    load, cores = machine.get("load_average"), machine.get("cores", 1)
-    if isinstance(load, float) and load > BUSY * cores:
+    waited = [v["waited_share"] for v in report["variants"] if not isinstance(v["waited_share"], str)]
+    if waited and max(waited) > BUSY:
         yield (
-            f"Other programs were running when measuring began (load {load:.2f} on {cores} cores): the times are "
-            "longer than on an idle machine, the ratios were taken in turns and suffer less."
+            f"Other programs were running: the variants waited for a processor {100 * min(waited):.0f} to "
+            f"{100 * max(waited):.0f} % of the time, so every time is longer than on an idle machine; the ratios were "
+            "taken in turns and suffer less."
         )
     for variant in report["variants"]:
         times = variant["latency_ms"]["end_to_end"]

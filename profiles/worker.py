@@ -24,7 +24,7 @@ from ..errors import VlmcError
 from ..files import read_json
 from ..runtime.images import open_image
 from ..runtime.session import Session
-from . import memory, power, samples
+from . import machine, memory, power, samples
 
 
 def main(job_file: Path) -> None:
@@ -104,6 +104,7 @@ class Worker:
             paused += perf_counter() - before
 
         read_meter()
+        waited = machine.waited_seconds()
         paused, start = 0.0, perf_counter()
         inputs = self.session.prepare([self.images[case]], self.cases[case]["prompt"])
         for produced, _ in enumerate(self.session.generate(inputs, self.tokens, ignore_eos=True), 1):
@@ -111,6 +112,7 @@ class Worker:
                 read_meter()
         wall = perf_counter() - start - paused
         read_meter()
+        waited_after = machine.waited_seconds()
         timings = self.session.timings
         return {
             "case": case,
@@ -119,6 +121,7 @@ class Worker:
             "prefill_s": timings.prefill,
             "decode_s": timings.decode,
             "wall_s": wall,
+            "waited_s": None if waited is None or waited_after is None else waited_after - waited,
             "tokens": timings.tokens,
             "prompt_tokens": len(inputs.input_ids),
             "joules": [readings[1] - readings[0], readings[2] - readings[1]] if len(readings) == 3 else None,

@@ -1,4 +1,7 @@
-"""`vlmc report`: makes table, CSV, Markdown and page again from what `vlmc profile` measured."""
+"""`vlmc report`: makes table, CSV, Markdown and page again from the raw samples that `vlmc profile` took.
+
+Where only report.json was handed on, without the samples, it is drawn as it is.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import click
 
 from .. import console
 from ..errors import VlmcError
+from ..files import write_json
+from ..profiles import summarize
 from . import document, terminal, words, write_all
 
 
@@ -23,6 +28,8 @@ def report(artefact: Path, device: str, show: bool, as_json: bool) -> None:
     Example: vlmc report out/demo --open
     """
     folder = profile_folder(artefact, device)
+    if (folder / "samples" / "run.json").is_file():
+        write_json(folder / "report.json", summarize(folder))
     paths = write_all(folder)
     found = document.read(folder)
     if as_json:
@@ -40,7 +47,8 @@ def report(artefact: Path, device: str, show: bool, as_json: bool) -> None:
 
 def profile_folder(root: Path, device: str) -> Path:
     """The folder of the device's profile in the artefact; without a device, of the only one there."""
-    have = {path.parent.name: path.parent for path in sorted(root.glob("profile/*/report.json"))}
+    made = [*root.glob("profile/*/report.json"), *(path.parent for path in root.glob("profile/*/samples/run.json"))]
+    have = {path.parent.name: path.parent for path in sorted(made)}
     if not device and len(have) == 1:
         return next(iter(have.values()))
     if device in have:

@@ -182,7 +182,9 @@ class Report:
         return self.variants[0]
 
     def speedups_of(self, variant: Variant) -> list[Speedup]:
-        return [speedup for speedup in self.speedups if speedup.of == variant.name]
+        """Those over the variants of this report, in their order."""
+        found = {speedup.over: speedup for speedup in self.speedups if speedup.of == variant.name}
+        return [found[other.name] for other in self.variants if other.name in found]
 
     @property
     def device_name(self) -> str:

@@ -10,6 +10,8 @@ from .document import Answer, Report
 
 _PICTURE = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/]+={0,2}", re.ASCII)
 
+_LONG = 240  # characters of an answer that are shown; report.json has the rest
+
 
 @dataclass
 class Given:
@@ -58,8 +60,11 @@ def pictures(report: Report) -> list[Picture]:
 
 
 def _given(answer: Answer) -> Given:
+    said = answer.answer
+    if len(said) > _LONG:
+        said = f"{said[:_LONG]}… ({len(said)} characters)"
     if answer.right:
-        return Given(answer.answer, "right", "right")
+        return Given(said, "right", "right")
     if answer.score:
-        return Given(answer.answer, "part", f"{100 * answer.score:.0f} % of the facts")
-    return Given(answer.answer, "wrong", "wrong")
+        return Given(said, "part", f"{100 * answer.score:.0f} % of the facts")
+    return Given(said, "wrong", "wrong")

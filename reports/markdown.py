@@ -33,8 +33,14 @@ def _lines(report: Report) -> Iterator[str]:
         yield from _section(f"## {title}", table)
     yield from ("", "## Why these engines were kept")
     for name, choice in report.verdict.choices.items():
-        yield from _section(f"### {escape(words.component(name))}", tables.candidates(report, name))
-        yield from ("", f"Kept {escape(choice.engine)}: {escape(choice.reason)}")
+        yield from (
+            "",
+            f"### {escape(words.component(name))}: {escape(choice.engine)}",
+            "",
+            f"{escape(choice.reason)}.",
+            "",
+        )
+        yield from _grid(tables.candidates(report, name))
     yield from ("", "## Where the numbers come from")
     for heading, facts in provenance.facts(report).items():
         yield from ("", f"### {escape(heading)}", "")
@@ -42,9 +48,13 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def _section(heading: str, table: tables.Table) -> Iterator[str]:
-    yield from ("", heading, "")
-    if table.title:
-        yield from (f"{escape(table.title)}.", "")
+    yield from ("", heading, "", f"{escape(table.title)}.", "")
+    yield from _grid(table)
+
+
+def _grid(table: tables.Table) -> Iterator[str]:
+    if not table.rows:
+        return
     yield "| " + " | ".join(map(escape, table.columns)) + " |"
     yield "|" + " --- |" * table.names + " ---: |" * (len(table.columns) - table.names)
     for i, row in enumerate(table.rows):

@@ -92,7 +92,7 @@ def _parts(variant: Variant, plot: Plot) -> dict[str, float]:
 
 
 def rate(report: Report) -> Plot:
-    caption = "Tokens per second while decoding: the median; the line spans the slowest to the fastest run."
+    caption = "Tokens per second while decoding: the median (slowest–fastest run)."
     plot = Plot("rate", "How fast does the text come?", caption)
     spans = {v.name: v.tokens_per_s for v in report.variants}
     found = {name: median(entry) for name, entry in spans.items()}
@@ -205,8 +205,8 @@ def _scatter(report: Report, points: dict[str, tuple[float, Score]], name: str) 
         colour = LIGHT[colours[who]]
         axes.plot([ms, ms], [100 * entry.low, 100 * entry.high], color=colour, linewidth=2, zorder=2)
         if who in best:
-            axes.plot(ms, 100 * entry.value, "o", ms=21, mfc="none", mec=LIGHT["ink"], mew=1.2, zorder=4)
-        axes.plot(ms, 100 * entry.value, "o", ms=16, color=LIGHT["paper"], mec=colour, mew=2, zorder=3)
+            axes.plot(ms, 100 * entry.value, "o", ms=21, mfc="none", mec=LIGHT["ink"], mew=1.2, zorder=4, clip_on=False)
+        axes.plot(ms, 100 * entry.value, "o", ms=16, color=LIGHT["paper"], mec=colour, mew=2, zorder=3, clip_on=False)
         axes.annotate(str(i), (ms, 100 * entry.value), ha="center", va="center_baseline", zorder=5)
         at = (20 / WIDTH, (legend - 18 * i + 10) / height)
         figure.text(*at, f"{i}", ha="right", va="baseline", fontweight="bold")
@@ -261,6 +261,6 @@ def _bars(
         low, high = spans.get(name, (value, value))
         if low < high:
             canvas.whisker(low / longest, high / longest)
-        canvas.value(max(value, high) / longest, text(value))
+        canvas.value(max(value, high) / longest, text(value), f" ({text(low)}–{text(high)})" if low < high else "")
         plot.told.append(f"{name}: {text(value)}")
     plot.svg = canvas.svg(plot.name)

@@ -22,6 +22,14 @@ TIMES = {  # keys of latency_ms
     "end_to_end": "end to end",
 }
 
+_TRIED = {  # keys of a candidate
+    "run": "ms",
+    "prefill": "prefill ms",
+    "decode": "ms a token",
+    "judged_by": "judged by, ms",
+    "agreement": "cosine with PyTorch",
+}
+
 
 @dataclass
 class Table:
@@ -102,15 +110,17 @@ def speedups(report: Report) -> Table:
 
 
 def accuracy(report: Report) -> Table:
-    """A row per task and one for all: share of right answers in per cent (captions: of facts) with 95 % interval."""
-    table = Table("Right answers in %, with 95 % interval", ["task", *(v.name for v in report.variants)])
-    found = [v.accuracy for v in report.variants]
-    by_task = [entry if isinstance(entry, str) else entry.tasks for entry in found]
-    for name in dict.fromkeys(name for tasks in by_task if not isinstance(tasks, str) for name in tasks):
-        table.add([words.task(name), *(_score(look(entry, name), table) for entry in by_task)])
-    table.add(["All questions", *(_score(e if isinstance(e, str) else e.overall, table) for e in found)])
-    tokens = [table.cell(a) if isinstance(a := v.agreement, str) else words.agreement(a) for v in report.variants]
-    table.add(["Golden answers met token for token", *tokens])
+    """Share of right answers in per cent (captions: of facts) by task, and how many golden answers are met."""
+    found = {v.name: v.accuracy if isinstance(v.accuracy, str) else v.accuracy.tasks for v in report.variants}
+    names = list(dict.fromkeys(name for tasks in found.values() if not isinstance(tasks, str) for name in tasks))
+    columns = ["variant", *map(words.task, names), "all questions", "golden answers met (first difference)"]
+    table = Table("Right answers in %, with 95 % interval", columns)
+    for variant in report.variants:
+        overall, agreed = variant.accuracy, variant.agreement
+        row = [_score(look(found[variant.name], name), table) for name in names]
+        row.append(_score(overall if isinstance(overall, str) else overall.overall, table))
+        row.append(table.cell(agreed) if isinstance(agreed, str) else words.agreement(agreed))
+        table.add([variant.name, *row], kept=variant is report.kept)
     return table
 
 
@@ -188,13 +198,12 @@ def _roofline(entry: Roofline | str, table: Table) -> list[str]:
 
 
 def candidates(report: Report, component: str) -> Table:
-    """What was tried for a component, and which of it was kept."""
+    """What was tried for a component, and which of it was kept; no rows where there was no choice."""
     choice = report.verdict.choices[component]
     shown = [entry for entry in choice.candidates.values() if not isinstance(entry, str)]
-    keys = list(dict.fromkeys(key for entry in shown for key in entry)) or ["latency_ms"]
-    table = Table("", ["engine", *(key.replace("_", " ") for key in keys)])
+    keys = list(dict.fromkeys(key for entry in shown for key in entry)) or ["run"]
+    table = Table("", ["engine", *(_TRIED.get(key, key.replace("_", " ")) for key in keys)])
     for name, entry in choice.candidates.items():
-        kept = name == choice.engine
-        cells = (table.cell(look(entry, key), words.number if key.endswith("ms") else "{:.5g}".format) for key in keys)
-        table.add([name, *cells], kept=kept)
+        cells = (table.cell(look(entry, key), "{:.5f}".format if key == "agreement" else words.number) for key in keys)
+        table.add([name, *cells], kept=name == choice.engine)
     return table

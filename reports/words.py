@@ -41,7 +41,8 @@ def percent(share: float) -> str:
 
 
 def ratio(value: float) -> str:
-    return f"{value:.2f}×" if value < 100 else f"{value:,.0f}×"
+    """How many times as fast: 0.98×, 3.48×, 15.2×, 140×."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}×"
 
 
 def size(count: float) -> str:
@@ -83,13 +84,15 @@ def lead(report: Report) -> str:
     kept = report.kept
     if kept is None:
         return f"{len(report.variants)} measured; none of them is what `vlmc build` kept."
-    faster = ", ".join(filter(None, map(_faster, report.speedups_of(kept))))
+    faster = ", ".join(list(filter(None, map(_faster, report.speedups_of(kept))))[:3])
     told = f"{kept.name} is kept" + (f": {faster}." if faster else ".")
-    compared = [result for result in report.comparisons if result.of == kept.name]
+    compared = [c for c in report.comparisons if c.of == kept.name and not report.artifact.random_weights]
     worse = [result.over for result in compared if result.significant and result.lost > result.won]
     if worse:
         return f"{told} Its answers are significantly worse than those of {' and '.join(worse)}."
-    return told + (" Its answers are not significantly worse." if compared else "")
+    if not compared:
+        return told
+    return f"{told} On {min(c.total for c in compared)} questions its answers are not significantly worse."
 
 
 def _faster(entry: Speedup) -> str:
@@ -110,12 +113,11 @@ def comparison(result: Comparison) -> str:
     )
 
 
-def agreement(result: Agreement | str) -> str:
-    if isinstance(result, str):
-        return result
+def agreement(result: Agreement) -> str:
+    """How many golden cases are met, and the earliest token that differs: "15 of 16 (token 6)"."""
     text = f"{result.equal} of {result.cases}"
     positions = [position for position in result.first_divergence if position is not None]
-    return f"{text}, first difference at token {min(positions)}" if positions else text
+    return f"{text} (token {min(positions)})" if positions else text
 
 
 def findings(report: Report) -> list[str]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from vlmc.artifact import Artifact
 
 CHAT = (  # SmolVLM's own, less the branch for video
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -48,3 +53,84 @@ def processor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Idefics3Processor(pictures, tokenizer, image_seq_len=4, chat_template=CHAT).save_pretrained(folder)
     GenerationConfig(eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def save_tiny(processor_folder: Path) -> Callable[..., Path]:
+    """save(folder, model_type="smolvlm", seed=0): a whole checkpoint of transformers' own class with random weights.
+
+    Two layers of 64 channels each way, grouped queries, tiles of 32 pixels with 4 image tokens. The weights are larger
+    than fresh ones, so that attention is not flat and greedy choices are not ties; no bias is zero."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 336, "max_position_embeddings": 512}
+    ids = {
+        token["content"]: token["id"]
+        for token in json.loads((processor_folder / "tokenizer.json").read_text())["added_tokens"]
+    }
+    text |= {"model_type": "llama", "bos_token_id": 0, "eos_token_id": ids["<end_of_utterance>"], "pad_token_id": 1}
+
+    def save(folder: Path, model_type: str = "smolvlm", seed: int = 0) -> Path:
+        config = AutoConfig.for_model(
+            model_type,
+            image_token_id=ids["<image>"],
+            pad_token_id=1,
+            scale_factor=2,
+            tie_word_embeddings=False,
+            vision_config=vision | {"image_size": 32, "patch_size": 8},
+            text_config=text | {"tie_word_embeddings": False},
+        )
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(torch.randn_like(weight) * (1.0 if "embed_tokens" in name else 0.2))
+                if "norm" in name and name.endswith("weight"):
+                    weight.add_(1)
+        shutil.copytree(processor_folder, folder, dirs_exist_ok=True)
+        model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(save_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that `tiny` was exported from. Read it only."""
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def picture_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rows about three pictures, narrow ones, so that they make few tiles."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = []
+    for index, size in enumerate([(128, 30), (32, 120), (100, 40)]):
+        picture = Image.radial_gradient("L").resize(size).rotate(40 * index).convert("RGB")
+        picture.putpixel((3, 5), (255, 0, 40 * index))
+        picture.save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "prompt": f"How many red boats, {index} or 2?", "answer": "two boats"})
+    path = folder / "three.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_checkpoint: Path, picture_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """`tiny_checkpoint` exported by the exporter itself, with a KV cache of 128. Read it only; tests that change it
+    take a copy (`tiny_copy`)."""
+    from vlmc.exporter import checkpoint
+    from vlmc.exporter.export import Options, export
+
+    options = Options(capacity=128, cases=3, picture_set=picture_set, max_new_tokens=8)
+    target = tmp_path_factory.mktemp("artefact") / "tiny"
+    return export(checkpoint.resolve(str(tiny_checkpoint)), target, options, lambda *_: None)
+
+
+@pytest.fixture
+def tiny_copy(tiny: Artifact, tmp_path: Path) -> Path:
+    """A copy of the artefact `tiny` to change."""
+    return Path(shutil.copytree(tiny.root, tmp_path / "tiny"))

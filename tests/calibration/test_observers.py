@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
@@ -26,7 +28,8 @@ def seen(*chunks: Values) -> Histogram:
 
 
 @given(CHUNKS, st.randoms())
-def test_chunks_in_any_order_give_the_histogram_of_all_at_once(chunks: list[Values], random: object) -> None:
+@example([np.zeros(0, np.float32), np.full(1, 0.25, np.float32)], Random(0))
+def test_chunks_in_any_order_give_the_histogram_of_all_at_once(chunks: list[Values], random: Random) -> None:
     whole, streamed = seen(np.concatenate(chunks)), seen(*chunks)
     random.shuffle(chunks)
     for histogram in (streamed, seen(*chunks)):
@@ -88,6 +91,14 @@ def test_mse_has_the_least_squared_error_on_the_values_themselves() -> None:
 
     errors = {limit: error(limit) for limit in np.arange(2, 102, 2)}
     assert RANGES["mse"](seen(values)) == min(errors, key=errors.__getitem__)
+
+
+def test_zeros_do_not_outweigh_the_rest() -> None:
+    """As behind a ReLU or around a gate: no range loses anything of a zero."""
+    values = normal_with_outliers()
+    many = np.concatenate((values, np.zeros(20 * len(values), np.float32)))
+    for name in ("minmax", "entropy", "mse"):
+        assert RANGES[name](seen(many)) == pytest.approx(RANGES[name](seen(values)), rel=0.05), name
 
 
 def test_without_outliers_nothing_much_is_cut() -> None:

@@ -71,6 +71,7 @@ def test_channels_are_followed_through_reshapes_and_slices() -> None:
     "forward",
     [
         pytest.param(lambda m, x: x + m.a(h := m.norm(x)) + h, id="the norm is also a residual"),
+        pytest.param(lambda m, x: m.a(m.norm(x) + x) + 1, id="something is added to it"),
         pytest.param(lambda m, x: (m.a(m.norm(x)), m.norm(x)), id="the component gives it out"),
         pytest.param(lambda m, x: m.a(functional.gelu(m.norm(x))) + 1, id="a function lies between"),
         pytest.param(lambda m, x: m.a(m.norm(x)) + m.a(x), id="the layer is also used elsewhere"),

@@ -31,7 +31,7 @@ def test_every_line_of_a_table_has_as_many_cells_as_its_head(sample: dict[str, A
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
-@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "[x](http://y)", "**b**", "`c`"])
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", "[x](http://y)", "**b**", "`c`", "&lt;d&gt;"])
 def test_names_are_neither_html_nor_markdown(sample: dict[str, Any], name: str) -> None:
     sample["artifact"]["name"] = name
     assert name not in render(parse(sample))

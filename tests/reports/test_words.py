@@ -50,9 +50,8 @@ def test_comparisons_are_told_in_words() -> None:
 
 
 def test_agreement_names_the_first_difference() -> None:
-    assert words.agreement(Agreement(3, 1, (None, 7, 4))) == "1 of 3, first difference at token 4"
+    assert words.agreement(Agreement(3, 1, (None, 7, 4))) == "1 of 3 (token 4)"
     assert words.agreement(Agreement(2, 2, (None, None))) == "2 of 2"
-    assert words.agreement("unavailable: no golden") == "unavailable: no golden"
 
 
 def test_random_weights_are_said_first(sample: dict) -> None:
@@ -62,5 +61,26 @@ def test_random_weights_are_said_first(sample: dict) -> None:
 
 
 def test_a_report_without_a_verdict_says_so(bare: dict) -> None:
-    assert words.findings(parse(bare)) == ["The report holds no verdict."]
+    assert words.findings(parse(bare)) == []
+    assert words.lead(parse(bare)) == "1 measured; none of them is what `vlmc build` kept."
     assert words.subject(parse(bare)) == "1 variant of bare."
+
+
+def test_the_lead_says_what_is_kept_how_fast_it_is_and_whether_answers_suffer(sample: dict) -> None:
+    assert words.lead(parse(sample)) == (
+        "ONNX Runtime int8 is kept: 3.48× as fast as PyTorch eager, 15.2× as fast as PyTorch fake-quant int8, "
+        "1.64× as fast as ONNX Runtime float. On 500 questions its answers are not significantly worse."
+    )
+    sample["comparisons"][0] |= {"lost": 30, "won": 1, "significant": True}
+    assert words.lead(parse(sample)).endswith("Its answers are significantly worse than those of PyTorch eager.")
+
+
+def test_the_lead_claims_no_gain_where_turns_disagree(sample: dict) -> None:
+    for entry in sample["speedups"]:
+        entry |= {"end_to_end": 1.1, "low": 0.9, "high": 1.3}
+    assert words.lead(parse(sample)).startswith("ONNX Runtime int8 is kept: no clear difference to PyTorch eager, no ")
+
+
+def test_of_random_weights_no_answers_are_judged(sample: dict) -> None:
+    sample["artifact"]["random_weights"] = True
+    assert "answers" not in words.lead(parse(sample))

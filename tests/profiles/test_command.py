@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from vlmc.artifact import Artifact, BuildSpec
+from vlmc.errors import VlmcError
+from vlmc.profiles import doctor as doctor_room
+from vlmc.profiles import experiment, harness, limits
+from vlmc.profiles.command import devices, doctor, profile
+from vlmc.profiles.device import device_names, load_device
+from vlmc.profiles.variants import Variant, Variants
+from vlmc.reports import document
+
+from .conftest import add_build
+
+RATES: dict[str, Any] = {
+    "read_gb_per_s": 10.0,
+    "float32_gflop_per_s": 100.0,
+    "int8_gop_per_s": "unavailable: no unit",
+    "how": "not at all",
+}
+
+
+@pytest.fixture
+def measurable(artifact: Artifact, build: BuildSpec, sessions: str, monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    """The artefact on a machine of its build's kind, its engines being fake sessions; limits need no measuring."""
+    engines = {name: choice.engine for name, choice in build.choices.items()}
+    plain = dict.fromkeys(engines, "onnxruntime-fp32")
+    found = [
+        Variant("Float", "engine", sessions, {"step": 0.004}, plain, "fp32"),
+        Variant("Int8", "engine", sessions, {"step": 0.002}, engines, "int8"),
+    ]
+    monkeypatch.setattr(experiment, "variants", lambda *_: Variants(found, {"PyTorch eager": "no torch"}))
+    monkeypatch.setattr(limits, "measure", lambda threads: RATES)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    return artifact
+
+
+def test_profile_measures_reports_and_judges(measurable: Artifact, question_set: Path) -> None:
+    options = ["--runs", "2", "--tokens", "4", "--samples", "1", "--set", str(question_set)]
+    done = CliRunner().invoke(profile, [str(measurable.root), *options], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert max(map(len, done.stdout.splitlines())) <= 100 + len(str(measurable.root))
+    assert "Int8" in done.stdout
+    assert "PyTorch eager was not measured: no torch." in done.stdout.replace("\n", " ")
+    folder = measurable.root / "profile" / "cpu"
+    report = document.read(folder)
+    assert [variant.name for variant in report.variants] == ["Float", "Int8"]
+    assert report.kept is not None
+    assert report.kept.name == "Int8"
+    assert report.variants[1].agreement == document.Agreement(2, 1, (None, 1))
+    assert [answer.right for answer in report.variants[1].answers] == [True]
+    assert (folder / "samples" / "int8.jsonl").is_file()
+    assert (folder / "report.csv").is_file()
+    assert not (folder / "unfinished").exists()
+
+
+def test_ctrl_c_leaves_a_measurement_that_the_same_command_finishes(
+    measurable: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [str(measurable.root), "--runs", "2", "--tokens", "4", "--samples", "0", "--json"]
+
+    def interrupted(*_: object) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "measure", interrupted)
+        stopped = CliRunner().invoke(profile, command, standalone_mode=False)
+    assert stopped.exit_code != 0
+    folder = measurable.root / "profile" / "cpu"
+    begun = json.loads((folder / "unfinished" / "run.json").read_text())["machine"]["date"]
+    done = CliRunner().invoke(profile, command, catch_exceptions=False)
+    report = json.loads(done.stdout)
+    assert report["machine"]["date"] == begun
+    assert report["variants"][0]["accuracy"] == "unavailable: not asked for (--samples 0)"
+
+
+def test_what_is_not_this_machine_is_refused_with_what_to_do(artifact: Artifact, build: BuildSpec) -> None:
+    add_build(artifact, {}, device="orin")
+    with pytest.raises(VlmcError, match=r"orin.*is not this machine.*Expected: aarch64.*Copy the artefact"):
+        experiment.choose_build(artifact, "orin", "")
+
+
+def test_the_newest_build_for_this_machine_is_measured(
+    artifact: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_build(artifact, {}, device="orin")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert experiment.choose_build(artifact, "", "")[0].device == "cpu"
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert experiment.choose_build(artifact, "", "")[0].device == "orin"
+    with pytest.raises(VlmcError, match="holds no build for recipe w4"):
+        experiment.choose_build(artifact, "", "w4")
+
+
+def test_where_no_engine_can_run_every_reason_is_told(
+    measurable: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "variants", lambda *_: Variants([], {"X float": "X is not installed"}))
+    settings = harness.Settings(1, 0, 2, 2, 0)
+    with pytest.raises(VlmcError, match="X float: X is not installed"):
+        experiment.profile(measurable, build, load_device("cpu"), settings, "unavailable: -", lambda *_: None)
+
+
+def test_no_artefact_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(VlmcError, match="is no artefact"):
+        CliRunner().invoke(profile, [str(tmp_path)], catch_exceptions=False, standalone_mode=False)
+
+
+@pytest.mark.parametrize("command", [profile, devices, doctor])
+def test_every_command_helps_with_an_example(command: Any) -> None:
+    assert "Example: vlmc " in CliRunner().invoke(command, ["--help"]).stdout
+
+
+def test_devices_lists_all_within_the_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = CliRunner().invoke(devices).stdout
+    assert all(name in text for name in device_names())
+    table = text.partition("\n\n")[0].splitlines()
+    assert len(table) == 1 + len(device_names())  # no name is folded
+    as_json = json.loads(CliRunner().invoke(devices, ["--json"]).stdout)
+    assert [device["name"] for device in as_json] == device_names()
+    assert next(device for device in as_json if device["name"] == "gb10")["peak_int8_tops"] is None
+
+
+def test_doctor_gives_every_thing_an_answer() -> None:
+    found = json.loads(CliRunner().invoke(doctor, ["--json"]).stdout)
+    assert set(found) == {"machine", "backends", "power", "packages", "devices"}
+    assert "onnxruntime" in found["backends"]
+    assert found["packages"]["onnxruntime"][0].isdigit()
+    assert CliRunner().invoke(doctor).exit_code == 0
+
+
+def test_what_can_be_built_here_depends_on_the_device_and_on_what_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor_room.importlib.util, "find_spec", lambda name: None)
+    assert "onnxruntime is not installed" in doctor_room.built_here(load_device("rpi5"))
+    monkeypatch.setattr(doctor_room.importlib.util, "find_spec", lambda name: object())
+    assert doctor_room.built_here(load_device("rpi5")) == ""
+    assert doctor_room.built_here(load_device("gb10")) == ""
+    assert "cross-compile" in doctor_room.built_here(load_device("orin"))

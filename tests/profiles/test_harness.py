@@ -1,0 +1,164 @@
+"""The protocol with real worker processes and fake sessions. Processes cost half a second each, so tests share runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vlmc.artifact import Artifact
+from vlmc.profiles import harness, memory, samples
+from vlmc.profiles.harness import Measurement, Settings
+from vlmc.profiles.questions import read_set
+from vlmc.profiles.variants import Variant
+
+RUNS = 5
+
+
+@pytest.fixture
+def measurement(artifact: Artifact, sessions: str, question_set: Path) -> Measurement:
+    return Measurement(
+        artifact=artifact.root,
+        variants=[Variant("Slow one", "baseline", sessions, {"step": 0.004}, {}, "fp32")],
+        settings=Settings(runs=RUNS, seconds=0, tokens=6, answer_tokens=8, threads=1),
+        questions=read_set(question_set, 2),
+        cases=2,
+        power_source="unavailable: no sensor",
+        power_rails=(),
+        device_memory="none",
+    )
+
+
+def another(sessions: str, name: str, fault: str = "") -> Variant:
+    return Variant(name, "engine", sessions, {"fault": fault}, {}, "int8")
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return samples.read(folder / "unfinished" / f"{harness.slug(name)}.jsonl")
+
+
+def runs(folder: Path, name: str) -> list[int]:
+    return [row["index"] for row in samples.of_kind(rows(folder, name), "run")]
+
+
+class Watch:
+    """Keeps what progress said, and interrupts after so many items."""
+
+    def __init__(self, interrupt_at: int = 10**9) -> None:
+        self.said: list[tuple[str, int, int]] = []
+        self.interrupt_at = interrupt_at
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self.said.append((what, done, total))
+        if done >= self.interrupt_at:
+            raise KeyboardInterrupt
+
+
+def test_all_variants_do_the_same_work_in_turns_and_a_dying_one_does_not_stop_the_others(
+    measurement: Measurement, sessions: str, tmp_path: Path
+) -> None:
+    dying = [another(sessions, f"It {fault}", fault) for fault in ("killed", "raises", "refuses")]
+    other = another(sessions, "Other one")
+    todo = replace(measurement, variants=[*measurement.variants, *dying, other])
+    watch = Watch()
+    harness.fresh(tmp_path / "cpu")
+    failures = harness.measure(tmp_path / "cpu", todo, watch)
+
+    assert list(failures) == ["It killed", "It raises", "It refuses"]
+    assert "was killed by SIGKILL (most often because memory ran out)" in failures["It killed"]
+    assert "RuntimeError: the engine fell over" in failures["It raises"]
+    assert failures["It refuses"] == "The engine was altered."
+
+    for name in ("Slow one", "Other one"):
+        assert sorted(runs(tmp_path / "cpu", name)) == list(range(RUNS))
+        found = rows(tmp_path / "cpu", name)
+        assert [row["turn"] for row in samples.of_kind(found, "turn")] == [0, 1, 2, 3]
+        assert [row["tokens"] for row in samples.of_kind(found, "agreement")] == [[7, 8], [7, 8]]
+        assert [row["answer"] for row in samples.of_kind(found, "answer")] == ["two dogs"] * 4
+        assert len(samples.of_kind(found, "open")) == 1  # it stayed alive between its turns
+    run = samples.of_kind(rows(tmp_path / "cpu", "Slow one"), "run")[0]
+    assert (run["decode_s"], run["tokens"], run["joules"]) == ([0.004] * 5, 6, None)
+    assert run["peak_rss_bytes"] > 1_000_000
+
+    measured = [what for what, _, _ in watch.said if what in ("Slow one", "Other one")]
+    changes = [now for before, now in zip(["", *measured], measured, strict=False) if before != now]
+    assert changes[:4] == ["Slow one", "Other one", "Slow one", "Other one"]
+    assert watch.said[-1][1:] == (5 * (RUNS + 2 + 4),) * 2
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(
+    measurement: Measurement, sessions: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cpu"
+    todo = replace(measurement, variants=[*measurement.variants, another(sessions, "Other one")])
+    harness.fresh(folder)
+    with pytest.raises(KeyboardInterrupt):
+        harness.measure(folder, todo, Watch(interrupt_at=4))
+    before = {name: runs(folder, name) for name in ("Slow one", "Other one")}
+    assert 0 < sum(map(len, before.values())) < 2 * RUNS
+    with (folder / "unfinished" / "slow-one.jsonl").open("ab") as file:
+        file.write(b'{"kind": "run", "ind')  # as a kill in the middle of a write leaves it
+
+    assert harness.measure(folder, todo, Watch()) == {}
+    for name, done in before.items():
+        assert sorted(runs(folder, name)) == list(range(RUNS))
+        assert runs(folder, name)[: len(done)] == done
+        assert len(samples.of_kind(rows(folder, name), "answer")) == 4
+
+    whole = {name: rows(folder, name) for name in before}
+    assert harness.measure(folder, todo, Watch()) == {}  # all is done: no process is even started
+    assert {name: rows(folder, name) for name in before} == whole
+
+
+def test_a_time_bound_ends_every_turn_after_at_least_one_run(measurement: Measurement, tmp_path: Path) -> None:
+    bounded = replace(measurement.settings, seconds=1e-9, runs=40)
+    harness.fresh(tmp_path / "cpu")
+    harness.measure(tmp_path / "cpu", replace(measurement, settings=bounded, questions=[]), Watch())
+    assert runs(tmp_path / "cpu", "Slow one") == [0, 1, 2, 3]
+
+
+def test_where_memory_is_short_variants_are_not_kept_waiting(
+    measurement: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "total_bytes", lambda: 10**18)
+    harness.fresh(tmp_path / "cpu")
+    harness.measure(tmp_path / "cpu", replace(measurement, questions=[]), Watch())
+    assert len(samples.of_kind(rows(tmp_path / "cpu", "Slow one"), "open")) == 5  # one a turn, one for agreement
+
+
+def test_only_the_same_measurement_is_gone_on_with(measurement: Measurement, tmp_path: Path) -> None:
+    here = {"name": "a", "cpu": "b", "threads": 2, "load_average": 3.0}
+    key = measurement.key(here)
+    harness.fresh(tmp_path)
+    harness.begin(tmp_path, {"key": key})
+    assert harness.unfinished(tmp_path, measurement.key(here | {"load_average": 0.0})) == {"key": key}
+    others = [
+        measurement.key(here | {"cpu": "another"}),
+        replace(measurement, settings=replace(measurement.settings, tokens=7)).key(here),
+        replace(measurement, variants=[replace(measurement.variants[0], identity="rebuilt")]).key(here),
+        replace(measurement, questions=measurement.questions[:1]).key(here),
+    ]
+    assert len({key, *others}) == 5
+    assert harness.unfinished(tmp_path, others[0]) is None
+    assert (harness.fresh(tmp_path) / "run.json").exists() is False
+
+
+def test_finished_samples_replace_only_finished_samples(tmp_path: Path) -> None:
+    for number in (1, 2):
+        harness.fresh(tmp_path)
+        harness.begin(tmp_path, {"number": number})
+        (tmp_path / "unfinished" / f"{number}.jsonl").touch()
+        if number == 2:
+            assert (tmp_path / "samples" / "1.jsonl").exists()
+        harness.finish(tmp_path, {"number": number})
+    assert sorted(os.listdir(tmp_path)) == ["samples"]
+    assert sorted(os.listdir(tmp_path / "samples")) == ["2.jsonl", "run.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("ONNX Runtime int8", "onnx-runtime-int8"), ("../../etc", "etc"), ("...", "variant")]
+)
+def test_a_variants_name_is_a_harmless_file_name(name: str, file: str) -> None:
+    assert harness.slug(name) == file

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vlmc.errors import VlmcError
+from vlmc.profiles.questions import Question, examples, read_set
+
+
+def test_all_questions_about_the_first_pictures_are_read(question_set: Path) -> None:
+    one, both = read_set(question_set, 1), read_set(question_set, 9)
+    assert [question.task for question in one] == ["attributes", "caption_brief"]
+    assert len(both) == 4
+    assert one[1].facts == ("two dogs", "grass")
+    assert one[0].image == question_set.parent / "a.png"
+
+
+def test_a_plain_row_needs_no_task_and_no_facts(question_set: Path) -> None:
+    question_set.write_text('{"image": "a.png", "prompt": "What?", "answer": "dogs"}\n\n')
+    (question,) = read_set(question_set, 5)
+    assert (question.task, question.facts) == ("questions", ())
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "holds no questions"),
+        ("not json\n", "Line 1 of the evaluation set"),
+        ('{"prompt": "x", "answer": "y"}\n', "KeyError: 'image'"),
+        ('{"image": "gone.png", "prompt": "x", "answer": "y"}\n', "a picture that is not there"),
+        ('{"image": "a.png", "prompt": "x", "answer": "y", "facts": 3}\n', "is no question"),
+    ],
+)
+def test_a_bad_set_is_a_sentence(question_set: Path, text: str, found: str) -> None:
+    question_set.write_text(text)
+    with pytest.raises(VlmcError, match=found):
+        read_set(question_set, 5)
+
+
+def test_a_missing_set_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(VlmcError, match="cannot be read"):
+        read_set(tmp_path / "absent.jsonl", 5)
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_no_line_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.mktemp("set") / "set.jsonl"
+    path.write_text(json.dumps(value) + "\n")
+    with pytest.raises(VlmcError):
+        read_set(path, 1)
+
+
+def test_examples_show_other_pictures_and_tasks_in_turn() -> None:
+    tasks = ["caption", "counts", "places"]
+    asked = [Question(Path(f"{n}.png"), "?", "", task, ()) for n in range(4) for task in tasks]
+    chosen = examples(asked, 4)
+    assert [asked[index].image.stem for index in chosen] == ["0", "1", "2", "3"]
+    assert [asked[index].task for index in chosen] == ["caption", "counts", "places", "caption"]
+    assert len(examples(asked, 99)) == 4
+    assert examples([], 4) == []

@@ -1,0 +1,235 @@
+"""A report from hand-written samples, every expectation computed by hand."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from vlmc.errors import VlmcError
+from vlmc.files import write_json
+from vlmc.profiles import samples, summarize
+from vlmc.reports import document
+
+GOLD = "two dogs"
+
+
+def run(index: int, turn: int, vision: float, step: float, joules: list[float] | None = None) -> dict[str, Any]:
+    """preprocess 1 ms, prefill 9 ms, three further tokens; half of the time of two threads spent waiting."""
+    wall = 0.001 + vision + 0.009 + 3 * step
+    return {
+        "kind": "run",
+        "index": index,
+        "turn": turn,
+        "case": 0,
+        "preprocess_s": 0.001,
+        "vision_s": vision,
+        "prefill_s": 0.009,
+        "decode_s": [step] * 3,
+        "wall_s": wall,
+        "waited_s": wall,
+        "tokens": 4,
+        "prompt_tokens": 10,
+        "joules": joules,
+        "peak_rss_bytes": 1_000_000 * (index + 1),
+        "available_drop_bytes": 500,
+        "device_bytes": None,
+    }
+
+
+def answer(row: int, text: str) -> dict[str, Any]:
+    asked = {"file": f"/set/{row}.png", "task": "attributes", "prompt": "What?", "gold": GOLD, "facts": []}
+    return {"kind": "answer", "row": row, **asked, "answer": text, "tokens": 2, "peak_rss_bytes": 9_000_000}
+
+
+def info(name: str, kind: str, recipe: str, engines: dict[str, str]) -> dict[str, Any]:
+    none = "unavailable: nothing is built"
+    work = {"vision_encoder": {"flops": 2e9, "weight_bytes": 1e6, "io_bytes": 0.0}}
+    return {
+        "name": name,
+        "kind": kind,
+        "recipe": recipe,
+        "engines": engines,
+        "disk_bytes": 7 if engines else none,
+        "build_peak_bytes": 8 if engines else none,
+        "products": {"vision_encoder": {"int8": 4}} if engines else none,
+        "work": work if engines else {},
+    }
+
+
+INT8 = {"vision_encoder": "onnxruntime-int8"}
+FLOAT = {"vision_encoder": "onnxruntime-fp32"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """int8 sees in 10 ms and steps in 10; float in 40 and 20; eager in 90 and 100. Turn 1 is twice as slow for all."""
+    at = tmp_path / "samples"
+    (at / "examples").mkdir(parents=True)
+    Image.new("RGB", (2, 2)).save(at / "examples/00.png")
+    write_json(
+        at / "run.json",
+        {
+            "artifact": {"name": "fake", "family": "f", "random_weights": False, "parameters": {"decoder": 5}},
+            "device": {"name": "cpu", "latency_budget_ms": 25, "memory_budget_gb": 1},
+            "machine": {"name": "m", "cores": 2, "threads": 2, "throttled": "no", "after": {"throttled": "no"}},
+            "limits": {"read_gb_per_s": 10.0, "float32_gflop_per_s": 100.0, "int8_gop_per_s": 400.0, "how": "by hand"},
+            "power": {"source": "rapl", "idle_watts": 3.0},
+            "settings": {"tokens": 4, "turns": 2},
+            "variants": [
+                info("Float", "engine", "fp32", FLOAT),
+                info("Int8", "engine", "int8", INT8),
+                info("Eager", "baseline", "fp32", {}),
+                info("Broken", "engine", "w4", {}),
+            ],
+            "skipped": {"Fake-quant": "no plan"},
+            "failures": {"Broken": "its process was killed by SIGKILL."},
+            "choices": {"vision_encoder": {"engine": "onnxruntime-int8", "reason": "it won", "candidates": {}}},
+            "no_accuracy": "unavailable: random weights",
+            "examples": [{"row": 1, "image": "examples/00.png"}],
+        },
+    )
+    for name, vision, step in (("float", 0.04, 0.02), ("int8", 0.01, 0.01), ("eager", 0.09, 0.1)):
+        energy = [2.0, 3.0] if name == "int8" else None
+        rows = [{"kind": "open", "load_s": 0.5}, run(0, 0, vision, step, energy), run(1, 1, 2 * vision, step, energy)]
+        rows += [{"kind": "agreement", "case": 0, "tokens": [1, 2], "golden": [1, 2]}]
+        rows += [{"kind": "agreement", "case": 1, "tokens": [1, 3], "golden": [1, 2]}]
+        rows += [answer(0, GOLD), answer(1, "The Two dogs." if name != "int8" else "a cat")]
+        for row in rows:
+            samples.append(at / f"{name}.jsonl", row)
+    return tmp_path
+
+
+def variant(report: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(entry for entry in report["variants"] if entry["name"] == name)
+
+
+def test_the_parts_of_a_run_in_milliseconds(folder: Path) -> None:
+    latency = variant(summarize(folder), "Int8")["latency_ms"]
+    assert {part: entry["median"] for part, entry in latency.items()} == pytest.approx(
+        {
+            "preprocess": 1.0,
+            "vision": 15.0,  # of 10 and 20
+            "prefill": 9.0,
+            "time_to_first_token": 25.0,
+            "decode_per_token": 10.0,
+            "end_to_end": 55.0,  # of 50 and 60
+            "load": 500.0,
+        }
+    )
+    assert latency["decode_per_token"]["count"] == 6
+    assert latency["vision"]["count"] == 2
+
+
+def test_tokens_per_second_memory_and_energy(folder: Path) -> None:
+    found = variant(summarize(folder), "Int8")
+    assert found["tokens_per_s"]["median"] == pytest.approx(100.0)
+    assert found["memory"] == {
+        "peak_rss_bytes": 9_000_000,
+        "peak_device_bytes": "unavailable: no accelerator with a memory of its own",
+        "available_drop_bytes": 500,
+        "disk_bytes": 7,
+        "build_peak_bytes": 8,
+    }
+    assert found["energy"] == pytest.approx(
+        {"joules_per_image": 2.0, "joules_per_token": 1.0, "watts": 10.0 / (0.05 + 0.06)}
+    )
+    assert found["waited_share"] == pytest.approx(0.5)
+
+
+def test_a_number_that_was_not_measured_says_why(folder: Path) -> None:
+    eager = variant(summarize(folder), "Eager")
+    assert eager["energy"]["watts"] == "unavailable: rapl gave no reading"
+    assert eager["memory"]["disk_bytes"].startswith("unavailable: ")
+    assert eager["roofline"].startswith("unavailable: ")
+
+
+def test_a_sensor_that_broke_is_the_reason_for_no_energy(folder: Path) -> None:
+    samples.append(folder / "samples" / "eager.jsonl", {"kind": "power", "reason": "the sensor stopped answering"})
+    energy = variant(summarize(folder), "Eager")["energy"]
+    assert energy["joules_per_token"] == "unavailable: the sensor stopped answering"
+
+
+def test_speedups_are_ratios_of_medians_with_their_range_over_turns(folder: Path) -> None:
+    entries = {(entry["of"], entry["over"]): entry for entry in summarize(folder)["speedups"]}
+    assert set(entries) == {("Int8", "Float"), ("Int8", "Eager"), ("Float", "Eager")}
+    assert entries["Int8", "Float"] == pytest.approx(
+        {
+            "of": "Int8",
+            "over": "Float",
+            "vision": 4.0,
+            "prefill": 1.0,
+            "decode": 2.0,
+            "end_to_end": 130 / 55,  # medians of (110, 150) and of (50, 60)
+            "low": 110 / 50,
+            "high": 150 / 60,
+            "turns": 2,
+        }
+    )
+
+
+def test_roofline_shares_are_limit_over_measured(folder: Path) -> None:
+    line = variant(summarize(folder), "Int8")["roofline"]["vision_encoder"]
+    assert (line["limit_ms"], line["bound"], line["share"]) == (5.0, "compute", pytest.approx(5 / 15))
+
+
+def test_accuracy_agreement_and_comparison(folder: Path) -> None:
+    report = summarize(folder)
+    overall = variant(report, "Int8")["accuracy"]["overall"]
+    assert (overall["score"], overall["total"]) == (1.0, 2)
+    assert overall["low"] < 0.5 < overall["high"]
+    assert variant(report, "Int8")["agreement"] == {"cases": 2, "equal": 1, "first_divergence": [None, 1]}
+    compared = {entry["over"]: entry for entry in report["comparisons"]}
+    assert set(compared) == {"Float", "Eager"}
+    assert (compared["Float"]["of"], compared["Float"]["lost"], compared["Float"]["won"]) == ("Int8", 1, 0)
+    assert not compared["Float"]["significant"]
+
+
+def test_answers_are_shown_with_their_pictures(folder: Path) -> None:
+    (shown,) = variant(summarize(folder), "Int8")["answers"]
+    assert (shown["answer"], shown["gold"], shown["right"]) == ("a cat", GOLD, False)
+    prefix, _, data = shown["image_data"].partition(",")
+    assert prefix == "data:image/png;base64"
+    assert base64.b64decode(data) == (folder / "samples/examples/00.png").read_bytes()
+    assert (folder / shown["image"]).is_file()
+
+
+def test_the_verdict_is_on_the_kept_variant_in_plain_words(folder: Path) -> None:
+    report = summarize(folder)
+    said = report["verdict"]["sentences"]
+    assert said[0] == (
+        "Int8 takes 55 ms from the picture to 4 tokens, 25 ms of them to the first, then 100 tokens/s: 2.36 times as "
+        "fast as Float (2.20 to 2.50 over 2 turns), 8.09 times as fast as Eager (8.00 to 8.17 over 2 turns)."
+    )
+    assert "Against Float the parts are faster by these factors: vision 4.00, prefill 1.00, decode 2.00." in said
+    assert any(line.startswith("It scores 50.0 %") and "Float 100.0 %" in line for line in said)
+    assert any("costs 2 J and each further token 1 J" in line and "3 W idle power included" in line for line in said)
+    assert "The first token is within the device's budget: 25 of 25 ms." in said
+    assert "Peak resident memory is within the device's budget: 0.009 of 1 GB." in said
+    assert "Fake-quant was not measured: no plan." in said
+    assert "Broken was not measured: its process was killed by SIGKILL." in said
+    assert any("waited for a processor 50 to 50 % of the time" in line for line in said)
+    assert report["verdict"]["choices"]["vision_encoder"]["reason"] == "it won"
+
+
+def test_the_room_above_reads_the_report(folder: Path) -> None:
+    report = document.parse(summarize(folder))
+    assert report.kept is not None
+    assert report.kept.name == "Int8"
+
+
+def test_without_finished_samples_there_is_no_report(tmp_path: Path) -> None:
+    with pytest.raises(VlmcError, match="no samples"):
+        summarize(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(VlmcError, match="goes on where it stopped"):
+        summarize(tmp_path)
+
+
+def test_where_every_variant_failed_the_reasons_are_told(folder: Path) -> None:
+    for path in (folder / "samples").glob("*.jsonl"):
+        path.unlink()
+    with pytest.raises(VlmcError, match=r"Broken: its process was killed"):
+        summarize(folder)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import pytest
+from vlmc.artifact import Artifact, BuildSpec
+from vlmc.files import write_json
+from vlmc.profiles import variants as room
+from vlmc.profiles.variants import variants
+from vlmc.runtime import backends
+
+from .conftest import add_build, add_engine
+
+
+@pytest.fixture(autouse=True)
+def all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "unavailable", lambda name: "")
+
+
+def names(artifact: Artifact, build: BuildSpec, **options: bool) -> list[str]:
+    return [variant.name for variant in variants(artifact, build, **options).measured]
+
+
+def test_float_and_quantised_engines_stand_beside_both_baselines(artifact: Artifact, build: BuildSpec) -> None:
+    write_json(artifact.root / "plans" / "int8.json", {})
+    assert names(artifact, build) == [
+        "ONNX Runtime float",
+        "ONNX Runtime int8",
+        "PyTorch eager",
+        "PyTorch fake-quant int8",
+    ]
+    assert names(artifact, build, baselines=False) == ["ONNX Runtime float", "ONNX Runtime int8"]
+
+
+def test_what_a_recipe_leaves_alone_stays_float(artifact: Artifact, build: BuildSpec) -> None:
+    quantised = variants(artifact, build).measured[1]
+    assert quantised.engines == {
+        "vision_encoder": "onnxruntime-int8",
+        "embed_tokens": "onnxruntime-fp32",
+        "decoder": "onnxruntime-int8",
+    }
+    assert quantised.arguments == {"device": "cpu", "engines": quantised.engines, "threads": 0}
+
+
+def test_a_kept_mix_that_is_neither_is_measured_too(artifact: Artifact, build: BuildSpec) -> None:
+    add_engine(artifact, "vision_encoder", "openvino", "int8")
+    tried = {name: [*choice.candidates] for name, choice in build.choices.items()}
+    tried["vision_encoder"].append("openvino-int8")
+    kept = {"vision_encoder": "openvino-int8", "embed_tokens": "onnxruntime-fp32", "decoder": "onnxruntime-int8"}
+    mixed = add_build(artifact, {name: (kept[name], tried[name]) for name in kept})
+    found = {variant.name: variant.engines for variant in variants(artifact, mixed, baselines=False).measured}
+    assert list(found) == ["ONNX Runtime float", "ONNX Runtime int8", "Kept mix (int8)"]  # OpenVINO has no decoder
+    assert found["Kept mix (int8)"] == kept
+
+
+def test_a_float_build_has_no_quantised_variants(artifact: Artifact, build: BuildSpec) -> None:
+    single = add_build(artifact, {name: ("onnxruntime-fp32", []) for name in build.choices}, recipe="fp32")
+    assert names(artifact, single) == ["ONNX Runtime float", "PyTorch eager"]
+
+
+def test_a_backend_that_cannot_run_here_is_skipped_with_its_reason(
+    artifact: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "unavailable", lambda name: f"{name} is not installed")
+    found = variants(artifact, build, baselines=False)
+    assert found.measured == []
+    assert found.skipped["ONNX Runtime int8"] == "onnxruntime is not installed"
+
+
+def test_fake_quant_without_a_plan_and_baselines_without_torch_are_skipped_with_what_to_do(
+    artifact: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "vlmc calibrate" in variants(artifact, build).skipped["PyTorch fake-quant int8"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    skipped = variants(artifact, build).skipped
+    assert "pip install vlm-compile[export]" in skipped[room.EAGER]
+
+
+def test_another_build_of_an_engine_is_another_identity(artifact: Artifact, build: BuildSpec) -> None:
+    before = variants(artifact, build, baselines=False).measured
+    record = artifact.engine_folder("cpu", "decoder", "onnxruntime-int8") / "engine.json"
+    record.write_text(record.read_text().replace("decoder onnxruntime-int8", "another key"))
+    after = variants(artifact, build, baselines=False).measured
+    assert before[0] == after[0]
+    assert before[1].identity != after[1].identity
+
+
+def test_engines_that_were_deleted_are_no_variant(artifact: Artifact, build: BuildSpec) -> None:
+    shutil.rmtree(artifact.engine_folder("cpu", "decoder", "onnxruntime-int8"))
+    assert names(artifact, build, baselines=False) == ["ONNX Runtime float", "ONNX Runtime int8"]
+    shutil.rmtree(artifact.engine_folder("cpu", "decoder", "onnxruntime-fp32"))
+    assert names(artifact, build, baselines=False) == []

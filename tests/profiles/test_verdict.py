@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vlmc.profiles.verdict import kept_name, sentences
+
+
+def stats(value: float, std: float = 0.0) -> dict[str, float]:
+    return {"median": value, "mean": value, "std": std}
+
+
+def variant(name: str, kind: str = "engine", engine: str = "onnxruntime-int8", **changes: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "engines": {"decoder": engine} if kind == "engine" else {},
+        "latency_ms": {"end_to_end": stats(100.0), "time_to_first_token": stats(40.0)},
+        "tokens_per_s": stats(50.0),
+        "accuracy": "unavailable: random weights",
+        "memory": {"peak_rss_bytes": 3e9},
+        "energy": {"joules_per_image": "unavailable: no sensor"},
+        "roofline": "unavailable: not counted",
+        "waited_share": 0.0,
+    } | changes
+
+
+def report(*variants: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {
+        "variants": list(variants),
+        "speedups": [],
+        "settings": {"tokens": 8},
+        "power": {"source": "unavailable: no sensor", "idle_watts": "unavailable: no sensor"},
+        "device": {},
+        "machine": {},
+        "not_measured": {},
+    } | changes
+
+
+CHOICES = {"decoder": {"engine": "onnxruntime-int8"}}
+
+
+def speedup(over: str, **ratios: float) -> dict[str, Any]:
+    return {"of": "Int8", "over": over, "vision": 1.0, "prefill": 1.0, "decode": 1.0, "end_to_end": 1.0} | ratios
+
+
+def test_the_kept_variant_is_the_one_that_runs_what_was_chosen() -> None:
+    single, integer = variant("Float", engine="onnxruntime-fp32"), variant("Int8")
+    eager = variant("Eager", kind="baseline")
+    assert kept_name([integer, single, eager], CHOICES) == "Int8"
+    assert kept_name([integer, single, eager], {"decoder": {"engine": "onnxruntime-fp32"}}) == "Float"
+    assert kept_name([integer, single, eager], {"decoder": {"engine": "gone-w4"}}) == "Float"  # the last engine
+    assert kept_name([eager], CHOICES) == "Eager"
+
+
+def test_turns_that_disagree_are_no_difference() -> None:
+    entry = speedup("Float", end_to_end=1.05, low=0.9, high=1.2, turns=4)
+    (first, *_) = sentences(report(variant("Int8"), speedups=[entry]), CHOICES)
+    assert first.endswith("no clear difference to Float (0.90 to 1.20 times over 4 turns).")
+
+
+def test_a_part_that_got_slower_is_said_plainly() -> None:
+    entry = speedup("Float", vision=0.75, decode=2.0, end_to_end=1.1)
+    said = sentences(report(variant("Int8"), variant("Float"), speedups=[entry]), CHOICES)
+    assert any(line.endswith("vision 0.75, prefill 1.00, decode 2.00; its vision got slower.") for line in said)
+
+
+@pytest.mark.parametrize(("allowed", "word"), [(30, "over"), (40, "within")])
+def test_budgets_are_judged(allowed: float, word: str) -> None:
+    said = sentences(report(variant("Int8"), device={"latency_budget_ms": allowed}), CHOICES)
+    assert f"The first token is {word} the device's budget: 40 of {allowed} ms." in said
+
+
+def test_the_memory_budget_is_judged_in_gigabytes() -> None:
+    said = sentences(report(variant("Int8"), device={"memory_budget_gb": 2}), CHOICES)
+    assert "Peak resident memory is over the device's budget: 3 of 2 GB." in said
+
+
+def test_what_is_unavailable_is_said_with_its_reason() -> None:
+    said = sentences(report(variant("Int8")), CHOICES)
+    assert "Accuracy: unavailable: random weights." in said
+    assert "Energy: unavailable: no sensor." in said
+
+
+def test_noise_other_programs_and_throttling_are_told() -> None:
+    noisy = {"end_to_end": stats(100.0, 25.0), "time_to_first_token": stats(40.0)}
+    machine = {"throttled": "no", "after": {"throttled": "3 thermal events since the machine started"}}
+    said = sentences(report(variant("Int8", latency_ms=noisy, waited_share=0.4), machine=machine), CHOICES)
+    assert any("vary by 25 %" in line for line in said)
+    assert any("waited for a processor 40 to 40 % of the time" in line for line in said)
+    assert any("throttled while it measured (before: no; after: 3 thermal" in line for line in said)
+
+
+def test_a_quiet_machine_raises_no_doubts() -> None:
+    machine = {"throttled": "no", "after": {"throttled": "no"}}
+    said = sentences(report(variant("Int8"), machine=machine), CHOICES)
+    assert not any("vary by" in line or "Other programs" in line or "throttled" in line for line in said)
+
+
+def test_the_distance_to_the_limits_names_what_bounds() -> None:
+    lines = {
+        "vision_encoder": {"share": 0.41, "bound": "compute", "in_cache": False},
+        "decoder_step": {"share": 0.6, "bound": "memory", "in_cache": False},
+        "decoder_prefill": {"share": 0.2, "bound": "memory", "in_cache": True},
+    }
+    said = sentences(report(variant("Int8", roofline=lines)), CHOICES)
+    assert (
+        "Distance to this machine's limits: vision 41 % of its limit (arithmetic), a decode step 60 % of its limit "
+        "(memory bandwidth), prefill 20 % of its limit (cache bandwidth)."
+    ) in said

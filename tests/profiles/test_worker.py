@@ -1,0 +1,74 @@
+"""What a worker does with a session, in this process; its own process is tried in test_harness."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vlmc.artifact import Artifact
+from vlmc.profiles import memory, samples
+from vlmc.profiles.worker import Worker
+
+
+class Meter:
+    """Ten joules more at every reading, until it breaks."""
+
+    def __init__(self, readings: int) -> None:
+        self.readings, self.total = readings, 0.0
+
+    def joules(self) -> float:
+        self.readings -= 1
+        if self.readings < 0:
+            raise OSError("gone")
+        self.total += 10.0
+        return self.total
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def job(artifact: Artifact, sessions: str, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "artifact": str(artifact.root),
+        "opener": sessions,
+        "arguments": {"step": 0.002},
+        "samples": str(tmp_path / "samples.jsonl"),
+        "tokens": 4,
+        "answer_tokens": 8,
+        "power_source": "unavailable: none",
+        "power_rails": [],
+        "device_memory": "none",
+    }
+
+
+def test_energy_is_parted_at_the_first_token(job: dict[str, Any]) -> None:
+    worker = Worker(job)
+    worker.meter = Meter(9)
+    assert worker.run(0)["joules"] == [10.0, 10.0]
+
+
+def test_a_sensor_that_breaks_ends_energy_and_not_the_measurement(job: dict[str, Any]) -> None:
+    worker = Worker(job)
+    worker.meter = Meter(4)
+    found = [worker.run(index)["joules"] for index in range(3)]
+    assert found == [[10.0, 10.0], None, None]
+    (fault,) = samples.of_kind(samples.read(Path(job["samples"])), "power")
+    assert fault["reason"] == "the sensor stopped answering: gone"
+
+
+def test_cases_come_round_again(job: dict[str, Any]) -> None:
+    worker = Worker(job)
+    assert list(worker.time([0, 1, 2], turn=1, seconds=0)) == ["run"] * 3
+    rows = samples.of_kind(samples.read(Path(job["samples"])), "run")
+    assert [(row["index"], row["case"], row["turn"]) for row in rows] == [(0, 0, 1), (1, 1, 1), (2, 0, 1)]
+    assert rows[0]["prompt_tokens"] == 3
+
+
+def test_unified_memory_is_what_the_machine_lost(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([1000, 400, 700])
+    monkeypatch.setattr(memory, "available_bytes", lambda: next(free))
+    worker = Worker(job | {"device_memory": "unified"})
+    found = [worker._memory() for _ in range(2)]
+    assert [(row["device_bytes"], row["available_drop_bytes"]) for row in found] == [(600, 600), (300, 300)]

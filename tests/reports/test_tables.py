@@ -1,0 +1,72 @@
+from typing import Any
+
+import pytest
+from vlmc.reports import tables
+from vlmc.reports.document import parse
+
+
+def column(table: tables.Table, title: str) -> list[str]:
+    return [row[table.columns.index(title)] for row in table.rows]
+
+
+def test_every_row_has_a_cell_for_every_column(sample: dict[str, Any]) -> None:
+    report = parse(sample)
+    made = [tables.headline(report), tables.speedups(report), tables.accuracy(report), tables.times(report)]
+    made += [tables.footprint(report), tables.rooflines(report)]
+    made += [tables.candidates(report, name) for name in ("vision_encoder", "decoder")]
+    for table in made:
+        assert table.rows
+        assert {len(row) for row in table.rows} == {len(table.columns)}
+
+
+def test_the_headlines_speedup_is_the_ratio_of_end_to_end_medians(sample: dict[str, Any]) -> None:
+    assert column(tables.headline(parse(sample)), "speed-up") == ["1", "0.23×", "2.12×", "3.48×", "3.79×"]
+    sample["variants"][2]["latency_ms"]["end_to_end"] = "unavailable: it was interrupted"
+    table = tables.headline(parse(sample))
+    assert column(table, "speed-up")[2] == "n/a [2]"
+    assert table.notes[1] == "unavailable: it was interrupted"
+
+
+def test_a_reason_is_noted_once_and_a_true_0_is_a_number(sample: dict[str, Any]) -> None:
+    for variant in sample["variants"][:2]:
+        variant["energy"]["joules_per_image"] = 0.0
+    table = tables.headline(parse(sample))
+    assert column(table, "J/picture") == ["0", "0", "n/a [1]", "n/a [1]", "n/a [1]"]
+    assert len(table.notes) == 1
+
+
+def test_only_the_kept_variants_rows_are_marked(sample: dict[str, Any]) -> None:
+    for table in (tables.headline(parse(sample)), tables.rooflines(parse(sample)), tables.times(parse(sample))):
+        assert {table.rows[row][0] for row in table.kept} == {"ONNX Runtime int8"}
+
+
+def test_a_candidate_that_was_not_tried_gives_its_reason(sample: dict[str, Any]) -> None:
+    table = tables.candidates(parse(sample), "vision_encoder")
+    assert column(table, "ms") == ["22.8", "10.4", "n/a [1]"]
+    assert column(table, "cosine with PyTorch") == ["1.00000", "0.99910", "n/a [1]"]
+    assert table.notes == ["unavailable: openvino is not installed"]
+    assert [table.rows[row][0] for row in table.kept] == ["onnxruntime-int8"]
+
+
+def test_a_task_that_one_variant_lacks_is_not_scored_0(sample: dict[str, Any]) -> None:
+    del sample["variants"][0]["accuracy"]["tasks"]["attributes"]
+    sample["variants"][1]["accuracy"] = "unavailable: random weights"
+    assert column(tables.accuracy(parse(sample)), "Attributes")[:3] == ["n/a [1]", "n/a [2]", "96.0 (90.2–98.4)"]
+
+
+def test_a_component_without_a_choice_has_no_candidates(sample: dict[str, Any]) -> None:
+    assert tables.candidates(parse(sample), "embed_tokens").rows == []
+
+
+@pytest.mark.parametrize(
+    ("bound", "in_cache", "text"),
+    [
+        ("compute", False, "arithmetic"),
+        ("memory", True, "cache bandwidth"),
+        ("memory", False, "memory bandwidth"),
+    ],
+)
+def test_what_bounds_a_component_is_said(sample: dict[str, Any], bound: str, in_cache: bool, text: str) -> None:
+    sample["variants"][2]["roofline"]["decoder_step"].update(bound=bound, in_cache=in_cache)
+    rows = tables.rooflines(parse(sample)).rows
+    assert next(row for row in rows if row[:2] == ["ONNX Runtime float", "decoder, a step"])[5] == text

@@ -1,0 +1,91 @@
+"""The documents name only what exists: links, commands with their options, make targets, families and devices."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from vlmc.calibration import recipes
+from vlmc.cli import COMMANDS, vlmc
+from vlmc.engines import builders
+from vlmc.exporter import checkpoint, family
+from vlmc.profiles.device import device_names, load_device
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def text_of(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
+
+
+def shell_lines(document: Path) -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", text_of(document), re.MULTILINE | re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines()]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", text_of(document))
+    broken = [link for link in links if "://" not in link and not (document.parent / link.partition("#")[0]).exists()]
+    assert broken == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_commands_parse(document: Path) -> None:
+    for line in shell_lines(document):
+        words = shlex.split(line, comments=True)
+        if not words or Path(words[0]).name != "vlmc":
+            continue
+        command = vlmc.get_command(click.Context(vlmc), words[1])
+        assert command is not None, line
+        command.make_context(words[1], words[2:])  # click raises where an argument or option is not one of its own
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_make_targets_exist(document: Path) -> None:
+    makefile = text_of(ROOT / "Makefile")
+    for target in re.findall(r"(?:^|`)make ([a-z]+)", text_of(document), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+
+
+def test_every_command_and_recipe_is_shown() -> None:
+    text = text_of(README)
+    assert [name for name in COMMANDS if f"vlmc {name}" not in text] == []
+    assert "Recipes: " + ", ".join(sorted(recipes.names())) + "." in text
+
+
+def test_the_table_of_models_is_what_vlmc_models_lists() -> None:
+    rows = []
+    presets = checkpoint.preset_names()
+    by_family: dict[str, list[str]] = {}
+    for model_type, found in family.all_families().items():
+        by_family.setdefault(type(found).__module__.rpartition(".")[2], []).append(model_type)
+    for file, types in by_family.items():
+        own = ", ".join(preset for preset in presets if preset.startswith(file))
+        rows.append(f"| `{file}` | {', '.join(types)} | {own} |")
+    assert [row for row in rows if row not in text_of(README)] == []
+
+
+def test_the_table_of_devices_is_that_of_the_device_files() -> None:
+    rows = []
+    for device in map(load_device, device_names()):
+        gives = "engines" if device.backends[0] in builders.names() else "graph"
+        rows.append(f"| `{device.name}` | {device.title} | {', '.join(device.backends)} | {gives} |")
+    table = text_of(README).partition("<!-- devices:")[2].partition("\n\n")[0].splitlines()
+    assert table[3:] == rows
+
+
+def test_the_tour_names_every_room() -> None:
+    rooms = [init.parent.name for init in ROOT.glob("[!.]*/__init__.py")] + [p.name for p in ROOT.glob("[!_]*.py")]
+    tour = text_of(ROOT / "docs" / "architecture.md")
+    assert [room for room in rooms if f"`{room}" not in tour] == []
