@@ -55,8 +55,9 @@ def main() -> None:
     """Runs `vlmc`; a VlmcError is one sentence on stderr and exit code 1, Ctrl-C is exit code 130."""
     try:
         vlmc.main(prog_name="vlmc", standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit("Interrupted. What was finished is kept; run the same command again to go on.")
+    except (KeyboardInterrupt, click.exceptions.Abort):  # click makes the second of the first
+        click.echo("Interrupted. What was finished is kept; run the same command again to go on.", err=True)
+        sys.exit(130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -65,6 +66,3 @@ def main() -> None:
     except VlmcError as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        click.echo("Interrupted. What was finished is kept; run the same command again to go on.", err=True)
-        sys.exit(130)

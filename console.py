@@ -21,7 +21,7 @@ def output() -> Console:
 
 def progress() -> Progress:
     """A progress bar on stderr, used as a context manager; silent where stderr is no terminal."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # the stream itself: libraries that talk too much are redirected meanwhile
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

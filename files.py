@@ -64,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = _beside(path, "partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        remove_leftovers(path)
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -109,7 +109,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     with writing(target):
         target = target.resolve()  # `.` has no name, and a link is to stay one
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        remove_leftovers(target)
         stage, retired = _beside(target, "partial"), _beside(target, "old")
         stage.mkdir()
         try:
@@ -133,9 +133,9 @@ def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
 
 
-def _remove_leftovers(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
     """Clears away what killed runs left beside the target, and brings back one that was cut off between renames."""
-    for path in list(target.parent.iterdir()):
+    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
         ours = re.fullmatch(rf"\.{re.escape(target.name)}\.([0-9]+)\.(partial|old)", path.name)
         if ours is None or _works(int(ours[1])):
             continue

@@ -7,7 +7,7 @@ import torch
 from ..artifact import Artifact
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
-from ..exporter.torch_runner import TorchDecoder, TorchRunner
+from ..exporter.torch_runner import torch_session
 from ..runtime.session import Session
 from .fake_quant import apply_plan
 from .plan import read_plan
@@ -23,14 +23,3 @@ def open_session(artifact: Artifact, recipe: str, threads: int = 0) -> Session:
     if plan is not None:
         components = Components(*(apply_plan(module, plan, name) for name, module in components.items()))
     return torch_session(artifact, components)
-
-
-def torch_session(artifact: Artifact, components: Components) -> Session:
-    """A session that runs these components in eager PyTorch."""
-    embed = TorchRunner(components.embed_tokens, "inputs_embeds")
-    return Session(
-        artifact,
-        vision=TorchRunner(components.vision_encoder, "image_features"),
-        embed=embed,
-        decoder=TorchDecoder(components.decoder, artifact.manifest.kv, embed),
-    )

@@ -15,8 +15,8 @@ from ..artifact import SCHEMA, Artifact
 from ..errors import VlmcError
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
+from ..exporter.torch_runner import torch_session
 from ..runtime.session import Session
-from .baseline import torch_session
 from .observation import Layer, Observation, Report, layers_of
 from .observers import LEVELS, RANGES
 from .plan import ModulePlan, Plan, SetRecord

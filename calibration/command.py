@@ -36,7 +36,7 @@ def calibrate(
     chosen = recipes.load(recipe)
     if observer:
         chosen = replace(chosen, observer=observer)
-    plan = _calibrated(opened, chosen, set_file, limit or 0)
+    plan = make_plan(opened, chosen, set_file, limit or 0)
     path = write_plan(opened, plan)
     if as_json:
         console.print_json({"plan": str(path)} | summary(plan))
@@ -44,7 +44,8 @@ def calibrate(
         _print(plan, path)
 
 
-def _calibrated(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | None, limit: int) -> Plan:
+def make_plan(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | None = None, limit: int = 0) -> Plan:
+    """The recipe's plan, calibrated on the set or else on the demo's pictures, with a progress bar; not yet written."""
     from .calibrate import calibrate as run
     from .sets import demo_set, load_set
 

@@ -21,28 +21,28 @@ from .weights import quantize_weight
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer with an integer weight, int8 (out, in), scales float32 (out, groups) and, unless None, the scale
-    of its input."""
+    """A linear layer with an integer weight and, unless it is None, the scale of its input.
+
+    Buffers: values int8 (out, groups, block), the last block filled up with zeros; scales float32 (out, groups, 1).
+    """
 
     values: Tensor
     scales: Tensor
 
     def __init__(self, module: nn.Linear | nn.Conv2d, plan: ModulePlan) -> None:
         super().__init__()
-        weight = module.weight.detach()
-        values, scales = quantize_weight(weight.flatten(1).numpy(), plan.weight_bits, plan.block)
-        self.register_buffer("values", torch.from_numpy(values))
-        self.register_buffer("scales", torch.from_numpy(scales))
+        rows = module.weight.detach().flatten(1)
+        values, scales = quantize_weight(rows.numpy(), plan.weight_bits, plan.block)
+        self._shape, self._columns = module.weight.shape, rows.shape[1]
+        size = plan.block or self._columns
+        padded = functional.pad(torch.from_numpy(values), (0, -self._columns % size))
+        self.register_buffer("values", padded.reshape(len(rows), -1, size))
+        self.register_buffer("scales", torch.from_numpy(scales)[:, :, None])
         self.bias, self.activation_scale = module.bias, plan.activation_scale
-        self._block, self._shape = plan.block, weight.shape
 
     def weight(self) -> Tensor:
         """`weights.dequantize_weight`, in torch."""
-        if not self._block:
-            return (self.values * self.scales).view(self._shape)
-        columns = self.values.shape[1]
-        scales = self.scales.repeat_interleave(self._block, dim=1, output_size=self.scales.shape[1] * self._block)
-        return (self.values * scales[:, :columns]).view(self._shape)
+        return (self.values * self.scales).flatten(1)[:, : self._columns].reshape(self._shape)
 
     def rounded(self, x: Tensor) -> Tensor:
         """The input as 8-bit integers represent it."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,8 +16,9 @@ import onnx_ir as ir
 from ..artifact import COMPONENTS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
+from ..files import remove_leftovers
 from ..profiles.device import Device
-from . import builders, verdict, work
+from . import builders, child, verdict, work
 from .candidate import Candidate, cached, record_trial
 
 Report = Callable[[str, int, int], None]  # what is being done, done, total
@@ -33,7 +33,7 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
         report(f"building {candidate.component} {candidate.engine}", index, len(todo))
         spec = cached(artifact, candidate)
         if spec is None:
-            _run("candidate", artifact, candidate.device, candidate.component, candidate.backend, candidate.precision)
+            _build(artifact, candidate)
             spec = cached(artifact, candidate)
             assert spec is not None, "the builder's process ended well and left its engine"
         else:
@@ -50,7 +50,8 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
             choices[component] = Choice(next(iter(own)).engine, "nothing else is offered for it", {})
         else:
             report(f"trying {component}", len(todo), len(todo))
-            reports = _try(artifact, device, component, own)
+            embed = next(c.engine for c in todo if c.component == "embed_tokens")
+            reports = _try(artifact, device, component, own, embed)
             choices[component] = verdict.choose(component, reports, artifact.manifest.source.random_weights)
     record = BuildSpec(
         schema=SCHEMA,
@@ -96,13 +97,12 @@ def reason_not_here(device: Device) -> str:
 
 
 def _try(
-    artifact: Artifact, device: Device, component: str, own: dict[Candidate, EngineSpec]
+    artifact: Artifact, device: Device, component: str, own: dict[Candidate, EngineSpec], embed: str
 ) -> dict[str, BuildReport]:
     """Trials, unless every engine was tried before; each engine's report gets its numbers and its work."""
     if not all(spec.report.latency_ms for spec in own.values()):
-        embed = next(iter(artifact.root.glob(f"engines/{device.name}/embed_tokens/*/engine.json"))).parent.name
-        output = _run("trial", artifact, device.name, component, embed, *(c.engine for c in own))
-        trials = json.loads(output)
+        what, engines = f"Trying {component} on this machine", [c.engine for c in own]
+        trials = json.loads(child.run("trial", what, str(artifact.root), device.name, component, embed, *engines))
         for candidate, spec in own.items():
             counted = _work(artifact, candidate) | {"weight_bytes": float(spec.report.size_bytes)}
             own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | {"work": counted})
@@ -130,18 +130,12 @@ def _work(artifact: Artifact, candidate: Candidate) -> dict[str, float]:
     return prefill | step | {"decode_kv_bytes": work.kv_bytes(kv, length), "length": float(length)}
 
 
-def _run(module: str, artifact: Artifact, *arguments: str) -> str:
-    """The module of this room as a process of its own, for its memory to be its own; its stdout."""
-    command = [sys.executable, "-m", f"{__package__}.{module}", str(artifact.root), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return done.stdout
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode < 0:
-        last = f"the process was killed by signal {-done.returncode}; it may have run out of memory"
-    raise VlmcError(
-        f"{module} {' '.join(arguments)} failed", found=last, fix="see the message; the artefact is unchanged"
-    )
+def _build(artifact: Artifact, candidate: Candidate) -> None:
+    what = f"Building {candidate.component} as {candidate.engine} for {candidate.device}"
+    try:
+        child.run("candidate", what, str(artifact.root), *dataclasses.astuple(candidate))
+    finally:  # where it was killed it could not tidy up
+        remove_leftovers(candidate.folder(artifact))
 
 
 def results(artifact: Artifact, record: BuildSpec) -> list[dict[str, Any]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -31,10 +29,8 @@ from ..calibration.plan import read_plan
 from ..errors import VlmcError
 from ..files import staged_folder, write_json
 from ..profiles.memory import peak_rss_bytes
-from . import builders
+from . import builders, child
 from .passes import quantize
-
-PACKAGES = {"onnxruntime": ("onnxruntime",), "openvino": ("openvino",), "handover": ()}
 
 
 @dataclass(frozen=True)
@@ -129,18 +125,14 @@ def _size(files: dict[str, FileSpec]) -> int:
 
 
 def _versions(backend: str) -> dict[str, str]:
-    packages = (*PACKAGES.get(backend, ()), "onnx-ir")
+    packages = ("onnx-ir", *builders.load(backend).PACKAGES)
     return {"vlmc": __version__} | {name: metadata.version(name) for name in packages}
 
 
-def main() -> None:
-    """`python -m vlmc.engines.candidate ARTEFACT DEVICE COMPONENT BACKEND PRECISION`: builds, or says why not."""
-    try:
-        build(Artifact(Path(sys.argv[1])), Candidate(*sys.argv[2:6]))
-    except VlmcError as error:
-        sys.exit(str(error))
-    os._exit(0)  # backends' threads need not be waited for
+def main(root: str, device: str, component: str, backend: str, precision: str) -> None:
+    """`child.run("candidate", …, ARTEFACT, DEVICE, COMPONENT, BACKEND, PRECISION)`."""
+    build(Artifact(Path(root)), Candidate(device, component, backend, precision))
 
 
 if __name__ == "__main__":
-    main()
+    child.main(main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..artifact import BuildReport, Choice
+from ..errors import VlmcError
 from .trial import ANSWER
 
 GAIN = 1.02  # below it a difference is noise, and float is kept
@@ -28,24 +29,24 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
     }
     right = {e for e, r in reports.items() if random_weights or (r.agreement or 0.0) >= NEAR}
     costs = {engine: cost(report) for engine, report in reports.items() if engine in right}
-    floats = {engine: ms for engine, ms in costs.items() if engine.endswith("-fp32")}
-    baseline = min(floats, key=lambda engine: floats[engine])
-    best = min(costs, key=lambda engine: costs[engine])
-    wrong = "".join(f"; {e} was left out: cosine {reports[e].agreement:.3f}" for e in reports if e not in right)
-    what = "ms" if component != "decoder" else f"ms for prompt and {ANSWER} tokens"
-    others = ", ".join(f"{e} {ms:.2f}" for e, ms in sorted(costs.items(), key=lambda item: item[1]) if e != best)
-    others = others or "nothing else was right"
-    if all(engine in floats for engine in costs):
-        return Choice(
-            baseline, f"the recipe leaves it in float; {costs[baseline]:.2f} {what} ({others}){wrong}", candidates
+    wrong = "".join(f"; {e} was left out: cosine {reports[e].agreement or 0:.3f}" for e in reports if e not in right)
+    floats = [engine for engine in costs if engine.endswith("-fp32")]
+    if not floats:
+        raise VlmcError(
+            f"No float engine of {component} computes what PyTorch does",
+            found=wrong.removeprefix("; "),
+            expected=f"cosine ≥ {NEAR}",
+            fix="report it with the model's name and the versions that `vlmc doctor` shows",
         )
-    if costs[baseline] < costs[best] * GAIN:
-        why = f"float is as fast or faster: {costs[baseline]:.2f} {what} against {others}{wrong}"
-        return Choice(baseline, why, candidates)
-    ratio = costs[baseline] / costs[best]
-    return Choice(
-        best, f"fastest here: {costs[best]:.2f} {what}, {ratio:.2f}× {baseline} ({others}){wrong}", candidates
-    )
+    baseline, best = min(floats, key=costs.__getitem__), min(costs, key=costs.__getitem__)
+    kept = baseline if costs[baseline] < costs[best] * GAIN else best
+    what = f"{costs[kept]:.2f} ms" + (f" for prompt and {ANSWER} tokens" if component == "decoder" else "")
+    others = ", ".join(f"{e} {ms:.2f}" for e, ms in sorted(costs.items(), key=lambda item: item[1]) if e != kept)
+    if kept == baseline:
+        why = f"float is as fast or faster: {what} against {others or 'nothing else'}{wrong}"
+    else:
+        why = f"fastest here: {what}, {costs[baseline] / costs[kept]:.2f}× {baseline} ({others}){wrong}"
+    return Choice(kept, why, candidates)
 
 
 def unmeasured(engine: str, why: str) -> Choice:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..artifact import Artifact, Source
-from ..errors import VlmcError
+from ..errors import VlmcError, reason
 from ..files import read_json, sha256_of
 from .family import Components, Family, family_for
 from .onnx_ops import IMPLEMENTATION
@@ -75,20 +75,19 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # vlmc shows its own
-    family = checkpoint.family
-    if checkpoint.source.random_weights:
-        model = family.randomise(checkpoint.config, checkpoint.source.seed)
-    else:
-        try:
-            model = family.load(checkpoint.folder)
-        except VlmcError:
-            raise
-        except Exception as error:  # safetensors, transformers and the disk each raise their own
-            raise VlmcError(
-                f"The weights in {checkpoint.folder} cannot be read",
-                found=str(error).strip().splitlines()[0][:300],
-                fix="download the checkpoint again; it may be truncated or of another model",
-            ) from None
+    family, random = checkpoint.family, checkpoint.source.random_weights
+    try:
+        model = (
+            family.randomise(checkpoint.config, checkpoint.source.seed) if random else family.load(checkpoint.folder)
+        )
+    except VlmcError:
+        raise
+    except Exception as error:  # safetensors, transformers and the disk each raise their own
+        raise VlmcError(
+            f"No model can be made of the {'config' if random else 'weights'} in {checkpoint.folder}",
+            found=reason(error),
+            fix="download the checkpoint again; it may be truncated or of another model",
+        ) from None
     model.eval().requires_grad_(False)
     model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
     return model
@@ -97,11 +96,10 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 def load_components(artifact: Artifact) -> Components:
     """The PyTorch components of the checkpoint that the artefact was exported from, refused where it changed."""
     source = artifact.manifest.source
-    model = artifact.manifest.name if source.kind == "random" else source.location
     if source.kind == "hub":
         checkpoint = _hub(source.location, source.revision)
     else:
-        checkpoint = resolve(source.location or model, source.random_weights, source.seed)
+        checkpoint = resolve(source.location, source.random_weights, source.seed)
     if checkpoint.source.sha256 != source.sha256:
         raise VlmcError(
             f"The checkpoint {source.location} is not the one that {artifact.root} was exported from",
@@ -138,20 +136,22 @@ def _hub(identifier: str, revision: str) -> Checkpoint:
     except Exception as error:  # the hub's client raises a dozen kinds, from DNS to permissions
         raise VlmcError(
             f"The model {identifier} cannot be had from the Hugging Face hub",
-            found=str(error).strip().splitlines()[0][:200],
+            found=reason(error),
             fix="check the name and the network, or download it elsewhere and give its folder",
         ) from None
     return _local("hub", identifier, folder, revision=folder.name)
 
 
 def _random(model: str, seed: int) -> Checkpoint:
-    preset = None
+    preset, location = None, model
     if model in preset_names():
         preset = read_json(PRESETS / f"{model}.json")
         config, folder, name = preset["config"], DEMO, model
-    elif model == "demo" or (Path(model) / "config.json").is_file():
-        folder = DEMO if model == "demo" else Path(model)
-        config, name = _read_config(folder), folder.resolve().name if model != "demo" else "demo"
+    elif model == "demo":
+        config, folder, name = _read_config(DEMO), DEMO, "demo"
+    elif (Path(model) / "config.json").is_file():
+        folder = Path(model).resolve()
+        config, name, location = _read_config(folder), folder.name, str(folder)
     else:
         near = difflib.get_close_matches(model, preset_names(), n=2, cutoff=0.4)
         raise VlmcError(
@@ -160,7 +160,7 @@ def _random(model: str, seed: int) -> Checkpoint:
             fix=f"did you mean {' or '.join(near)}" if near else "run `vlmc models`",
         )
     digest = hashlib.sha256(f"{json.dumps(config, sort_keys=True)} seed {seed}".encode()).hexdigest()
-    return Checkpoint(name, Source("random", model, digest, seed=seed), config, folder, preset)
+    return Checkpoint(name, Source("random", location, digest, seed=seed), config, folder, preset)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..artifact import Artifact
 @click.command()
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the artefact.")
-@click.option("--capacity", default=1024, show_default=True, help="Positions in the KV cache.")
+@click.option("--capacity", default=1024, show_default=True, type=click.IntRange(1), help="Positions in the KV cache.")
 @click.option("--random-weights", is_flag=True, help="A preset or config of true size with seeded random weights.")
 @click.option("--seed", default=0, show_default=True, help="Of the random weights.")
 @click.option("--cases", type=click.IntRange(1), default=None, help="Golden pictures (16; 2 with random weights).")

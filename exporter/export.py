@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..artifact import (
@@ -15,17 +16,19 @@ from ..artifact import (
     SCHEMA,
     Artifact,
     ComponentSpec,
+    KvSpec,
     Manifest,
     ParityLevel,
+    PromptSpec,
     describe_files,
     write_record,
 )
 from ..errors import VlmcError
-from ..files import staged_folder
+from ..files import sha256_of, staged_folder
 from ..runtime.session import Session
 from . import checkpoint, golden, graph, parity, processor
 from .family import Components
-from .torch_runner import TorchDecoder, TorchRunner
+from .torch_runner import torch_session
 
 Report = Callable[[str, int, int], None]  # stage, done, total
 
@@ -46,29 +49,16 @@ def export(model: checkpoint.Checkpoint, target: Path, options: Options, report:
     """Writes the artefact `target`, whole or not at all. One that holds the same export already is left as it is."""
     if (found := existing(model, target, options)) is not None:
         return found
-    family = model.family
-    report("loading the weights", 0, 1)
-    torch_model = checkpoint.load_model(model)
-    components = family.split(torch_model)
-    kv = family.kv(torch_model, options.capacity)
-    vocabulary, hidden = next(components.embed_tokens.parameters()).shape
     with staged_folder(target) as stage:
-        specs = {}
-        for index, (name, component) in enumerate(components.items()):
-            report(f"exporting {name}", index, len(components.items()))
-            example = graph.example_inputs(name, hidden, family.image_size(torch_model), kv)
-            exported = graph.export_component(name, component, example, kv)
-            graph.save(exported, stage / GRAPH_FILES[name])
-            specs[name] = ComponentSpec(
-                file=GRAPH_FILES[name],
-                inputs=graph.tensor_specs(list(exported.graph.inputs)),
-                outputs=graph.tensor_specs(list(exported.graph.outputs)),
-                parameters=graph.count_parameters(component),
-            )
-        processor.save_tokenizer(model.folder, stage / "tokenizer.json")
-        preprocessing, prompt = processor.describe(model.folder)
-        if model.preset:
-            preprocessing = preprocessing | model.preset["preprocessing"]
+        # What is quick to refuse comes first; graphs take a minute.
+        preprocessing, prompt = _describe_inputs(model, stage)
+        cases = golden.write_pictures(stage, options.cases, options.picture_set)
+        report("loading the weights", 0, 1)
+        torch_model = checkpoint.load_model(model)
+        components = model.family.split(torch_model)
+        kv = model.family.kv(torch_model, options.capacity)
+        vocabulary, hidden = next(components.embed_tokens.parameters()).shape
+        specs = _write_graphs(stage, components, hidden, model.family.image_size(torch_model), kv, report)
         manifest = Manifest(
             schema=SCHEMA,
             name=model.name,
@@ -86,7 +76,7 @@ def export(model: checkpoint.Checkpoint, target: Path, options: Options, report:
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         write_record(stage / "manifest.json", manifest)
-        _write_goldens(stage, components, options, report)
+        _write_goldens(stage, torch_session(Artifact(stage), components), cases, options, report)
         manifest = replace(manifest, files=describe_files(stage))
         write_record(stage / "manifest.json", manifest)
         levels = _climb(Artifact(stage), report)
@@ -103,7 +93,14 @@ def existing(model: checkpoint.Checkpoint, target: Path, options: Options) -> Ar
     if options.force:
         return None
     found = Artifact(target)
+    try:
+        for name in found.manifest.files:
+            found.path_of(name)
+    except VlmcError as error:
+        fix = "replace it, engines and all, with --force"
+        raise VlmcError(error.what, found=error.found, expected=error.expected, fix=fix) from None
     same = found.manifest.source.sha256 == model.source.sha256 and found.manifest.kv.capacity == options.capacity
+    same = same and golden.made_from(found) == _golden_options(options)
     if same and found.manifest.versions == _versions():
         return found
     raise VlmcError(
@@ -112,22 +109,39 @@ def existing(model: checkpoint.Checkpoint, target: Path, options: Options) -> Ar
     )
 
 
-def torch_session(artifact: Artifact, components: Components) -> Session:
-    """The PyTorch components as a session: the reference of everything."""
-    embed = TorchRunner(components.embed_tokens, "inputs_embeds")
-    return Session(
-        artifact,
-        vision=TorchRunner(components.vision_encoder, "image_features"),
-        embed=embed,
-        decoder=TorchDecoder(components.decoder, artifact.manifest.kv, embed),
-    )
+def _describe_inputs(model: checkpoint.Checkpoint, stage: Path) -> tuple[dict[str, Any], PromptSpec]:
+    """Writes the tokenizer; returns the manifest's `preprocessing` and `prompt`."""
+    processor.save_tokenizer(model.folder, stage / "tokenizer.json")
+    preprocessing, prompt = processor.describe(model.folder)
+    return preprocessing | (model.preset["preprocessing"] if model.preset else {}), prompt
 
 
-def _write_goldens(stage: Path, components: Components, options: Options, report: Report) -> None:
-    cases = golden.write_pictures(stage, options.cases, options.picture_set)
-    session = torch_session(Artifact(stage), components)
+def _write_graphs(
+    stage: Path, components: Components, hidden: int, image_size: tuple[int, int], kv: KvSpec, report: Report
+) -> dict[str, ComponentSpec]:
+    specs = {}
+    for index, (name, component) in enumerate(components.items()):
+        report(f"exporting {name}", index, len(components.items()))
+        example = graph.example_inputs(name, hidden, image_size, kv)
+        exported = graph.export_component(name, component, example, kv)
+        graph.save(exported, stage / GRAPH_FILES[name])
+        specs[name] = ComponentSpec(
+            file=GRAPH_FILES[name],
+            inputs=graph.tensor_specs(list(exported.graph.inputs)),
+            outputs=graph.tensor_specs(list(exported.graph.outputs)),
+            parameters=graph.count_parameters(component),
+        )
+    return specs
+
+
+def _golden_options(options: Options) -> dict[str, Any]:
+    pictures = sha256_of(options.picture_set) if options.picture_set else "demo"
+    return {"pictures": pictures, "cases": options.cases, "max_new_tokens": options.max_new_tokens}
+
+
+def _write_goldens(stage: Path, session: Session, cases: list[golden.Case], options: Options, report: Report) -> None:
     report("goldens from PyTorch", 0, len(cases))
-    for done in golden.record(session, stage, cases, options.max_new_tokens):
+    for done in golden.record(session, stage, cases, _golden_options(options)):
         report("goldens from PyTorch", done, len(cases))
 
 

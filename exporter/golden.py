@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..artifact import Artifact
 from ..demo import scenes
-from ..errors import VlmcError
+from ..errors import VlmcError, reason
 from ..files import read_json, write_json
 from ..runtime.images import open_image
 from ..runtime.runner import HostDecoder
@@ -25,6 +25,7 @@ from ..runtime.session import Session
 
 DETAILED = 2  # cases whose arrays are kept; the others are held to their tokens alone
 STEPS = 4  # decode steps of each detailed case whose logits are kept
+_FORM = 'one {"image": …, "prompt": …} a line'
 FIRST_SEED = 1_000_000  # of the demo's calibration split, far from the pictures that calibrate
 
 
@@ -47,7 +48,10 @@ def write_pictures(folder: Path, count: int, picture_set: Path | None) -> list[C
         cases.append(Case(name, prompt, task))
     if len(cases) < count:
         raise VlmcError(
-            f"{picture_set} holds too few pictures for the goldens", found=f"{len(cases)}", expected=f"at least {count}"
+            f"{picture_set} holds too few pictures for the goldens",
+            found=f"{len(cases)}",
+            expected=f"{count}",
+            fix="add some, or ask for fewer with --cases",
         )
     return cases
 
@@ -59,20 +63,32 @@ def _pictures(count: int, picture_set: Path | None) -> Iterator[tuple[Image.Imag
             question = scene.questions[index % len(scene.questions)]  # every task in turn
             yield scene.image, question.prompt, question.task
         return
-    for line in picture_set.read_text(encoding="utf-8").splitlines()[:count]:
-        row = json.loads(line)
-        yield open_image(picture_set.parent / row["image"]), row["prompt"], row.get("task", "")
+    try:
+        lines = picture_set.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VlmcError(f"The pictures {picture_set} cannot be read", found=reason(error), expected=_FORM) from None
+    for number, line in enumerate(lines[:count], 1):
+        try:
+            row = json.loads(line)
+            image, prompt, task = str(row["image"]), str(row["prompt"]), str(row.get("task", ""))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"{picture_set}, line {number} is no question about a picture"
+            raise VlmcError(what, found=f"{type(error).__name__}: {reason(error)}", expected=_FORM) from None
+        yield open_image(picture_set.parent / image), prompt, task
 
 
-def record(session: Session, folder: Path, cases: Sequence[Case], max_new_tokens: int) -> Iterator[int]:
-    """Runs PyTorch over the cases and writes the goldens; yields the number of cases done."""
+def record(session: Session, folder: Path, cases: Sequence[Case], options: dict[str, Any]) -> Iterator[int]:
+    """Runs PyTorch over the cases and writes the goldens; yields the number of cases done. Each answer has at most
+    options["max_new_tokens"] tokens; the options are kept for `made_from`."""
     arrays: dict[str, np.ndarray[Any, Any]] = {}
     rows = []
     for index, case in enumerate(cases):
         inputs = session.prepare([open_image(folder / case.image)], case.prompt)
         tokens, margins = [], []
-        for token in session.generate(inputs, max_new_tokens):
+        for token in session.generate(inputs, options["max_new_tokens"]):
             best = np.sort(np.partition(session.decoder.logits(), -2)[-2:])
+            if not np.isfinite(best).all():
+                raise VlmcError("The model's logits are not finite numbers", fix="check the checkpoint's weights")
             tokens.append(token)
             margins.append(round(float(best[1] - best[0]), 6))
         rows.append(
@@ -84,7 +100,7 @@ def record(session: Session, folder: Path, cases: Sequence[Case], max_new_tokens
                 arrays[f"{index}.{name}"] = array
         yield index + 1
     np.savez(folder / "golden" / "golden.npz", **arrays)  # type: ignore[arg-type]
-    write_json(folder / "golden" / "golden.json", {"cases": rows})
+    write_json(folder / "golden" / "golden.json", {"made_from": options, "cases": rows})
 
 
 def detail(session: Session, image: Path, prompt: str, tokens: Sequence[int]) -> dict[str, np.ndarray[Any, Any]]:
@@ -96,16 +112,27 @@ def detail(session: Session, image: Path, prompt: str, tokens: Sequence[int]) ->
     decoder = session.decoder
     assert isinstance(decoder, HostDecoder)
     decoder.prefill(embeds)
-    arrays = {"pixel_values": inputs.pixel_values, "input_ids": inputs.input_ids, "image_features": features}
-    arrays |= {"inputs_embeds": embeds, "prefill_logits": decoder.logits()}
-    steps = list(tokens[:STEPS])
+    prefill = decoder.logits()
+    steps = list(tokens[: min(STEPS, decoder.capacity - embeds.shape[1])])
     logits = []
     for token in steps:
         decoder.feed(token)
         logits.append(decoder.logits())
-    if logits:
-        arrays |= {"step_tokens": np.array(steps, np.int64), "step_logits": np.stack(logits)}
-    return arrays
+    return {
+        "pixel_values": inputs.pixel_values,
+        "input_ids": inputs.input_ids,
+        "image_features": features,
+        "inputs_embeds": embeds,
+        "prefill_logits": prefill,
+        "step_tokens": np.array(steps, np.int64),
+        "step_logits": np.array(logits, np.float32).reshape(len(steps), prefill.size),
+    }
+
+
+def made_from(artifact: Artifact) -> dict[str, Any]:
+    """The options that the artefact's goldens were recorded with."""
+    options: dict[str, Any] = read_json(artifact.path_of("golden/golden.json")).get("made_from", {})
+    return options
 
 
 def read(artifact: Artifact) -> tuple[list[dict[str, Any]], dict[str, np.ndarray[Any, Any]]]:

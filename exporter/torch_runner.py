@@ -9,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..artifact import KvSpec
+from ..artifact import Artifact, KvSpec
 from ..runtime.runner import Array, HostDecoder, Runner
+from ..runtime.session import Session
+from .family import Components
 
 
 class TorchRunner:
@@ -46,3 +48,14 @@ class TorchDecoder(HostDecoder):
         )
         values: NDArray[np.float32] = logits[0].numpy()
         return values
+
+
+def torch_session(artifact: Artifact, components: Components) -> Session:
+    """A session that runs these components in eager PyTorch: the reference of everything."""
+    embed = TorchRunner(components.embed_tokens, "inputs_embeds")
+    return Session(
+        artifact,
+        vision=TorchRunner(components.vision_encoder, "image_features"),
+        embed=embed,
+        decoder=TorchDecoder(components.decoder, artifact.manifest.kv, embed),
+    )

@@ -111,7 +111,10 @@ def _description(
             "random_weights": manifest.source.random_weights,
             "parameters": {name: spec.parameters for name, spec in manifest.components.items()},
         },
-        "device": asdict(device),
+        "device": {
+            name: "unavailable: not known of this device" if value is None else value
+            for name, value in asdict(device).items()
+        },
         "machine": here
         | {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -138,6 +141,7 @@ def _variant(variant: Variant, specs: Mapping[tuple[str, str], EngineSpec]) -> d
         "engines": dict(variant.engines),
         "disk_bytes": sum(report.size_bytes for report in reports.values()) if reports else none,
         "build_peak_bytes": max(report.peak_memory_bytes for report in reports.values()) if reports else none,
+        "component_bytes": {part: report.size_bytes for part, report in reports.items()} or none,
         "products": {part: report.products for part, report in reports.items()} or none,
         "work": {part: report.work for part, report in reports.items()},
     }

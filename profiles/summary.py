@@ -80,6 +80,8 @@ def _variant(info: dict[str, Any], rows: list[Row], run: dict[str, Any], at: Pat
         "roofline": roofline.table(info["work"], info["engines"], run["limits"], latency)
         or "unavailable: the build did not count this variant's operations and bytes",
         "products": info["products"],
+        "component_bytes": info["component_bytes"],
+        "answer_tokens": _answer_tokens(rows),
         "accuracy": accuracy.summarize(_scored(rows)) if _scored(rows) else run["no_accuracy"],
         "agreement": agreement.summarize(agreed) if agreed else "unavailable: the golden cases were not run",
         "answers": _answers(rows, run["examples"], at),
@@ -117,12 +119,13 @@ def _energy(runs: list[Row], faults: list[Row], source: str) -> dict[str, Any]:
     if not read:
         reason = f"unavailable: {faults[0]['reason'] if faults else f'{source} gave no reading'}"
         reason = source if source.startswith("unavailable") else reason
-        return {"joules_per_image": reason, "joules_per_token": reason, "watts": reason}
-    after = sum(row["joules"][1] for row in read)
+        return dict.fromkeys(("joules_per_image", "joules_per_token", "tokens_per_s_per_watt", "watts"), reason)
+    per_token = sum(row["joules"][1] for row in read) / sum(len(row["decode_s"]) for row in read)
     total = sum(sum(row["joules"]) for row in read)
     return {
         "joules_per_image": sum(row["joules"][0] for row in read) / len(read),
-        "joules_per_token": after / sum(len(row["decode_s"]) for row in read),
+        "joules_per_token": per_token,
+        "tokens_per_s_per_watt": 1 / per_token if per_token else "unavailable: the meter did not move",
         "watts": total / sum(row["wall_s"] for row in read),
     }
 
@@ -138,6 +141,12 @@ def _scored(rows: list[Row]) -> list[Row]:
         }
         for row in samples.of_kind(rows, "answer")
     ]
+
+
+def _answer_tokens(rows: list[Row]) -> dict[str, float | int] | str:
+    """How long the answers to the evaluation set are: a model that talks more is slower, whatever its tokens/s."""
+    counts = [row["tokens"] for row in samples.of_kind(rows, "answer")]
+    return statistics.summarize(counts) if counts else "unavailable: no questions were asked"
 
 
 def _answers(rows: list[Row], examples: Sequence[dict[str, Any]], at: Path) -> list[dict[str, Any]]:

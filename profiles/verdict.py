@@ -139,7 +139,7 @@ def _budgets(kept: Group, device: Group) -> Iterator[str]:
         ("memory_budget_gb", kept["memory"]["peak_rss_bytes"], 1e9, "GB", "Peak resident memory"),
     ):
         allowed = device.get(budget)
-        if allowed is not None and not isinstance(value, str):
+        if isinstance(allowed, int | float) and not isinstance(value, str):
             kind = "within" if value / scale <= allowed else "over"
             yield f"{what} is {kind} the device's budget: {value / scale:.3g} of {allowed:g} {unit}."
 
@@ -150,14 +150,16 @@ def _doubts(report: Group) -> Iterator[str]:
     if waited and max(waited) > BUSY:
         yield (
             f"Other programs were running: the variants waited for a processor {100 * min(waited):.0f} to "
-            f"{100 * max(waited):.0f} % of the time, so every time is longer than on an idle machine; the ratios were "
-            "taken in turns and suffer less."
+            f"{100 * max(waited):.0f} % of the time. Every time is longer than on an idle machine, and ratios are no "
+            "surer than their range over the turns."
         )
+    noisy = []
     for variant in report["variants"]:
         times = variant["latency_ms"]["end_to_end"]
         if times["std"] > NOISY * times["mean"]:
-            share = 100 * times["std"] / times["mean"]
-            yield f"The runs of {variant['name']} vary by {share:.0f} % (standard deviation): more --runs narrow it."
+            noisy.append(f"{variant['name']} by {100 * times['std'] / times['mean']:.0f} %")
+    if noisy:
+        yield f"The runs vary (standard deviation): {', '.join(noisy)}; more --runs narrow it."
     before, after = machine.get("throttled"), machine.get("after", {}).get("throttled")
     if after is not None and before != after:
         yield f"The machine throttled while it measured (before: {before}; after: {after})."

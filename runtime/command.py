@@ -17,7 +17,7 @@ from ..artifact import Artifact
 @click.option("--device", default="", help="Whose engines to run (the newest build's).")
 @click.option("--recipe", default="", help="Of which build (the newest).")
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(1), help="Longest answer.")
-@click.option("--threads", default=0, help="Threads to run on (all cores).")
+@click.option("--threads", default=0, type=click.IntRange(0), help="Threads to run on (all cores).")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and its timings as JSON.")
 def run(
     artefact: Path,

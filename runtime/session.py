@@ -51,8 +51,7 @@ class Session:
         self.timings = Timings()
         self.tokenizer = prompt.Tokenizer(artifact.path_of("tokenizer.json"))
         self.preprocess = preprocessing.load(artifact.manifest.preprocessing)
-        image_ids = self.tokenizer.encode(artifact.manifest.prompt.image_token)
-        self._image_token_id = int(image_ids[0])
+        self._image_token_id = self.tokenizer.token_id(artifact.manifest.prompt.image_token)
 
     def prepare(self, images: Sequence[Image.Image], text: str) -> Inputs:
         """Pixels and token ids for RGB pictures and a question; timed as `preprocess`."""

@@ -1,8 +1,8 @@
 """One file a builder, found by its name: it lowers a canonical graph for one backend and writes the engine.
 
-Each module has `unavailable() -> str` (empty where it can build here), `refuses(component) -> str` (empty where it
-offers the component), `build(model, kv, folder) -> Built`, and `products(path, settings) -> dict`, the matrix
-products by precision as the backend really runs them.
+Each module has `PACKAGES` (distributions whose versions an engine depends on), `unavailable() -> str` (empty where it
+can build here), `refuses(component) -> str` (empty where it offers the component), `build(model, kv, folder) -> Built`,
+and `products(path, settings) -> dict`, the matrix products by precision as the backend really runs them.
 """
 
 from __future__ import annotations

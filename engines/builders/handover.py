@@ -10,6 +10,8 @@ import onnx_ir as ir
 from ...artifact import KvSpec
 from . import MODEL, Built
 
+PACKAGES = ()
+
 
 def unavailable() -> str:
     return ""

@@ -10,9 +10,11 @@ import onnx_ir as ir
 
 from ...artifact import KvContract, KvSpec
 from ...runtime.backends import onnxruntime as backend
-from ..passes import group_query_attention, integer_matmul, matmul_nbits
+from ..passes import MICROSOFT, group_query_attention, integer_matmul, matmul_nbits
 from . import MODEL, Built
 
+PACKAGES = ("onnxruntime",)
+OPSET_24 = ("TensorScatter", "Swish")
 INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QLinearConv")
 FLOAT = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv")
 ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
@@ -30,14 +32,27 @@ def build(model: ir.Model, kv: KvSpec, folder: Path) -> Built:
     attentions = group_query_attention.apply(model, kv)
     integer_matmul.apply(model)
     matmul_nbits.apply(model)
+    _for_older_runtimes(model)
     ir.save(model, folder / MODEL, external_data=f"{MODEL}.data")
     contract = KvContract("shared", kv.layers, kv.kv_heads, kv.head_dim, kv.capacity) if attentions else None
     return Built(MODEL, kv=contract)
 
 
+def _for_older_runtimes(model: ir.Model) -> None:
+    """ONNX Runtime 1.23, the newest for JetPack 6's Python 3.10, refuses opset 24, of which a lowered graph has nothing
+    left, and has no kernel of QuantizeLinear-23; the one of its own domain is the same."""
+    if any(node.op_type in OPSET_24 for node in model.graph):
+        return
+    model.graph.opset_imports[""] = 23
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            node.domain = MICROSOFT
+            model.graph.opset_imports[MICROSOFT] = 1
+
+
 def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
     """Counted in the graph that ONNX Runtime writes after its own optimisations."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=path.parent) as folder:  # on the disk that has room for the engine
         optimised = Path(folder) / "optimised.onnx"
         backend.session(path, settings, optimised=optimised)
         graph = ir.load(optimised).graph

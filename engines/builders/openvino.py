@@ -11,6 +11,7 @@ from ...artifact import KvSpec
 from ...runtime.backends import openvino as backend
 from . import MODEL, Built
 
+PACKAGES = ("openvino",)
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention")
 WIDTHS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 

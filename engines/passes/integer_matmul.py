@@ -23,7 +23,9 @@ def apply(model: ir.Model) -> int:
         if quantize is None or right is None or "block_size" in right.attributes:
             continue
         zero = constant(graph, "unsigned.zero", np.array(128, np.uint8))
-        quantize.replace_input_with(2, zero)
+        for half in (quantize, left):  # whatever else reads the pair gets the same numbers as before
+            assert half is not None
+            half.replace_input_with(2, zero)
         quantize.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
         add = only_user(node.outputs[0], "Add")
         bias = _bias(add, node)

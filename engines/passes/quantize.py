@@ -65,7 +65,9 @@ def _quantize(graph: ir.Graph, node: ir.Node, module: ModulePlan) -> None:
     weight = weight_of(node)
     assert weight is not None and node.name is not None
     if module.smoothing is not None:
-        weight = weight * np.array(module.smoothing, np.float32)[:, None]
+        factor = np.array(module.smoothing, np.float32).reshape((-1, 1, 1) if node.op_type == "Conv" else (-1, 1))
+        weight = weight * factor
+        _scale(graph, node, 1, factor)  # with 0 bits this is all
     if module.weight_bits:
         node.replace_input_with(1, _dequantized(graph, node, weight, module))
     if module.activation_scale is not None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifact import EngineSpec, KvContract
-from ...errors import VlmcError
+from ...errors import VlmcError, reason
 from ..runner import Array, HostDecoder, Runner
 
 
@@ -59,7 +59,7 @@ def session(path: Path, settings: Mapping[str, Any], threads: int = 0, optimised
     except Exception as error:  # onnxruntime's own exceptions share no base class of their own
         raise VlmcError(
             f"ONNX Runtime {ort.__version__} cannot load {path}",
-            found=str(error).splitlines()[0][:300],
+            found=reason(error),
             fix="build the engine again with this version of ONNX Runtime",
         ) from None
 

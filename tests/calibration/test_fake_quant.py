@@ -62,7 +62,7 @@ def test_a_convolution_is_quantised_by_output_channel() -> None:
     made = apply_plan(part, plan_of(**{"0": ModulePlan(8, 0, activation_scale=0.01)}), "part")
     x = torch.rand(1, 3, 6, 6)
     assert isinstance(made[0], QuantisedConv2d)
-    assert made[0].scales.shape == (4, 1)
+    assert made[0].scales.shape == (4, 1, 1)
     with torch.inference_mode():
         assert (made(x) - part(x)).abs().max() < 0.03
         assert not torch.equal(made(x), part(x))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlmc.errors import VlmcError
 from vlmc.profiles import power
@@ -82,6 +82,7 @@ class TestRapl:
         assert meter.joules() == 150.0
         assert meter.joules() == 150.0
 
+    @settings(max_examples=30)
     @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=20))
     def test_no_energy_is_lost_or_made_over_any_number_of_wraps(
         self, tmp_path_factory: pytest.TempPathFactory, steps: list[int]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlmc.errors import VlmcError
 from vlmc.profiles.questions import Question, examples, read_set
@@ -45,6 +45,7 @@ def test_a_missing_set_is_a_sentence(tmp_path: Path) -> None:
         read_set(tmp_path / "absent.jsonl", 5)
 
 
+@settings(max_examples=30)
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_no_line_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
     path = tmp_path_factory.mktemp("set") / "set.jsonl"

@@ -55,6 +55,7 @@ def info(name: str, kind: str, recipe: str, engines: dict[str, str]) -> dict[str
         "disk_bytes": 7 if engines else none,
         "build_peak_bytes": 8 if engines else none,
         "products": {"vision_encoder": {"int8": 4}} if engines else none,
+        "component_bytes": {"vision_encoder": 7} if engines else none,
         "work": work if engines else {},
     }
 
@@ -134,7 +135,7 @@ def test_tokens_per_second_memory_and_energy(folder: Path) -> None:
         "build_peak_bytes": 8,
     }
     assert found["energy"] == pytest.approx(
-        {"joules_per_image": 2.0, "joules_per_token": 1.0, "watts": 10.0 / (0.05 + 0.06)}
+        {"joules_per_image": 2.0, "joules_per_token": 1.0, "tokens_per_s_per_watt": 1.0, "watts": 10.0 / (0.05 + 0.06)}
     )
     assert found["waited_share"] == pytest.approx(0.5)
 
@@ -185,6 +186,11 @@ def test_accuracy_agreement_and_comparison(folder: Path) -> None:
     assert set(compared) == {"Float", "Eager"}
     assert (compared["Float"]["of"], compared["Float"]["lost"], compared["Float"]["won"]) == ("Int8", 1, 0)
     assert not compared["Float"]["significant"]
+
+
+def test_the_length_of_answers_is_told(folder: Path) -> None:
+    found = variant(summarize(folder), "Int8")
+    assert (found["answer_tokens"]["mean"], found["answer_tokens"]["count"]) == (2.0, 2)
 
 
 def test_answers_are_shown_with_their_pictures(folder: Path) -> None:

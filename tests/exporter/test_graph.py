@@ -1,0 +1,145 @@
+"""The contract of a canonical graph: standard operators, and names that the quantisation plan can be keyed by."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from torch import nn
+from vlmc.artifact import COMPONENTS, Artifact
+from vlmc.exporter import graph
+from vlmc.exporter.family import Components
+
+SHAPES = {"Shape", "Squeeze", "Unsqueeze", "Range", "Reshape", "Transpose", "Concat", "Slice", "Gather", "Cast"}
+OPERATORS = {
+    "vision_encoder": {"Conv", "MatMul", "Add", "LayerNormalization", "Attention", "Gelu"},
+    "embed_tokens": set(),
+    "decoder": {"MatMul", "Add", "Mul", "Sigmoid", "RMSNormalization", "RotaryEmbedding", "Attention", "TensorScatter"}
+    | {"Cos", "Sin", "LessOrEqual"},
+}
+WEIGHTED = (nn.Linear, nn.Conv2d, nn.LayerNorm)  # and RMS norms, which every family has its own class of
+
+
+@pytest.fixture(scope="module")
+def models(tiny: Artifact) -> dict[str, ir.Model]:
+    return {name: ir.load(tiny.graph(name)) for name in COMPONENTS}
+
+
+def modules(component: nn.Module) -> dict[str, nn.Module]:
+    """Every layer with weights that is not a table, by path."""
+    return {
+        path: module
+        for path, module in component.named_modules()
+        if isinstance(module, WEIGHTED) or type(module).__name__.endswith("RMSNorm")
+    }
+
+
+def constants(node: ir.Node) -> dict[str, np.ndarray]:
+    return {value.name: value.const_value.numpy() for value in node.inputs if value is not None and value.const_value}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_it_is_valid_onnx_of_opset_24_in_standard_operators(name: str, tiny: Artifact, models: dict) -> None:
+    onnx.checker.check_model(tiny.graph(name), full_check=True)
+    model = models[name]
+    assert dict(model.opset_imports) == {"": 24}
+    assert not model.functions
+    assert {node.domain for node in model.graph} == {""}
+    assert {node.op_type for node in model.graph} - SHAPES == OPERATORS[name]
+
+
+def test_attention_and_the_cache_are_one_operator_each_a_layer(models: dict) -> None:
+    counts = {name: [node.op_type for node in models[name].graph] for name in COMPONENTS}
+    assert counts["vision_encoder"].count("Attention") == 2
+    assert counts["decoder"].count("Attention") == 2
+    assert counts["decoder"].count("TensorScatter") == 4
+    assert counts["decoder"].count("RotaryEmbedding") == 4
+    assert counts["decoder"].count("RMSNormalization") == 5
+
+
+@pytest.mark.parametrize("name", ["vision_encoder", "decoder"])
+def test_every_weight_product_and_norm_carries_its_modules_path(
+    name: str, models: dict, components: Components
+) -> None:
+    nodes = {node.name: node for node in models[name].graph if node.op_type in graph.NAMED}
+    layers = modules(dict(components.items())[name])
+    assert nodes.keys() == layers.keys()
+    for path, module in layers.items():
+        weight = module.weight.numpy()
+        found = constants(nodes[path])[f"{path}.weight"]
+        np.testing.assert_array_equal(found.T if isinstance(module, nn.Linear) else found, weight)
+
+
+@pytest.mark.parametrize("name", ["vision_encoder", "decoder"])
+def test_every_bias_is_a_constant_of_that_name_behind_its_module(
+    name: str, models: dict, components: Components
+) -> None:
+    layers = modules(dict(components.items())[name])
+    expected = {
+        f"{path}.bias": module.bias for path, module in layers.items() if getattr(module, "bias", None) is not None
+    }
+    model = models[name]
+    found = {key: value for key, value in model.graph.initializers.items() if key.endswith(".bias")}
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        np.testing.assert_array_equal(value.const_value.numpy(), expected[key].numpy())
+        (use,) = value.uses()
+        path = key.removesuffix(".bias")
+        assert use.node.name == path or use.node.inputs[1 - use.idx].producer().name == path
+
+
+def test_no_two_layers_share_a_constant(models: dict) -> None:
+    for name in COMPONENTS:
+        for key, value in models[name].graph.initializers.items():
+            if key.endswith((".weight", ".bias")):
+                assert len(list(value.uses())) == 1
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_nothing_is_left_of_the_exporters_notes(name: str, tiny: Artifact, models: dict) -> None:
+    model = models[name]
+    assert (model.producer_name, model.producer_version, model.doc_string) == ("vlmc", None, None)
+    assert not model.metadata_props
+    assert not model.graph.metadata_props
+    for node in model.graph:
+        assert not node.metadata_props
+        assert not node.doc_string
+    raw = tiny.graph(name).read_bytes()
+    for word in (b"torch", b".py", b"forward"):
+        assert word not in raw
+
+
+def test_inputs_and_outputs_are_as_the_manifest_says(tiny: Artifact, models: dict) -> None:
+    for name in COMPONENTS:
+        spec, model = tiny.manifest.components[name], models[name]
+        inputs, outputs = graph.io_names(name, tiny.manifest.kv)
+        assert [tensor.name for tensor in spec.inputs] == inputs == [value.name for value in model.graph.inputs]
+        assert [tensor.name for tensor in spec.outputs] == outputs == [value.name for value in model.graph.outputs]
+    decoder = {t.name: (t.dtype, t.shape) for t in tiny.manifest.components["decoder"].inputs}
+    assert decoder["inputs_embeds"] == ("float32", (1, "length", 64))
+    assert decoder["write_index"] == ("int64", (1,))
+    assert decoder["past_key_values.1.value"] == ("float32", (1, 2, "capacity", 16))
+    vision = tiny.manifest.components["vision_encoder"]
+    assert vision.inputs[0].shape == ("tiles", 3, 32, 32)
+    assert vision.outputs[0].shape == ("tiles", 4, 64)
+
+
+def test_the_weights_lie_beside_the_graph(tiny: Artifact) -> None:
+    for name in COMPONENTS:
+        path = tiny.graph(name)
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            for entry in tensor.external_data:
+                assert entry.key != "location" or entry.value == f"{path.name}.data"
+        assert f"onnx/{path.name}.data" in tiny.manifest.files
+
+
+def test_parameters_are_counted_once(components: Components) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+            self.b.weight = self.a.weight
+
+    assert graph.count_parameters(Tied()) == 12
+    assert graph.count_parameters(components.embed_tokens) == 336 * 64
