@@ -82,15 +82,16 @@ def summary(plan: Plan) -> dict[str, Any]:
 
 
 def _print(plan: Plan, path: Path) -> None:
+    from rich import box
     from rich.table import Table
 
     values, output = summary(plan), console.output()
+    output.print(f"Recipe {plan.recipe.name}: {plan.recipe.about}")
     if plan.modules:
-        table = Table("component", "layers", "smoothed", title=f"Recipe {plan.recipe.name}: {plan.recipe.about}")
+        table = Table("component", "layers", "smoothed", box=box.SIMPLE_HEAD)
         for component, counts in values["components"].items():
             smoothed = counts.pop("smoothed")
-            kinds = ", ".join(f"{count} × {kind}" for kind, count in counts.items())
-            table.add_row(component, kinds, str(smoothed))
+            table.add_row(component, ", ".join(f"{n} × {kind}" for kind, n in counts.items()), str(smoothed))
         output.print(table)
     if data := plan.calibrated_on:
         output.print(
@@ -98,7 +99,8 @@ def _print(plan: Plan, path: Path) -> None:
             f"ranges by {plan.recipe.observer}."
         )
     else:
-        output.print("Weights alone are quantised, if anything: no calibration set was needed.")
+        output.print("No activations are quantised, so no calibration set was needed.")
     for note in plan.notes:
         output.print(f"Note: {note}")
-    output.print(f"{path}. Next: vlmc build {path.parent.parent} --recipe {plan.recipe.name}")
+    output.print(f"Written: {path}", soft_wrap=True)
+    output.print(f"Next: vlmc build {path.parent.parent} --recipe {plan.recipe.name}", soft_wrap=True)

@@ -38,11 +38,12 @@ class ChannelPeaks:
 
 
 class Histogram:
-    """How often each magnitude was seen: `counts` int64 (BINS,), bins of `width` from 0, and the exact `peak`."""
+    """How often each magnitude was seen: `counts` int64 (BINS,), bins of `width` from 0; the exact `peak`; and how
+    many `zeros` are in the first bin, as no range loses anything of a zero."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(BINS, np.int64)
-        self.peak = 0.0
+        self.peak, self.zeros = 0.0, 0
         self._exponent = _SMALLEST_EXPONENT
 
     @property
@@ -60,6 +61,13 @@ class Histogram:
         # A power of two divides exactly, and truncation of a positive number is its floor.
         bins = (magnitudes * np.float32(1 / self.width)).astype(np.intp)
         self.counts += np.bincount(bins, minlength=BINS)
+        self.zeros += magnitudes.size - int(np.count_nonzero(magnitudes))
+
+    def nonzero(self) -> NDArray[np.float64]:
+        """`counts` without the zeros."""
+        counts = self.counts.astype(np.float64)
+        counts[0] -= self.zeros
+        return counts
 
     def _grow(self, exponent: int) -> None:
         if exponent <= self._exponent:
@@ -93,10 +101,9 @@ def percentile(seen: Histogram) -> float:
 def entropy(seen: Histogram) -> float:
     """The range whose 8-bit histogram loses the least information, by Kullback-Leibler divergence, of every sixteenth
     bin (Migacz, "8-bit inference with TensorRT", GTC 2017)."""
-    counts = seen.counts.astype(np.float64)
-    counts[0] = counts[1]  # exact zeros cost nothing in any range, and would outweigh the rest
-    used = int(np.flatnonzero(seen.counts).max(initial=0)) + 1
-    if used <= LEVELS + 1 or not counts.any():
+    counts = seen.nonzero()
+    used = int(np.flatnonzero(counts).max(initial=0)) + 1
+    if used <= LEVELS + 1:
         return seen.peak
     ends = [*range(LEVELS + 1, used, 16), used]
     best: int = min(ends, key=lambda end: _divergence(counts, end))
@@ -121,7 +128,7 @@ def _divergence(counts: NDArray[np.float64], end: int) -> float:
 def mse(seen: Histogram) -> float:
     """The range with the least squared error of rounding and clipping, of fiftieths of the peak."""
     points = (np.arange(BINS * _POINTS) + 0.5) * (seen.width / _POINTS)
-    counts = seen.counts.repeat(_POINTS)
+    counts = seen.nonzero().repeat(_POINTS)
 
     def error(limit: float) -> float:
         step = limit / LEVELS

@@ -5,6 +5,7 @@ A new family is one file in `families/` with a subclass of `Family`; it is found
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import pkgutil
@@ -24,7 +25,8 @@ from . import families, onnx_ops
 
 @dataclass(frozen=True)
 class Components:
-    """A model's parts as float32 modules whose `forward` is what is exported; module paths key the plan.
+    """A model's parts as float32 modules in evaluation mode. Their `forward` is what is exported, and their module
+    paths key the plan.
 
     vision_encoder: pixel_values (tiles, 3, height, width) → image_features (tiles, tokens, hidden).
     embed_tokens: input_ids (1, length) → inputs_embeds (1, length, hidden).
@@ -35,6 +37,10 @@ class Components:
     embed_tokens: nn.Module
     decoder: nn.Module
 
+    def __post_init__(self) -> None:
+        for _, component in self.items():
+            component.eval()  # the wrappers are new and would be in training mode
+
     def items(self) -> list[tuple[str, nn.Module]]:
         return [(name, getattr(self, name)) for name in ("vision_encoder", "embed_tokens", "decoder")]
 
@@ -44,7 +50,9 @@ class Decoder(nn.Module):
 
     def __init__(self, model: nn.Module, lm_head: nn.Module) -> None:
         super().__init__()
-        self.model, self.lm_head = model, lm_head
+        self.model, self.lm_head = copy.copy(model), lm_head
+        # The table of embeddings is a component of its own, so this one neither counts nor copies it.
+        self.model._modules = {k: m for k, m in model._modules.items() if not isinstance(m, nn.Embedding)}
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, write_index: Tensor, logits_index: Tensor, past: list[Tensor]

@@ -43,7 +43,8 @@ def compare(level: str, component: str, reference: NDArray[Any], found: NDArray[
         detail = f"shape {found.shape} instead of {reference.shape}"
         return ParityLevel(level, component, 0.0, 0.0, RELATIVE, False, detail)
     left, right = reference.ravel().astype(np.float64), found.ravel().astype(np.float64)
-    largest = float(np.abs(left - right).max())
+    with np.errstate(invalid="ignore"):  # of two infinities the difference is NaN, which fails below
+        largest = float(np.abs(left - right).max())
     scale = float(np.abs(left).max()) or 1.0
     norms = float(np.linalg.norm(left) * np.linalg.norm(right))
     cosine = float(left @ right) / norms if norms else 1.0

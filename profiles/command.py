@@ -154,6 +154,7 @@ def doctor(as_json: bool) -> None:
 
     Example: vlmc doctor
     """
+    from rich.markup import escape
     from rich.table import Table
 
     from .doctor import examine
@@ -166,7 +167,7 @@ def doctor(as_json: bool) -> None:
     for group, entries in found.items():
         table.add_row(f"[bold]{group}[/]")
         for name, value in entries.items():
-            table.add_row(f"  {name}", *_state(group, value))
+            table.add_row(f"  {name}", *map(escape, _state(group, value)))
     console.output().print(table)
 
 

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Artifact, BuildSpec, EngineSpec
+from ..artifact import SCHEMA, Artifact, BuildSpec, EngineSpec
 from ..errors import VlmcError
 from ..files import read_json, writing
 from ..runtime.images import open_image
@@ -62,7 +62,7 @@ def profile(
     run = harness.unfinished(folder, key)
     if run is None:
         progress("measuring the machine's limits", 0, 1)
-        run = {"key": key} | _description(artifact, build, device, measurement, found, here)
+        run = _description(artifact, build, device, measurement, found, here) | {"schema": SCHEMA, "key": key}
         run["no_accuracy"] = asked if isinstance(asked, str) else "unavailable: the questions were not asked"
         run["examples"] = _examples(harness.fresh(folder), measurement.questions)
         harness.begin(folder, run)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..artifact import SCHEMA
 from ..errors import VlmcError
 from ..evaluation import accuracy, agreement, tasks
 from ..files import read_json
@@ -31,7 +32,8 @@ COMPARED = {"vision": "vision", "prefill": "prefill", "decode": "decode_per_toke
 
 
 def summarize(folder: Path) -> dict[str, Any]:
-    """report.json of the finished measurement in `profile/DEVICE`; a VlmcError where there is none."""
+    """report.json of the finished measurement in `profile/DEVICE`; a VlmcError where there is none, or where what is
+    there is not what this version writes."""
     at = folder / "samples"
     if not (at / "run.json").is_file():
         started = (folder / "unfinished").is_dir()
@@ -40,14 +42,26 @@ def summarize(folder: Path) -> dict[str, Any]:
             found="one that was interrupted" if started else "no samples",
             fix="run the same `vlmc profile` again, it goes on where it stopped" if started else "run `vlmc profile`",
         )
-    run = read_json(at / "run.json")
+    try:
+        return _report(at, read_json(at / "run.json"))
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+        found = f"{type(error).__name__} {error}"
+        raise VlmcError(f"{at} is damaged or of another version", found=found, fix=_AGAIN) from None
+
+
+_AGAIN = "measure again with `vlmc profile`"
+
+
+def _report(at: Path, run: dict[str, Any]) -> dict[str, Any]:
+    if run["schema"] != SCHEMA:
+        raise VlmcError(f"{at} has another schema", found=str(run["schema"]), expected=str(SCHEMA), fix=_AGAIN)
     rows = {info["name"]: samples.read(at / f"{slug(info['name'])}.jsonl") for info in run["variants"]}
     measured = [info for info in run["variants"] if samples.of_kind(rows[info["name"]], "run")]
     if not measured:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in run["failures"].items())
         raise VlmcError("No variant could be measured", found=reasons or "no runs", fix="see `vlmc doctor`")
     report = {
-        "schema": 1,
+        "schema": SCHEMA,
         "artifact": run["artifact"],
         "device": run["device"],
         "machine": run["machine"],

@@ -114,6 +114,12 @@ class Worker:
         read_meter()
         waited_after = machine.waited_seconds()
         timings = self.session.timings
+        if not timings.decode:
+            raise VlmcError(
+                f"Golden case {case} leaves no room for further tokens in the KV cache",
+                found=f"a prompt of {len(inputs.input_ids)} tokens",
+                fix="export with a larger --capacity",
+            )
         return {
             "case": case,
             "preprocess_s": timings.preprocess,

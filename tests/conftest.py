@@ -6,10 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
 from vlmc.artifact import Artifact
+
+if TYPE_CHECKING:  # torch is imported by the tests that need it
+    from vlmc.exporter.family import Components
 
 CHAT = (  # SmolVLM's own, less the branch for video
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -134,3 +138,47 @@ def tiny(tiny_checkpoint: Path, picture_set: Path, tmp_path_factory: pytest.Temp
 def tiny_copy(tiny: Artifact, tmp_path: Path) -> Path:
     """A copy of the artefact `tiny` to change."""
     return Path(shutil.copytree(tiny.root, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_components(tiny: Artifact) -> Components:
+    """The PyTorch components that `tiny` was exported from."""
+    from vlmc.exporter.checkpoint import load_components
+
+    return load_components(tiny)
+
+
+@pytest.fixture(scope="session")
+def planned(
+    tiny: Artifact, tiny_components: Components, picture_set: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    """`tiny` with a plan for every recipe. Read it only."""
+    from vlmc.calibration import recipes
+    from vlmc.calibration.calibrate import plan_for
+    from vlmc.calibration.plan import write_plan
+    from vlmc.calibration.sets import load_set
+    from vlmc.exporter.torch_runner import torch_session
+
+    artifact = Artifact(Path(shutil.copytree(tiny.root, tmp_path_factory.mktemp("planned") / "tiny")))
+    session, data = torch_session(artifact, tiny_components), load_set(picture_set)
+    for name in recipes.names():
+        write_plan(artifact, plan_for(session, tiny_components, recipes.load(name), data, lambda *_: None))
+    return artifact
+
+
+@pytest.fixture(scope="session")
+def built(planned: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """`planned`, built for `cpu` with the recipe int8 as `vlmc build` does it, each engine in a process of its own.
+    Read it only."""
+    from vlmc.engines import build
+    from vlmc.profiles.device import load_device
+
+    artifact = Artifact(Path(shutil.copytree(planned.root, tmp_path_factory.mktemp("built") / "tiny")))
+    build.build(artifact, load_device("cpu"), "int8", lambda *_: None)
+    return artifact
+
+
+@pytest.fixture
+def built_copy(built: Artifact, tmp_path: Path) -> Path:
+    """A copy of the artefact `built` to change."""
+    return Path(shutil.copytree(built.root, tmp_path / "tiny"))

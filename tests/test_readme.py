@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 import pytest
-
 from vlmc.calibration import recipes
 from vlmc.cli import COMMANDS, vlmc
 from vlmc.engines import builders

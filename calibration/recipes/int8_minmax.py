@@ -6,6 +6,6 @@ W8A8 = Precision(weight_bits=8, activation_bits=8)
 
 RECIPE = Recipe(
     "int8-minmax",
-    "8-bit weights and activations, not smoothed, min-max ranges",
+    "8-bit weights and activations, not smoothed, ranges of the largest values",
     {"*patch_embed*": FLOAT, "vision_encoder/*": W8A8, "decoder/*": W8A8},
 )

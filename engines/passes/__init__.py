@@ -59,9 +59,10 @@ def replace(node: ir.Node, value: ir.Value) -> None:
 
 
 def prune(model: ir.Model) -> None:
-    """Removes nodes and constants that nothing uses any more."""
+    """Removes nodes and constants that nothing uses any more, each node behind those that it reads."""
     from onnx_ir.passes import common
 
+    model.graph.sort()
     common.RemoveUnusedNodesPass()(model)
 
 

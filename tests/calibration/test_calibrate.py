@@ -52,31 +52,35 @@ def test_each_phase_is_observed_apart(plan) -> None:
     assert set(made.modules[DOWN].peaks) == {"prefill", "decode"}
 
 
-def test_peaks_are_what_the_layers_really_got(plan, session, components, data) -> None:
-    """The same numbers, from watching one layer while the first two rows are answered along their answers."""
-    seen: dict[str, float] = {"prefill": 0.0, "decode": 0.0}
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(2, 3)], ids=["with answers", "without"])
+def test_peaks_are_what_the_layers_got_step_by_step(session, components, data, rows: slice) -> None:
+    """Calibration reads an answer in one call; here each of its tokens is a decode step, as it is when deployed."""
+    seen = {"prefill": 0.0, "decode": 0.0}
 
     def hook(module: Any, args: tuple[torch.Tensor]) -> None:
         phase = "prefill" if args[0].shape[1] > 20 else "decode"
         seen[phase] = max(seen[phase], float(args[0].abs().max()))
 
-    handle = components.decoder.get_submodule("model.layers.1.mlp.down_proj").register_forward_pre_hook(hook)
-    for row in data.rows[:2]:
-        inputs = session.prepare([open_image(row.image)], row.prompt)
-        next(session.generate(inputs))
-        for token in session.tokenizer.encode(" " + row.answer):
-            session.decoder.feed(int(token))  # a step a token, where calibration reads them all at once
-    for row in data.rows[2:]:
-        list(session.generate(session.prepare([open_image(row.image)], row.prompt), 32))
+    handle = components.decoder.get_submodule(DOWN.removeprefix("decoder/")).register_forward_pre_hook(hook)
+    for row in data.rows[rows]:
+        tokens = session.generate(session.prepare([open_image(row.image)], row.prompt), 32)
+        if row.answer:
+            next(tokens)
+            for token in session.tokenizer.encode(" " + row.answer):
+                session.decoder.feed(int(token))
+        else:
+            list(tokens)
     handle.remove()
-    assert plan("int8-minmax").modules[DOWN].peaks == pytest.approx(seen, rel=1e-5)
+    recipe, some = recipes.load("int8-minmax"), replace(data, rows=data.rows[rows])
+    made = plan_for(session, components, recipe, some, lambda *_: None)
+    assert made.modules[DOWN].peaks == pytest.approx(seen, rel=1e-5)
 
 
 def test_a_scale_covers_the_larger_phase(plan) -> None:
-    for name in ("int8", "int8-minmax"):
-        for module in plan(name).modules.values():
+    for observer in ("minmax", "mse"):
+        for module in plan("int8", observer=observer).modules.values():
             assert module.activation_scale * 127 == pytest.approx(max(module.ranges.values()))
-            assert module.ranges == module.peaks
+            assert (module.ranges == module.peaks) == (observer == "minmax")
 
 
 def test_smoothing_tames_the_outliers(plan) -> None:

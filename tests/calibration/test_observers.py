@@ -34,7 +34,7 @@ def test_chunks_in_any_order_give_the_histogram_of_all_at_once(chunks: list[Valu
     random.shuffle(chunks)
     for histogram in (streamed, seen(*chunks)):
         assert (histogram.counts == whole.counts).all()
-        assert (histogram.width, histogram.peak) == (whole.width, whole.peak)
+        assert (histogram.width, histogram.peak, histogram.zeros) == (whole.width, whole.peak, whole.zeros)
 
 
 @given(CHUNKS)
@@ -96,9 +96,9 @@ def test_mse_has_the_least_squared_error_on_the_values_themselves() -> None:
 def test_zeros_do_not_outweigh_the_rest() -> None:
     """As behind a ReLU or around a gate: no range loses anything of a zero."""
     values = normal_with_outliers()
-    many = np.concatenate((values, np.zeros(20 * len(values), np.float32)))
+    many = np.concatenate((values, np.zeros(100 * len(values), np.float32)))
     for name in ("minmax", "entropy", "mse"):
-        assert RANGES[name](seen(many)) == pytest.approx(RANGES[name](seen(values)), rel=0.05), name
+        assert RANGES[name](seen(many)) == RANGES[name](seen(values)), name
 
 
 def test_without_outliers_nothing_much_is_cut() -> None:

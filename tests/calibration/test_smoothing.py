@@ -138,7 +138,9 @@ def test_alpha_shares_the_range_between_activations_and_weights() -> None:
     peaks = {"a": np.array([100, 1, 4], np.float32), "b": np.array([100, 1, 4], np.float32)}
     columns = {"a": np.array([1, 1, 0.25], np.float32), "b": np.array([0.5, 0.25, 1], np.float32)}
     np.testing.assert_allclose(divisors(group, peaks, columns, 0.5), [10, 1, 2], rtol=1e-6)
+    columns["a"] = columns["b"] = np.array([16, 1, 1], np.float32)
     np.testing.assert_allclose(divisors(group, peaks, columns, 1.0), [100, 1, 4], rtol=1e-6)
+    np.testing.assert_allclose(divisors(group, peaks, columns, 0.75), [100**0.75 / 2, 1, 4**0.75], rtol=1e-6)
 
 
 def test_a_silent_channel_is_not_blown_up() -> None:

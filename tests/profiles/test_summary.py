@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from vlmc.errors import VlmcError
 from vlmc.files import write_json
@@ -73,6 +77,7 @@ def folder(tmp_path: Path) -> Path:
     write_json(
         at / "run.json",
         {
+            "schema": 1,
             "artifact": {"name": "fake", "family": "f", "random_weights": False, "parameters": {"decoder": 5}},
             "device": {"name": "cpu", "latency_budget_ms": 25, "memory_budget_gb": 1},
             "machine": {"name": "m", "cores": 2, "threads": 2, "throttled": "no", "after": {"throttled": "no"}},
@@ -238,4 +243,30 @@ def test_where_every_variant_failed_the_reasons_are_told(folder: Path) -> None:
     for path in (folder / "samples").glob("*.jsonl"):
         path.unlink()
     with pytest.raises(VlmcError, match=r"Broken: its process was killed"):
+        summarize(folder)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_samples_are_a_sentence(folder: Path, data: st.DataObject) -> None:
+    record = folder / "samples" / "run.json"
+    whole = record.read_text()
+    run = json.loads(whole)
+    key = data.draw(st.sampled_from(sorted(run)))
+    run[key] = data.draw(st.none() | st.integers(-1, 1) | st.just([]) | st.just({}) | st.just("x"))
+    try:
+        write_json(record, run)
+        with contextlib.suppress(VlmcError):
+            summarize(folder)
+    finally:
+        record.write_text(whole)
+
+
+def test_samples_of_another_version_are_refused(folder: Path) -> None:
+    record = folder / "samples" / "run.json"
+    record.write_text(record.read_text().replace('"schema": 1', '"schema": 99'))
+    with pytest.raises(VlmcError, match=r"another schema.*99"):
+        summarize(folder)
+    record.write_text("{}")
+    with pytest.raises(VlmcError, match=r"damaged or of another version.*'schema'"):
         summarize(folder)

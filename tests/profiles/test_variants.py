@@ -14,8 +14,9 @@ from .conftest import add_build, add_engine
 
 
 @pytest.fixture(autouse=True)
-def all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+def everything_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "unavailable", lambda name: "")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
 
 
 def names(artifact: Artifact, build: BuildSpec, **options: bool) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from vlmc.artifact import Artifact
+from vlmc.errors import VlmcError
 from vlmc.profiles import memory, samples
 from vlmc.profiles.worker import Worker
 
@@ -72,3 +73,8 @@ def test_unified_memory_is_what_the_machine_lost(job: dict[str, Any], monkeypatc
     worker = Worker(job | {"device_memory": "unified"})
     found = [worker._memory() for _ in range(2)]
     assert [(row["device_bytes"], row["available_drop_bytes"]) for row in found] == [(600, 600), (300, 300)]
+
+
+def test_a_prompt_that_fills_the_cache_is_a_sentence(job: dict[str, Any]) -> None:
+    with pytest.raises(VlmcError, match="Golden case 0 leaves no room"):
+        Worker(job | {"tokens": 1})

@@ -1,0 +1,97 @@
+"""Graphs small enough to read, and ways to run a graph as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from vlmc.artifact import Artifact
+from vlmc.engines import candidate, child, trial
+
+Load = Callable[..., ort.InferenceSession]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """load(model, optimised=False): the model in ONNX Runtime, node for node unless optimised."""
+
+    def session(model: ir.Model, optimised: bool = False) -> ort.InferenceSession:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.onnx"
+        ir.save(model, path, external_data=f"{path.name}.data")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        if not optimised:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    return session
+
+
+@pytest.fixture
+def run(load: Load) -> Callable[..., np.ndarray]:
+    """run(model, x): the first output for the only input."""
+    return lambda model, x: load(model).run(None, {model.graph.inputs[0].name: x})[0]
+
+
+@pytest.fixture(scope="session")
+def linear() -> Callable[..., ir.Model]:
+    """linear(weight (in, out), bias=None): a MatMul named `fc` and an Add, canonical as the exporter writes them."""
+
+    def make(weight: np.ndarray, bias: np.ndarray | None = None) -> ir.Model:
+        def constant(name: str, array: np.ndarray) -> ir.Value:
+            tensor = ir.tensor(array, name=name)
+            shape = ir.Shape(array.shape)
+            return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+        float32 = ir.TensorType(ir.DataType.FLOAT)
+        x = ir.Value(name="x", shape=ir.Shape(["rows", weight.shape[0]]), type=float32)
+        weights = [constant("fc.weight", weight)] + ([] if bias is None else [constant("fc.bias", bias)])
+        nodes = [ir.node("MatMul", [x, weights[0]], name="fc")]
+        if bias is not None:
+            nodes.append(ir.node("Add", [nodes[0].outputs[0], weights[1]], name="add"))
+        y = nodes[-1].outputs[0]
+        y.name, y.shape, y.type = "y", ir.Shape(["rows", weight.shape[1]]), float32
+        graph = ir.Graph([x], [y], nodes=nodes, initializers=weights, opset_imports={"": 24}, name="small")
+        return ir.Model(graph, ir_version=10)
+
+    return make
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Steps of a build run in this process, and trials take hardly any time; the list gets each step's arguments."""
+    done: list[tuple[str, ...]] = []
+
+    def step(module: str, what: str, *arguments: str) -> str:
+        import json
+
+        done.append((module, *arguments[1:]))
+        root = Path(arguments[0])
+        if module == "candidate":
+            candidate.build(Artifact(root), candidate.Candidate(*arguments[1:]))
+            return ""
+        device, component, embed, *engines = arguments[1:]
+        return json.dumps(trial.try_component(Artifact(root), device, component, engines, embed))
+
+    monkeypatch.setattr(child, "run", step)
+    monkeypatch.setattr(trial, "ROUNDS", 1)
+    monkeypatch.setattr(trial, "SECONDS", 0.0)
+    return done
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+@pytest.fixture(name="operators")
+def _operators() -> Callable[[ir.Model], dict[str, int]]:
+    """operators(model): how many nodes there are of each operator."""
+    return operators

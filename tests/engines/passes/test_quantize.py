@@ -1,0 +1,141 @@
+"""A plan in the graph is the same arithmetic as the plan in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from vlmc.artifact import SCHEMA, Artifact, KvContract
+from vlmc.calibration.fake_quant import apply_plan
+from vlmc.calibration.plan import ModulePlan, Plan, read_plan
+from vlmc.calibration.recipes import Recipe
+from vlmc.calibration.weights import dequantize_weight, quantize_weight
+from vlmc.engines.passes import quantize
+from vlmc.errors import VlmcError
+from vlmc.exporter import golden
+from vlmc.exporter.family import Components
+from vlmc.exporter.torch_runner import torch_session
+from vlmc.runtime.backends.onnxruntime import OnnxDecoder, OnnxRunner
+from vlmc.runtime.runner import HostDecoder, Runner
+
+WEIGHT = np.random.default_rng(0).normal(size=(40, 24)).astype(np.float32)
+BIAS = np.random.default_rng(1).normal(size=24).astype(np.float32)
+INPUT = np.random.default_rng(2).normal(size=(5, 40)).astype(np.float32)
+
+
+def plan_of(absorbers: dict[str, tuple[float, ...]] | None = None, **modules: ModulePlan) -> Plan:
+    named = {f"part/{path}": module for path, module in modules.items()}
+    return Plan(SCHEMA, Recipe("r", "", {}), "", None, named, {f"part/{k}": v for k, v in (absorbers or {}).items()})
+
+
+# One layer
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, 0), (8, 32), (8, 7), (4, 32), (4, 5)])
+def test_weights_are_the_shared_definition_to_the_last_bit(bits: int, block: int, linear: Any, run: Any) -> None:
+    model = linear(WEIGHT)
+    assert quantize.apply(model, plan_of(fc=ModulePlan(bits, block)), "part") == 1
+    exact = dequantize_weight(*quantize_weight(WEIGHT.T.copy(), bits, block), block).T
+    np.testing.assert_array_equal(run(model, np.eye(40, dtype=np.float32)), exact)
+
+
+def test_inputs_are_rounded_half_to_even_and_clipped_at_eight_bits(linear: Any, run: Any) -> None:
+    model = linear(np.eye(1, dtype=np.float32))
+    quantize.apply(model, plan_of(fc=ModulePlan(8, 0, activation_scale=0.5)), "part")
+    x = np.array([0.0, 0.25, 0.26, -0.25, 0.75, -1.0, 63.5, 80.0, -64.0, -80.0], np.float32)[:, None]
+    expected = [0.0, 0.0, 0.5, 0.0, 1.0, -1.0, 63.5, 63.5, -64.0, -64.0]
+    np.testing.assert_allclose(run(model, x)[:, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_smoothing_multiplies_input_channels_even_of_a_layer_that_stays_float(bits: int, linear: Any, run: Any) -> None:
+    model, factors = linear(WEIGHT, BIAS), np.linspace(0.5, 2, 40, dtype=np.float32)
+    quantize.apply(model, plan_of(fc=ModulePlan(bits, 0, smoothing=tuple(factors.tolist()))), "part")
+    tolerance = 1e-5 if bits == 0 else 0.5
+    np.testing.assert_allclose(run(model, INPUT), INPUT * factors @ WEIGHT + BIAS, atol=tolerance)
+
+
+def test_an_absorber_divides_its_outputs_bias_and_all(linear: Any, run: Any) -> None:
+    model, divisors = linear(WEIGHT, BIAS), np.linspace(0.5, 2, 24, dtype=np.float32)
+    quantize.apply(model, plan_of({"fc": tuple(divisors.tolist())}), "part")
+    np.testing.assert_allclose(run(model, INPUT), (INPUT @ WEIGHT + BIAS) / divisors, atol=1e-5)
+
+
+def test_layers_with_one_input_and_scale_share_the_quantised_input(
+    planned: Artifact, operators: Callable[..., dict[str, int]]
+) -> None:
+    model, plan = ir.load(planned.graph("decoder")), read_plan(planned, "int8")
+    assert quantize.apply(model, plan, "decoder") == 15
+    layers = 2
+    assert operators(model)["QuantizeLinear"] == 4 * layers + 1  # q, k and v; o; gate and up; down; the head
+    assert operators(model)["DequantizeLinear"] == 15 + 4 * layers + 1
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-minmax", "w8", "w4"])
+@pytest.mark.parametrize("component", ["vision_encoder", "decoder"])
+def test_the_graph_stays_valid_onnx_of_standard_operators(
+    recipe: str, component: str, planned: Artifact, tmp_path: Path
+) -> None:
+    """Nodes in order, above all: the modules of a plan are not in the graph's order."""
+    model = ir.load(planned.graph(component))
+    quantize.apply(model, read_plan(planned, recipe), component)
+    ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+    onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
+    assert dict(model.opset_imports) == {"": 24}
+
+
+def test_what_the_plan_does_not_name_stays_as_it_is(linear: Any, run: Any) -> None:
+    model = linear(WEIGHT, BIAS)
+    assert quantize.apply(model, replace(plan_of(), modules={"other/fc": ModulePlan(8, 0)}), "part") == 0
+    np.testing.assert_allclose(run(model, INPUT), INPUT @ WEIGHT + BIAS, atol=1e-5)
+
+
+def test_a_plan_for_another_graph_is_refused(linear: Any) -> None:
+    for plan in (plan_of(other=ModulePlan(8, 0)), plan_of({"other": (1.0,)})):
+        with pytest.raises(VlmcError, match=r"'r' names modules that the graph of part does not have. Found: other"):
+            quantize.apply(linear(WEIGHT), plan, "part")
+
+
+# The whole model
+
+
+def outputs(vision: Runner, decoder: HostDecoder, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Image features, and the logits of a prompt and of steps fed with the golden tokens."""
+    decoder.prefill(arrays["1.inputs_embeds"])
+    logits = [decoder.logits()]
+    for token in arrays["1.step_tokens"]:
+        decoder.feed(int(token))
+        logits.append(decoder.logits())
+    return vision.run({"pixel_values": arrays["1.pixel_values"]})["image_features"], np.stack(logits)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-minmax", "w8", "w4"])
+def test_the_graph_computes_what_the_fake_quant_model_does(
+    recipe: str, planned: Artifact, tiny_components: Components, load: Any
+) -> None:
+    """Tolerance: a hundredth of what quantising changes. Both round the same numbers the same way; float32 sums in
+    another order may push a value over the edge of a step here and there (none, where this was written: 1e-5)."""
+    plan, arrays = read_plan(planned, recipe), golden.read(planned)[1]
+    fake = Components(*(apply_plan(module, plan, name) for name, module in tiny_components.items()))
+    sessions = {}
+    for name in ("vision_encoder", "decoder"):
+        model = ir.load(planned.graph(name))
+        quantize.apply(model, plan, name)
+        sessions[name] = load(model)
+    kv = planned.manifest.kv
+    contract = KvContract("scatter", kv.layers, kv.kv_heads, kv.head_dim, kv.capacity)
+    exact, torch = torch_session(planned, tiny_components), torch_session(planned, fake)
+    decoder = OnnxDecoder(sessions["decoder"], contract, exact.embed)
+    found = outputs(OnnxRunner(sessions["vision_encoder"]), decoder, arrays)
+    expected = outputs(torch.vision, torch.decoder, arrays)
+    changed = outputs(exact.vision, exact.decoder, arrays)
+    for part in (0, 1):
+        difference = np.linalg.norm(found[part] - expected[part])
+        assert difference <= max(0.01 * np.linalg.norm(expected[part] - changed[part]), 1e-3)
+    assert np.linalg.norm(expected[1] - changed[1]) > 0.1

@@ -1,0 +1,77 @@
+"""`vlmc export` and `vlmc models`, as they are typed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from vlmc.artifact import Artifact
+from vlmc.errors import VlmcError
+from vlmc.exporter import export as stage
+from vlmc.exporter.checkpoint import Checkpoint
+from vlmc.exporter.command import export, models
+from vlmc.exporter.export import Options
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(export, [str(argument) for argument in arguments])
+
+
+def test_it_prints_the_ladder_and_what_comes_next(
+    tiny_checkpoint: Path, picture_set: Path, tmp_path: Path, traced_before: None
+) -> None:
+    command = (tiny_checkpoint, "-o", tmp_path / "out", "--capacity", 128, "--cases", 2, "--pictures", picture_set)
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "Parity of tiny with PyTorch float32" in said
+    assert "2 of 2 cases equal" in said
+    assert "0.2 M parameters" in said
+    assert f"Next: vlmc build {tmp_path / 'out'}" in said
+    assert "failed" not in said
+    levels = json.loads(run(*command, "--json").stdout)
+    assert [level["passed"] for level in levels] == [True] * 9
+
+
+def test_random_weights_are_said_to_be_random_and_get_fewer_goldens(
+    tiny: Artifact, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def exported(model: Checkpoint, target: Path, options: Options, report: Any) -> Artifact:
+        asked.append((model.source.kind, model.source.seed, options.cases))
+        made = Artifact(tiny.root)
+        made.manifest = replace(made.manifest, source=model.source)
+        return made
+
+    monkeypatch.setattr(stage, "export", exported)
+    result = run(tiny_checkpoint, "--random-weights", "--seed", 5, "-o", "out")
+    assert "Random weights: its answers mean nothing" in result.output
+    assert "Random weights" not in run(tiny_checkpoint, "-o", "out").output
+    assert asked == [("random", 5, 2), ("folder", 0, 16)]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--capacity", 0], ["--cases", 0], ["--pictures", "gone.jsonl"], ["--seed", "x"]]
+)
+def test_wrong_usage_is_clicks(arguments: list[Any], tmp_path: Path) -> None:
+    assert run("demo", "-o", tmp_path / "out", *arguments).exit_code == 2
+    assert run("demo").exit_code == 2
+
+
+def test_a_wrong_model_is_a_sentence(tmp_path: Path) -> None:
+    result = run("dmeo", "-o", tmp_path / "out")
+    assert isinstance(result.exception, VlmcError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_lists_families_and_presets() -> None:
+    said = json.loads(CliRunner().invoke(models, ["--json"]).stdout)
+    assert said["families"]["smolvlm"] == ["smolvlm", "idefics3"]
+    assert "smolvlm-256m" in said["presets"]
+    table = CliRunner().invoke(models, []).output
+    assert "smolvlm-500m" in table

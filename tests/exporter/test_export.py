@@ -1,0 +1,155 @@
+"""An export is whole or absent, is not made twice, and never takes the place of another unasked."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vlmc.artifact import GRAPH_FILES, Artifact
+from vlmc.errors import VlmcError
+from vlmc.exporter import checkpoint, graph
+from vlmc.exporter import export as module
+from vlmc.exporter.checkpoint import resolve
+from vlmc.exporter.export import Options, existing, export
+
+
+@pytest.fixture
+def options(picture_set: Path) -> Options:
+    """Those that `tiny` was exported with."""
+    return Options(capacity=128, cases=3, picture_set=picture_set, max_new_tokens=8)
+
+
+def again(checkpoint_folder: Path, target: Path, options: Options) -> Artifact:
+    return export(resolve(str(checkpoint_folder)), target, options, lambda *_: None)
+
+
+def content(root: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*") if path.is_file()}
+
+
+def test_the_artefact_holds_what_the_manifest_says_and_no_more(tiny: Artifact) -> None:
+    files = {path.relative_to(tiny.root).as_posix() for path in tiny.root.rglob("*") if path.is_file()}
+    assert files == {*tiny.manifest.files, "manifest.json"}
+    expected = {*GRAPH_FILES.values(), *(f"{file}.data" for file in GRAPH_FILES.values()), "tokenizer.json"}
+    assert expected <= tiny.manifest.files.keys()
+    for name in tiny.manifest.files:
+        tiny.path_of(name)
+    assert tiny.manifest.kv.capacity == 128
+    assert (tiny.manifest.hidden_size, tiny.manifest.vocab_size) == (64, 336)
+    assert tiny.manifest.versions["vlmc"]
+
+
+def test_the_same_export_is_left_as_it_is(tiny_copy: Path, tiny_checkpoint: Path, options: Options) -> None:
+    before = content(tiny_copy)
+    assert again(tiny_checkpoint, tiny_copy, options).root == tiny_copy
+    assert content(tiny_copy) == before
+
+
+@pytest.mark.parametrize("change", [{"capacity": 64}, {"cases": 2}, {"max_new_tokens": 4}, {"picture_set": None}])
+def test_other_options_are_refused_without_force(
+    change: dict[str, Any], tiny_copy: Path, tiny_checkpoint: Path, options: Options
+) -> None:
+    before = content(tiny_copy)
+    with pytest.raises(VlmcError, match=r"already holds an export of 'tiny', made from other weights.*--force"):
+        again(tiny_checkpoint, tiny_copy, replace(options, **change))
+    assert content(tiny_copy) == before
+
+
+def test_other_versions_and_weights_are_refused_without_force(
+    tiny_copy: Path, tiny_checkpoint: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = resolve(str(tiny_checkpoint))
+    other = replace(model, source=replace(model.source, sha256="0" * 64))
+    with pytest.raises(VlmcError, match="made from other weights"):
+        existing(other, tiny_copy, options)
+    monkeypatch.setattr(module, "_versions", lambda: {"vlmc": "9"})
+    with pytest.raises(VlmcError, match="or versions"):
+        existing(model, tiny_copy, options)
+
+
+def test_a_damaged_artefact_is_not_taken_for_whole(tiny_copy: Path, tiny_checkpoint: Path, options: Options) -> None:
+    graph_file = tiny_copy / GRAPH_FILES["decoder"]
+    graph_file.write_bytes(graph_file.read_bytes()[:-1])
+    with pytest.raises(VlmcError, match=r"decoder_model_merged\.onnx is truncated or altered.*--force"):
+        again(tiny_checkpoint, tiny_copy, options)
+
+
+def test_force_replaces_all_of_it(
+    tiny_copy: Path, tiny_checkpoint: Path, options: Options, traced_before: None
+) -> None:
+    (tiny_copy / "plans").mkdir()
+    (tiny_copy / GRAPH_FILES["decoder"]).write_text("damaged")
+    made = again(tiny_checkpoint, tiny_copy, replace(options, cases=2, force=True))
+    assert not (tiny_copy / "plans").exists()
+    assert len(list((tiny_copy / "golden").glob("*.png"))) == 2
+    assert made.graph("decoder")
+    assert again(tiny_checkpoint, tiny_copy, replace(options, cases=2)).root == tiny_copy
+
+
+def test_something_else_in_the_way_is_never_replaced(tmp_path: Path, tiny_checkpoint: Path, options: Options) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("more")
+    for name in ("folder", "file"):
+        with pytest.raises(VlmcError, match="exists and is no artefact"):
+            again(tiny_checkpoint, tmp_path / name, replace(options, force=True))
+    assert (tmp_path / "folder" / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_empty_folder_is_filled(
+    tmp_path: Path, tiny: Artifact, tiny_checkpoint: Path, options: Options, traced_before: None
+) -> None:
+    made = again(tiny_checkpoint, tmp_path, options)
+    assert made.manifest.components == tiny.manifest.components
+    assert made.path_of("golden/golden.json").read_bytes() == tiny.path_of("golden/golden.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
+        (lambda folder: (folder / "processor_config.json").write_text("{"), "cannot be used"),
+    ],
+)
+def test_a_bad_processor_is_refused_before_anything_slow(
+    damage: Any, says: str, tmp_path: Path, tiny_checkpoint: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*_: Any) -> Any:
+        raise AssertionError("this takes a minute")
+
+    monkeypatch.setattr(checkpoint, "load_model", slow)
+    monkeypatch.setattr(graph, "export_component", slow)
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    damage(folder)
+    with pytest.raises(VlmcError, match=says):
+        again(folder, tmp_path / "out", options)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_picture_that_fills_more_than_the_cache_is_one_sentence(
+    tmp_path: Path, tiny_checkpoint: Path, options: Options, traced_before: None
+) -> None:
+    with pytest.raises(VlmcError, match=r"longer than the KV cache.*larger --capacity"):
+        again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=20))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_told_from_start_to_end(
+    tmp_path: Path, tiny_checkpoint: Path, options: Options, traced_before: None
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    export(resolve(str(tiny_checkpoint)), tmp_path / "out", options, lambda *step: told.append(step))
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert stages == [
+        "loading the weights",
+        "exporting vision_encoder",
+        "exporting embed_tokens",
+        "exporting decoder",
+        "goldens from PyTorch",
+        "parity ladder",
+    ]
+    assert all(0 <= done <= total for _, done, total in told)
