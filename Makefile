@@ -26,7 +26,7 @@ demo: $(INSTALLED) ## Export, calibrate, build, ask and measure the bundled mode
 	@echo "The page: $(CURDIR)/$(DEMO)/profile/$(DEVICE)/report.html"
 
 test: lint ## Everything that has to hold: linters, types, import order, tests.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(INSTALLED) ## The linters alone.
 	$(BIN)/ruff check .

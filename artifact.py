@@ -235,7 +235,12 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         if abs(data) <= sys.float_info.max:  # not so for NaN
             return float(data)
         raise VlmcError(f"{where} is no finite number", fix=_REMAKE)
-    if origin is None and isinstance(kind, type) and isinstance(data, kind) and not (kind is int and isinstance(data, bool)):
+    if (
+        origin is None
+        and isinstance(kind, type)
+        and isinstance(data, kind)
+        and not (kind is int and isinstance(data, bool))
+    ):
         return data
     expected = getattr(kind, "__name__", str(kind))
     raise VlmcError(f"{where} has the wrong type", found=type(data).__name__, expected=expected, fix=_REMAKE)

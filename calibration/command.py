@@ -15,7 +15,7 @@ from . import recipes
 from .observers import RANGES
 from .plan import Plan, write_plan
 
-DEMO_PICTURES = 64
+DEMO_PICTURES = 32
 
 
 @click.command()

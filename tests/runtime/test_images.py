@@ -159,7 +159,7 @@ def test_damaged_files_give_a_picture_or_a_sentence(
     content = bytearray(FILES[name])
     for position, value in changes:
         content[position % len(content)] = value
-    path = tmp_path_factory.getbasetemp() / "damaged"
+    path = tmp_path_factory.getbasetemp() / "damaged-picture"
     path.write_bytes(content[: int(keep * len(content))])
     try:
         opened = open_image(path)

@@ -1,0 +1,127 @@
+"""Every builder keeps its contract; what they build computes what the canonical graph does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from vlmc.artifact import COMPONENTS, Artifact, EngineSpec
+from vlmc.calibration.plan import read_plan
+from vlmc.engines import builders
+from vlmc.engines.builders import MODEL, Built
+from vlmc.engines.passes import quantize
+from vlmc.engines.trial import cosine
+from vlmc.exporter import golden
+from vlmc.runtime import backends
+from vlmc.runtime.backends.openvino import OpenvinoRunner, compile_model
+
+
+def build(artifact: Artifact, backend: str, component: str, recipe: str, folder: Path) -> Built:
+    model = ir.load(artifact.graph(component))
+    if recipe != "fp32":
+        quantize.apply(model, read_plan(artifact, recipe), component)
+    built = builders.load(backend).build(model, artifact.manifest.kv, folder)
+    assert isinstance(built, Built)
+    return built
+
+
+@contextmanager
+def untouched(folder: Path) -> Iterator[None]:
+    before = sorted(folder.rglob("*"))
+    yield
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_builder_is_found_by_its_file_and_has_a_backend_that_runs_what_it_builds() -> None:
+    assert builders.names() == ["handover", "onnxruntime", "openvino"]
+    for name in builders.names():
+        module = builders.load(name)
+        assert isinstance(module.PACKAGES, tuple)
+        assert module.unavailable() == ""
+        assert name in backends.names()
+        offered = [component for component in COMPONENTS if not module.refuses(component)]
+        assert offered, name
+
+
+@pytest.mark.parametrize(
+    ("component", "recipe", "products"),
+    [
+        ("vision_encoder", "fp32", {"float32": 14, "float32 attention": 4}),
+        ("vision_encoder", "int8", {"float32": 1, "int8": 13, "float32 attention": 4}),  # the patch convolution
+        ("decoder", "fp32", {"float32": 15, "float32 attention": 4}),
+        ("decoder", "int8", {"int8": 15, "float32 attention": 4}),
+        ("decoder", "w4", {"w4": 14, "w8": 1, "float32 attention": 4}),
+        ("decoder", "w8", {"w8": 15, "float32 attention": 4}),
+        ("embed_tokens", "fp32", {}),
+    ],
+)
+def test_onnx_runtime_executes_the_products_in_the_recipes_precision(
+    component: str, recipe: str, products: dict[str, int], planned: Artifact, tmp_path: Path
+) -> None:
+    built = build(planned, "onnxruntime", component, recipe, tmp_path)
+    with untouched(tmp_path):
+        assert builders.load("onnxruntime").products(tmp_path / built.file, built.settings) == products
+    if component == "decoder":
+        assert built.kv is not None
+        assert (built.kv.form, built.kv.capacity) == ("shared", 128)
+    else:
+        assert built.kv is None
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+def test_openvino_sees_what_pytorch_sees(recipe: str, planned: Artifact, tmp_path: Path) -> None:
+    """Float: float32 sums in another order. int8: OpenVINO keeps sums in int32 where the fake-quant model has floats
+    and may leave products float; what it gives is as near to PyTorch as the Q/DQ graph itself."""
+    built = build(planned, "openvino", "vision_encoder", recipe, tmp_path)
+    runner = OpenvinoRunner(compile_model(tmp_path / built.file, built.settings))
+    arrays = golden.read(planned)[1]
+    for case in ("0", "1"):  # 5 tiles, then 9: the number is free
+        exact = arrays[f"{case}.image_features"]
+        found = runner.run({"pixel_values": arrays[f"{case}.pixel_values"]})["image_features"]
+        if recipe == "fp32":
+            np.testing.assert_allclose(found, exact, atol=1e-3)
+        else:
+            assert cosine(found, exact) > 0.999
+
+
+def test_openvino_tells_the_precision_of_its_products(planned: Artifact, tmp_path: Path) -> None:
+    for recipe in ("fp32", "int8"):
+        (tmp_path / recipe).mkdir()
+        built = build(planned, "openvino", "vision_encoder", recipe, tmp_path / recipe)
+        counts = builders.load("openvino").products(tmp_path / recipe / built.file, built.settings)
+        assert sum(counts.values()) >= 14
+        assert (counts.get("int8", 0) > 0) == (recipe == "int8")
+
+
+def test_openvino_offers_vision_alone_and_says_why() -> None:
+    module = builders.load("openvino")
+    assert module.refuses("vision_encoder") == ""
+    assert "KV cache" in module.refuses("decoder")
+    assert module.refuses("embed_tokens")
+
+
+def test_what_is_handed_over_is_the_quantised_canonical_graph(planned: Artifact, tmp_path: Path) -> None:
+    built = build(planned, "handover", "decoder", "int8", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MODEL, f"{MODEL}.data"]
+    model = ir.load(tmp_path / built.file)
+    assert dict(model.opset_imports) == {"": 24}
+    assert [node for node in model.graph if node.op_type == "TensorScatter"]
+    assert builders.load("handover").products(tmp_path / built.file, {}) == {}
+
+
+def test_the_engines_of_a_build_agree_with_pytorch(built: Artifact) -> None:
+    for component, backend, precision in (
+        ("vision_encoder", "onnxruntime", "fp32"),
+        ("vision_encoder", "onnxruntime", "int8"),
+        ("vision_encoder", "openvino", "int8"),
+        ("decoder", "onnxruntime", "fp32"),
+        ("decoder", "onnxruntime", "int8"),
+    ):
+        spec, _ = built.engine("cpu", component, f"{backend}-{precision}")
+        assert isinstance(spec, EngineSpec)
+        assert spec.report.agreement is not None
+        assert spec.report.agreement > (0.99999 if precision == "fp32" else 0.98)

@@ -1,0 +1,216 @@
+"""A build tries every candidate, keeps what wins, makes nothing twice and mends what is damaged."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vlmc.artifact import COMPONENTS, Artifact, BuildSpec, read_record
+from vlmc.calibration.plan import plan_path
+from vlmc.engines import build as module
+from vlmc.engines import builders, trial
+from vlmc.engines.build import build, candidates, reason_not_here, results
+from vlmc.errors import VlmcError
+from vlmc.profiles.device import device_names, load_device
+
+
+@pytest.fixture
+def artifact(planned: Artifact, tmp_path: Path) -> Artifact:
+    return Artifact(Path(shutil.copytree(planned.root, tmp_path / "tiny")))
+
+
+def run(artifact: Artifact, device: str, recipe: str) -> tuple[BuildSpec, list[str]]:
+    return build(artifact, load_device(device), recipe, lambda *_: None)
+
+
+def content(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file() and path.parent != folder / "cpu"  # the build's own record has a new date
+    }
+
+
+# On this machine
+
+
+def test_a_build_measures_every_candidate_and_keeps_one(built: Artifact) -> None:
+    """As `vlmc build` does it, each engine in a process of its own."""
+    record = built.build("cpu", "int8")
+    assert record.remaining == ""
+    assert record.choices.keys() == set(COMPONENTS)
+    vision = record.choices["vision_encoder"]
+    engines = [f"{backend}-{precision}" for precision in ("fp32", "int8") for backend in ("onnxruntime", "openvino")]
+    assert list(vision.candidates) == engines
+    assert vision.engine in engines
+    assert list(record.choices["decoder"].candidates) == ["onnxruntime-fp32", "onnxruntime-int8"]
+    assert record.choices["embed_tokens"].engine == "onnxruntime-fp32"
+    for component in ("vision_encoder", "decoder"):
+        for engine in record.choices[component].candidates:
+            report = built.engine("cpu", component, engine)[0].report
+            assert all(ms > 0 for ms in report.latency_ms.values())
+            assert report.work["weight_bytes"] == report.size_bytes
+            parts = {"run"} if component == "vision_encoder" else {"prefill", "decode"}
+            assert report.latency_ms.keys() == parts
+            total = "flops" if component == "vision_encoder" else "prefill_flops"
+            assert (report.work[f"int8_{total}"] > 0) == engine.endswith("int8")
+            assert 0 <= report.work[f"int8_{total}"] < report.work[total]
+
+
+def test_a_second_build_is_all_hits_and_leaves_the_files_as_they_are(
+    built_copy: Path, in_process: list[tuple[str, ...]]
+) -> None:
+    artifact = Artifact(built_copy)
+    before, first = content(built_copy / "engines"), artifact.build()
+    record, hits = run(artifact, "cpu", "int8")
+    assert len(hits) == 7
+    assert in_process == []
+    assert content(built_copy / "engines") == before
+    assert record.choices == first.choices
+
+
+def test_another_recipe_shares_the_float_engines(built_copy: Path, in_process: list[tuple[str, ...]]) -> None:
+    record, hits = run(Artifact(built_copy), "cpu", "w4")
+    assert sorted(hits) == [
+        "decoder onnxruntime-fp32",
+        "embed_tokens onnxruntime-fp32",
+        "vision_encoder onnxruntime-fp32",
+        "vision_encoder openvino-fp32",
+    ]
+    assert [step[0] for step in in_process] == ["candidate", "trial"]
+    assert record.choices["vision_encoder"].engine.endswith("fp32")  # the recipe leaves vision as it is
+    assert read_record(BuildSpec, built_copy / "engines" / "cpu" / "w4.json") == record
+
+
+def test_a_damaged_engine_is_built_again_and_no_other(built_copy: Path, in_process: list[tuple[str, ...]]) -> None:
+    damaged = built_copy / "engines" / "cpu" / "decoder" / "onnxruntime-int8" / "model.onnx.data"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-100])
+    _, hits = run(Artifact(built_copy), "cpu", "int8")
+    assert len(hits) == 6
+    assert [step[:3] for step in in_process] == [("candidate", "cpu", "decoder"), ("trial", "cpu", "decoder")]
+    assert damaged.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precisions"),
+    [
+        ("w8", {"vision_encoder": {"fp32"}, "decoder": {"fp32", "w8"}}),
+        ("int8-minmax", {"vision_encoder": {"fp32", "int8-minmax"}, "decoder": {"fp32", "int8-minmax"}}),
+        ("fp32", {"vision_encoder": {"fp32"}, "decoder": {"fp32"}}),
+    ],
+)
+def test_every_recipe_builds(
+    recipe: str, precisions: dict[str, set[str]], artifact: Artifact, in_process: list[tuple[str, ...]]
+) -> None:
+    record, hits = run(artifact, "cpu", recipe)
+    assert hits == []
+    for component, expected in precisions.items():
+        found = record.choices[component].candidates or {record.choices[component].engine: {}}
+        assert {engine.partition("-")[2] for engine in found} == expected
+    for row in results(artifact, record):
+        assert (artifact.root / row["folder"] / "engine.json").is_file()
+        assert row["kept"] == bool(row["reason"])
+
+
+def test_what_computes_something_else_is_not_kept(
+    artifact: Artifact, in_process: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = trial.try_component
+
+    def int8_is_fast_and_wrong(*arguments: Any) -> dict[str, Any]:
+        outcome = tried(*arguments)
+        for engine, found in outcome.items():
+            found["latency_ms"] = dict.fromkeys(found["latency_ms"], 1.0 if "int8" in engine else 5.0)
+            found["agreement"] = 0.5 if "int8" in engine else 1.0
+        return outcome
+
+    monkeypatch.setattr(trial, "try_component", int8_is_fast_and_wrong)
+    record, _ = run(artifact, "cpu", "int8")
+    for component in ("vision_encoder", "decoder"):
+        assert record.choices[component].engine == "onnxruntime-fp32"
+        assert "onnxruntime-int8 was left out: cosine 0.500" in record.choices[component].reason
+
+
+def test_what_killed_builds_left_is_neither_used_nor_kept(
+    artifact: Artifact, in_process: list[tuple[str, ...]]
+) -> None:
+    run(artifact, "cpu", "fp32")
+    folder = artifact.root / "engines" / "cpu" / "embed_tokens"
+    for kind in ("old", "partial"):
+        shutil.copytree(folder / "onnxruntime-fp32", folder / f".onnxruntime-fp32.{2**22 + 1}.{kind}")
+    shutil.rmtree(folder / "onnxruntime-fp32" / "model.onnx", ignore_errors=True)
+    (folder / "onnxruntime-fp32" / "model.onnx").write_text("damaged")
+    run(artifact, "cpu", "fp32")
+    assert [path.name for path in folder.iterdir()] == ["onnxruntime-fp32"]
+
+
+def test_progress_is_told(artifact: Artifact, in_process: list[tuple[str, ...]]) -> None:
+    told: list[tuple[str, int, int]] = []
+    build(artifact, load_device("cpu"), "fp32", lambda *step: told.append(step))
+    assert told[0] == ("building vision_encoder onnxruntime-fp32", 0, 4)
+    assert told[-1] == ("trying vision_encoder", 4, 4)
+
+
+# For other machines
+
+
+def test_a_device_of_another_architecture_is_built_for_and_not_measured(
+    artifact: Artifact, in_process: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    record, _ = run(artifact, "rpi5", "int8")
+    assert {step[0] for step in in_process} == {"candidate"}
+    assert record.remaining == load_device("rpi5").handover
+    for component in COMPONENTS:
+        choice = record.choices[component]
+        assert choice.reason == "not measured here: this machine is x86_64, and Raspberry Pi 5, 8 GB is aarch64"
+        assert artifact.engine("rpi5", component, choice.engine)[0].report.latency_ms == {}
+    assert record.choices["decoder"].engine == "onnxruntime-int8"
+
+
+def test_a_jetson_gets_the_quantised_graph_and_the_sentence(
+    artifact: Artifact, in_process: list[tuple[str, ...]]
+) -> None:
+    record, _ = run(artifact, "orin", "int8")
+    assert record.choices["decoder"].engine == "handover-int8"
+    assert record.choices["decoder"].reason == "not measured here: this machine is no Jetson AGX Orin 64 GB"
+    assert record.remaining.startswith("Copy the artefact to the Jetson and run `vlmc build DIR --device orin` there")
+    spec, path = artifact.engine("orin", "vision_encoder", record.choices["vision_encoder"].engine)
+    assert (spec.backend, path.name) == ("handover", "model.onnx")
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_every_device_has_candidates_for_every_component(name: str, planned: Artifact) -> None:
+    found = list(candidates(planned, load_device(name), "int8"))
+    assert {candidate.component for candidate in found} == set(COMPONENTS)
+    for component in COMPONENTS:
+        own = [candidate for candidate in found if candidate.component == component]
+        assert own[0].precision == "fp32"
+        assert own[-1].precision == ("fp32" if component == "embed_tokens" else "int8")
+
+
+def test_this_machine_is_known_by_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = load_device("cpu")
+    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    assert reason_not_here(cpu) == ""
+    assert "x86_64" in reason_not_here(load_device("rpi5"))
+    assert "Jetson" in reason_not_here(load_device("orin"))
+    assert reason_not_here(replace(cpu, sm=90))
+
+
+def test_without_a_backend_the_reasons_are_told(planned: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxruntime", "openvino"):
+        monkeypatch.setattr(builders.load(name), "unavailable", lambda name=name: f"{name} is not installed")
+    with pytest.raises(VlmcError, match=r"No backend of the device 'cpu' can build here.*openvino is not installed"):
+        list(candidates(planned, load_device("cpu"), "int8"))
+
+
+def test_without_a_plan_nothing_is_built(artifact: Artifact, in_process: list[tuple[str, ...]]) -> None:
+    plan_path(artifact, "int8").unlink()
+    with pytest.raises(VlmcError, match=r"no plan for the recipe 'int8'.*vlmc calibrate"):
+        run(artifact, "cpu", "int8")
+    assert not (artifact.root / "engines").exists()

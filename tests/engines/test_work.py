@@ -1,0 +1,40 @@
+"""Operations and bytes, counted from the graph, held against counting by hand."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+from vlmc.artifact import Artifact, KvSpec
+from vlmc.engines import work
+
+
+def test_the_vision_encoders_operations_are_those_of_its_layers(tiny: Artifact) -> None:
+    tiles, patches, hidden, inner, layers = 3, 16, 64, 96, 2
+    layer = 4 * hidden * hidden + 2 * hidden * inner
+    products = tiles * patches * (3 * 8 * 8 * hidden + layers * layer) + tiles * 4 * (4 * hidden) * hidden
+    attention = layers * tiles * 2 * patches * patches * hidden
+    model = ir.load(tiny.graph("vision_encoder"))
+    assert work.flops(model, {"tiles": tiles}) == 2 * (products + attention)
+
+
+@pytest.mark.parametrize(("length", "keys"), [(40, 40), (1, 41)])
+def test_the_decoders_operations_are_those_of_its_layers_and_one_row_of_logits(
+    length: int, keys: int, tiny: Artifact
+) -> None:
+    hidden, inner, kv, layers, vocabulary = 64, 96, 32, 2, 336
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
+    products = length * layers * layer + hidden * vocabulary
+    attention = layers * 2 * length * keys * hidden
+    model = ir.load(tiny.graph("decoder"))
+    assert work.flops(model, {"length": length, "capacity": 128}, keys=keys) == 2 * (products + attention)
+
+
+def test_some_products_alone_can_be_counted(tiny: Artifact) -> None:
+    model = ir.load(tiny.graph("decoder"))
+    assert work.flops(model, {"length": 5, "capacity": 128}, only=["lm_head"]) == 2 * 64 * 336
+
+
+def test_bytes_of_the_cache_and_of_inputs_and_outputs(tiny: Artifact) -> None:
+    assert work.kv_bytes(KvSpec(2, 3, 16, 128), 10) == 2 * 2 * 3 * 16 * 10 * 4
+    model = ir.load(tiny.graph("vision_encoder"))
+    assert work.io_bytes(model, {"tiles": 3}) == 4 * (3 * 3 * 32 * 32 + 3 * 4 * 64)
