@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..errors import VlmcError
 from ..files import sha256_of
-from ..runtime.images import open_image
+from ..runtime.images import open_image, picture_hash
 
 MAX_LINE = 1 << 20  # characters
 _FORM = 'one {"image": …, "prompt": …} a line'
@@ -77,24 +75,6 @@ def demo_set(folder: Path, count: int) -> CalibrationSet:
     path = folder / "demo.jsonl"
     path.write_text("\n".join(lines[i * tasks + i % tasks] for i in range(count)), encoding="utf-8")
     return load_set(path)
-
-
-def picture_hash(image: Image.Image) -> str:
-    """SHA-256 of an RGB picture's size and pixels: the same for the same picture saved in another lossless format."""
-    return hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest()
-
-
-def refuse_overlap(calibrated_on: Iterable[str], evaluation: CalibrationSet) -> None:
-    """Raises where a picture of the evaluation set is among the picture hashes that were calibrated on."""
-    common = set(calibrated_on) & set(evaluation.pictures)
-    if common:
-        example = next(row.image for row in evaluation.rows if picture_hash(open_image(row.image)) in common)
-        raise VlmcError(
-            f"{len(common)} pictures of the evaluation set {evaluation.name} were calibrated on, so its accuracy would "
-            "be too good",
-            found=f"for example {example}",
-            fix="evaluate on other pictures, or calibrate again without these",
-        )
 
 
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:

@@ -58,7 +58,7 @@ def profile(
     opened = Artifact(artefact)
     build, target = choose_build(opened, device, recipe)
     settings = Settings(runs, seconds, tokens, ANSWER_TOKENS, threads)
-    asked = _questions(opened, set_file, samples)
+    asked = _questions(opened, build.recipe, set_file, samples)
     with console.progress() as bar:
         task = bar.add_task("measuring", total=None)
         folder = run(
@@ -80,9 +80,9 @@ def profile(
             click.echo(path)
 
 
-def _questions(artifact: Artifact, set_file: Path | None, pictures: int) -> list[Question] | str:
+def _questions(artifact: Artifact, recipe: str, set_file: Path | None, pictures: int) -> list[Question] | str:
     """The evaluation set, or why there is no accuracy."""
-    from .questions import demo_set, read_set
+    from .questions import demo_set, read_set, refuse_calibrated
 
     if artifact.manifest.source.random_weights:
         return "unavailable: random weights"
@@ -90,7 +90,9 @@ def _questions(artifact: Artifact, set_file: Path | None, pictures: int) -> list
         return "unavailable: not asked for (--samples 0)"
     if set_file is None and artifact.manifest.source.kind != "demo":
         return "unavailable: no evaluation set was given (--set FILE)"
-    return read_set(set_file or demo_set(artifact, pictures), pictures)
+    questions = read_set(set_file or demo_set(artifact, pictures), pictures)
+    refuse_calibrated(artifact, recipe, questions)
+    return questions
 
 
 def _drawn(folder: Path, quiet: bool) -> list[Path]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..artifact import Artifact
 from ..errors import VlmcError
+from ..files import read_json
+from ..runtime.images import open_image, picture_hash
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,22 @@ def read_set(path: Path, pictures: int) -> list[Question]:
     if not questions:
         raise VlmcError(f"The evaluation set {path} holds no questions", fix=_SHAPE)
     return questions
+
+
+def refuse_calibrated(artifact: Artifact, recipe: str, questions: Sequence[Question]) -> None:
+    """Raises where a picture is one that the recipe's plan was calibrated on, found by its pixels in any format."""
+    path = artifact.root / "plans" / f"{recipe}.json"
+    plan = read_json(path) if path.is_file() else {}
+    calibrated_on = set((plan.get("calibrated_on") or {}).get("pictures", ()))
+    images = dict.fromkeys(question.image for question in questions) if calibrated_on else ()
+    common = [image for image in images if picture_hash(open_image(image)) in calibrated_on]
+    if common:
+        raise VlmcError(
+            f"The recipe {recipe!r} was calibrated on {len(common)} of the evaluation's pictures: its accuracy would "
+            "be too good",
+            found=f"for example {common[0]}",
+            fix="evaluate on other pictures, or calibrate again without these",
+        )
 
 
 def demo_set(artifact: Artifact, pictures: int) -> Path:

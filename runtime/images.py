@@ -6,6 +6,7 @@ itself are tried (its EPS reader, for one, starts Ghostscript).
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
             "A picture holds 32-bit values, whose range is not known", found=f"Pillow's mode {image.mode}", fix=_RESAVE
         )
     return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def picture_hash(image: Image.Image) -> str:
+    """SHA-256 of an RGB picture's size and pixels: the same for the same picture saved in another lossless format."""
+    return hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest()
 
 
 def _check_file(path: Path) -> None:

@@ -167,14 +167,33 @@ def planned(
 
 
 @pytest.fixture(scope="session")
-def built(planned: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """`planned`, built for `cpu` with the recipe int8 as `vlmc build` does it, each engine in a process of its own.
-    Read it only."""
-    from vlmc.engines import build
+def step_here() -> Callable[..., str]:
+    """Does in this process, and fast, what `engines.child.run` does in one of its own: trials take one round."""
+    from vlmc.engines import candidate, trial
+
+    def step(module: str, what: str, root: str, *arguments: str) -> str:
+        if module == "candidate":
+            candidate.main(root, *arguments)
+            return ""
+        device, component, embed, *engines = arguments
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trial, "ROUNDS", 1)
+            patch.setattr(trial, "SECONDS", 0.0)
+            return json.dumps(trial.try_component(Artifact(Path(root)), device, component, engines, embed))
+
+    return step
+
+
+@pytest.fixture(scope="session")
+def built(planned: Artifact, step_here: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """`planned`, built for `cpu` with the recipe int8. Read it only."""
+    from vlmc.engines import build, child
     from vlmc.profiles.device import load_device
 
     artifact = Artifact(Path(shutil.copytree(planned.root, tmp_path_factory.mktemp("built") / "tiny")))
-    build.build(artifact, load_device("cpu"), "int8", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "run", step_here)
+        build.build(artifact, load_device("cpu"), "int8", lambda *_: None)
     return artifact
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from vlmc.calibration.sets import MAX_LINE, CalibrationSet, demo_set, load_set, picture_hash, refuse_overlap
+from vlmc.calibration.sets import MAX_LINE, CalibrationSet, demo_set, load_set
 from vlmc.errors import VlmcError
 
 
@@ -113,22 +113,6 @@ def test_no_bytes_whatever_end_in_anything_but_a_set_or_a_sentence(folder: Path,
     path.write_bytes(content)
     with contextlib.suppress(VlmcError):
         assert load_set(path).rows
-
-
-def test_a_picture_is_known_again_however_it_was_saved(folder: Path) -> None:
-    with Image.open(folder / "a.png") as picture:
-        picture.save(folder / "a.bmp")
-        resized = picture.resize((30, 40))
-    calibration = load_set(write(folder, {"image": "a.png", "prompt": "?"}, {"image": "b.png", "prompt": "?"}))
-    evaluation = load_set(write(folder, {"image": "a.bmp", "prompt": "other"}, name="evaluation.jsonl"))
-    with pytest.raises(VlmcError, match=r"1 pictures of the evaluation set evaluation .*a\.bmp"):
-        refuse_overlap(calibration.pictures, evaluation)
-    assert picture_hash(resized) not in calibration.pictures
-
-
-def test_other_pictures_do_not_overlap(folder: Path) -> None:
-    calibration = load_set(write(folder, {"image": "a.png", "prompt": "?"}))
-    refuse_overlap(calibration.pictures, load_set(write(folder, {"image": "b.png", "prompt": "?"}, name="e.jsonl")))
 
 
 def test_the_demo_set_asks_each_picture_one_question_of_each_task_in_turn(tmp_path: Path) -> None:

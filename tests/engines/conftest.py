@@ -9,8 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from vlmc.artifact import Artifact
-from vlmc.engines import candidate, child, trial
+from vlmc.engines import child
 
 Load = Callable[..., ort.InferenceSession]
 
@@ -63,24 +62,15 @@ def linear() -> Callable[..., ir.Model]:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """Steps of a build run in this process, and trials take hardly any time; the list gets each step's arguments."""
+def in_process(step_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """Steps of a build run in this process; the list gets the module and the arguments of each."""
     done: list[tuple[str, ...]] = []
 
     def step(module: str, what: str, *arguments: str) -> str:
-        import json
-
         done.append((module, *arguments[1:]))
-        root = Path(arguments[0])
-        if module == "candidate":
-            candidate.build(Artifact(root), candidate.Candidate(*arguments[1:]))
-            return ""
-        device, component, embed, *engines = arguments[1:]
-        return json.dumps(trial.try_component(Artifact(root), device, component, engines, embed))
+        return step_here(module, what, *arguments)
 
     monkeypatch.setattr(child, "run", step)
-    monkeypatch.setattr(trial, "ROUNDS", 1)
-    monkeypatch.setattr(trial, "SECONDS", 0.0)
     return done
 
 

@@ -38,7 +38,6 @@ def content(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_a_build_measures_every_candidate_and_keeps_one(built: Artifact) -> None:
-    """As `vlmc build` does it, each engine in a process of its own."""
     record = built.build("cpu", "int8")
     assert record.remaining == ""
     assert record.choices.keys() == set(COMPONENTS)
@@ -167,7 +166,8 @@ def test_a_device_of_another_architecture_is_built_for_and_not_measured(
     assert record.remaining == load_device("rpi5").handover
     for component in COMPONENTS:
         choice = record.choices[component]
-        assert choice.reason == "not measured here: this machine is x86_64, and Raspberry Pi 5, 8 GB is aarch64"
+        title = load_device("rpi5").title
+        assert choice.reason == f"not measured here: this machine is x86_64, and {title} is aarch64"
         assert artifact.engine("rpi5", component, choice.engine)[0].report.latency_ms == {}
     assert record.choices["decoder"].engine == "onnxruntime-int8"
 
@@ -177,7 +177,7 @@ def test_a_jetson_gets_the_quantised_graph_and_the_sentence(
 ) -> None:
     record, _ = run(artifact, "orin", "int8")
     assert record.choices["decoder"].engine == "handover-int8"
-    assert record.choices["decoder"].reason == "not measured here: this machine is no Jetson AGX Orin 64 GB"
+    assert record.choices["decoder"].reason == f"not measured here: this machine is no {load_device('orin').title}"
     assert record.remaining.startswith("Copy the artefact to the Jetson and run `vlmc build DIR --device orin` there")
     spec, path = artifact.engine("orin", "vision_encoder", record.choices["vision_encoder"].engine)
     assert (spec.backend, path.name) == ("handover", "model.onnx")

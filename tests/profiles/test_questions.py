@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from vlmc.errors import VlmcError
-from vlmc.profiles.questions import Question, examples, read_set
+from vlmc.profiles.questions import Question, examples, read_set, refuse_calibrated
+from vlmc.runtime.images import picture_hash
 
 
 def test_all_questions_about_the_first_pictures_are_read(question_set: Path) -> None:
@@ -62,3 +64,25 @@ def test_examples_show_other_pictures_and_tasks_in_turn() -> None:
     assert [asked[index].task for index in chosen] == ["caption", "counts", "places", "caption"]
     assert len(examples(asked, 99)) == 4
     assert examples([], 4) == []
+
+
+class Folder:
+    """An artefact as far as the plans of its recipes go."""
+
+    def __init__(self, root: Path, pictures: list[str]) -> None:
+        self.root = root
+        (root / "plans").mkdir()
+        (root / "plans" / "int8.json").write_text(json.dumps({"calibrated_on": {"pictures": pictures}}))
+        (root / "plans" / "w4.json").write_text(json.dumps({"calibrated_on": None}))
+
+
+def test_a_picture_that_was_calibrated_on_is_refused_however_it_was_saved(tmp_path: Path) -> None:
+    picture = Image.linear_gradient("L").resize((8, 8)).convert("RGB")
+    picture.save(tmp_path / "again.bmp")
+    picture.rotate(90).save(tmp_path / "other.png")
+    artifact = Folder(tmp_path, [picture_hash(picture)])
+    again, other = (Question(tmp_path / name, "?", "", "", ()) for name in ("again.bmp", "other.png"))
+    with pytest.raises(VlmcError, match=r"calibrated on 1 of the evaluation's pictures.*again\.bmp"):
+        refuse_calibrated(artifact, "int8", [other, again])  # type: ignore[arg-type]
+    for recipe, asked in (("int8", [other]), ("w4", [again]), ("fp32", [again])):
+        refuse_calibrated(artifact, recipe, asked)  # type: ignore[arg-type]

@@ -1,0 +1,121 @@
+"""A step in a process of its own says in one sentence why it failed, and never outlives the build."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vlmc.artifact import Artifact, EngineSpec, read_record
+from vlmc.engines import child
+from vlmc.engines.build import build
+from vlmc.errors import VlmcError
+from vlmc.profiles.device import load_device
+
+EMBED = ("cpu", "embed_tokens", "onnxruntime", "fp32")
+
+
+def partial(root: Path) -> Iterator[Path]:
+    return root.glob("engines/cpu/*/.*.partial")
+
+
+def wait_for_a_step(root: Path) -> int:
+    """The number of the process that has begun to write an engine."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        for path in partial(root):
+            return int(path.name.split(".")[-2])
+        time.sleep(0.001)
+    raise AssertionError("no step began")
+
+
+def gone(pid: int) -> bool:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        try:  # a zombie that a container's init does not collect has ended as well
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_step_builds_and_another_tries_what_was_built(tiny_copy: Path) -> None:
+    assert child.run("candidate", "Building", str(tiny_copy), *EMBED) == ""
+    child.run("candidate", "Building", str(tiny_copy), "cpu", "vision_encoder", "onnxruntime", "fp32")
+    spec, _ = Artifact(tiny_copy).engine("cpu", "vision_encoder", "onnxruntime-fp32")
+    assert 0 < spec.report.peak_memory_bytes < 500e6  # the step's own, not pytest's with torch in it
+    engines = ("cpu", "vision_encoder", "onnxruntime-fp32", "onnxruntime-fp32")
+    outcome = json.loads(child.run("trial", "Trying", str(tiny_copy), *engines))
+    assert outcome["onnxruntime-fp32"]["agreement"] > 0.99999
+    assert outcome["onnxruntime-fp32"]["latency_ms"]["run"] > 0
+
+
+def test_its_own_sentence_is_passed_on_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(VlmcError) as error:
+        child.run("candidate", "Building", str(tmp_path), *EMBED)
+    assert str(error.value) == str(VlmcError(error.value.what))
+    assert str(error.value).startswith(f"{tmp_path} is no artefact. Found: no manifest.json in it. To mend it: run")
+
+
+def test_another_failure_is_told_by_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(VlmcError, match=r"Building it failed. Found: TypeError: .*missing"):
+        child.run("candidate", "Building it", str(tmp_path))
+
+
+def test_a_step_that_is_killed_leaves_nothing_and_the_next_build_goes_on(tiny_copy: Path) -> None:
+    killer = threading.Thread(target=lambda: os.kill(wait_for_a_step(tiny_copy), signal.SIGKILL))
+    killer.start()
+    with pytest.raises(VlmcError, match=r"Building vision_encoder .* failed. Found: .*SIGKILL; it may have run out"):
+        build(Artifact(tiny_copy), load_device("cpu"), "fp32", lambda *_: None)
+    killer.join()
+    assert [path for path in tiny_copy.rglob("*") if "engines" in path.parts and path.is_file()] == []
+    assert list(partial(tiny_copy)) == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_build_that_is_stopped_takes_its_step_along(sign: signal.Signals, tiny_copy: Path) -> None:
+    command = [sys.executable, "-m", "vlmc", "build", str(tiny_copy), "--recipe", "fp32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        step = wait_for_a_step(tiny_copy)
+        parent.send_signal(sign)
+        said = parent.communicate(timeout=30)
+    assert gone(step)
+    assert not list(tiny_copy.glob("engines/cpu/*/*/engine.json"))
+    if sign == signal.SIGINT:
+        sentence = "Interrupted. What was finished is kept; run the same command again to go on.\n"
+        assert (parent.returncode, said) == (130, ("", sentence))
+        assert list(partial(tiny_copy)) == []
+    else:
+        assert (parent.returncode, said) == (-sign, ("", ""))
+
+
+def test_the_same_command_goes_on_with_what_was_finished(built_copy: Path) -> None:
+    """As after a kill in the middle: some engines are there, one is half-written, one was never begun."""
+    engines = built_copy / "engines" / "cpu"
+    (engines / "int8.json").unlink()
+    half = engines / "vision_encoder" / f".openvino-fp32.{2**22 + 1}.partial"
+    (engines / "vision_encoder" / "openvino-fp32").rename(half)
+    (half / "engine.json").unlink()
+    shutil.rmtree(engines / "decoder")
+    command = [sys.executable, "-m", "vlmc", "build", str(built_copy), "--recipe", "fp32", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout)
+    assert said["cached"] == ["vision_encoder onnxruntime-fp32", "embed_tokens onnxruntime-fp32"]
+    assert not half.exists()
+    for row in said["engines"]:
+        assert read_record(EngineSpec, built_copy / row["folder"] / "engine.json")
+    assert done.stderr == ""

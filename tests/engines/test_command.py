@@ -1,0 +1,77 @@
+"""`vlmc build`, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from vlmc.artifact import Artifact
+from vlmc.engines.command import build
+from vlmc.errors import VlmcError
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(build, [str(argument) for argument in arguments])
+
+
+def test_it_prints_what_was_built_and_why_it_was_kept(built_copy: Path, in_process: list[Any]) -> None:
+    result = run(built_copy, "--int8")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "Engines for cpu" in said
+    assert "13 int8" in said
+    assert "vision_encoder: " in said
+    assert "ms" in said
+    assert "Unchanged since an earlier build: vision_encoder onnxruntime-fp32" in said
+
+
+def test_json_is_clean_even_where_it_has_to_calibrate_first(
+    tiny_copy: Path, picture_set: Path, in_process: list[Any]
+) -> None:
+    result = run(tiny_copy, "--recipe", "int8-minmax", "--set", picture_set, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["cached"] == []
+    assert [row["kept"] for row in said["engines"]].count(True) == 3
+    assert Artifact(tiny_copy).build("cpu", "int8-minmax")
+    assert "Observed on 3 questions" in " ".join(result.stderr.split())
+
+
+def test_a_recipe_for_weights_needs_no_set(tiny_copy: Path, in_process: list[Any]) -> None:
+    assert run(tiny_copy, "--recipe", "w4").exit_code == 0
+    assert (tiny_copy / "plans" / "w4.json").is_file()
+
+
+def test_a_device_elsewhere_gets_one_sentence_on_what_remains(
+    planned: Artifact, tmp_path: Path, in_process: Any
+) -> None:
+    folder = shutil.copytree(planned.root, tmp_path / "tiny")
+    result = run(folder, "--device", "orin", "--int8")
+    assert "Copy the artefact to the Jetson" in " ".join(result.output.split())
+    assert json.loads(run(folder, "--device", "orin", "--int8", "--json").stdout)["device"] == "orin"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "orrin"], "There is no device 'orrin'. Found: nearest: orin"),
+        (["--recipe", "int9"], "There is no recipe 'int9'.*did you mean int8"),
+        (["--recipe", "../manifest"], "There is no recipe"),
+        (["--int8", "--set", "gone.jsonl"], r"no calibration set gone\.jsonl"),
+    ],
+)
+def test_wrong_input_is_a_sentence_and_builds_nothing(arguments: list[str], says: str, tiny_copy: Path) -> None:
+    result = run(tiny_copy, *arguments)
+    assert isinstance(result.exception, VlmcError)
+    with pytest.raises(VlmcError, match=says):
+        raise result.exception
+    assert sorted(path.name for path in tiny_copy.iterdir()) == ["golden", "manifest.json", "onnx", "tokenizer.json"]
+
+
+def test_contradicting_options_are_wrong_usage(tiny_copy: Path) -> None:
+    assert run(tiny_copy, "--int8", "--recipe", "w4").exit_code == 2
+    assert run(tiny_copy, "--int8", "--recipe", "int8", "--device", "no").exit_code == 1

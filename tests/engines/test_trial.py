@@ -1,0 +1,103 @@
+"""A trial times what it says, on the golden inputs, and holds outputs against the golden ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vlmc.artifact import Artifact
+from vlmc.engines import trial
+from vlmc.engines.trial import cosine, try_component
+from vlmc.runtime import backends
+from vlmc.runtime.runner import HostDecoder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "ROUNDS", 2)
+    monkeypatch.setattr(trial, "SECONDS", 0.0)
+
+
+def golden_with(artifact: Artifact, folder: Path, **changes: Any) -> Artifact:
+    """The artefact with other golden arrays."""
+    made = Artifact(Path(shutil.copytree(artifact.root, folder / "changed")))
+    with np.load(made.root / "golden" / "golden.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    for name, array in changes.items():
+        arrays[name.replace("_of_case_", ".")] = array
+    np.savez(made.root / "golden" / "golden.npz", **arrays)
+    made._checked.add("golden/golden.npz")
+    return made
+
+
+def test_every_engine_gets_medians_and_the_worst_agreement(built: Artifact) -> None:
+    engines = ["onnxruntime-fp32", "onnxruntime-int8"]
+    for component, parts in (("vision_encoder", {"run"}), ("decoder", {"prefill", "decode"})):
+        found = try_component(built, "cpu", component, engines, "onnxruntime-fp32")
+        assert list(found) == engines
+        for one in found.values():
+            assert one["latency_ms"].keys() == parts
+            assert all(ms > 0 for ms in one["latency_ms"].values())
+        assert found["onnxruntime-fp32"]["agreement"] > 0.99999 > found["onnxruntime-int8"]["agreement"] > 0.95
+        json.dumps(found)
+
+
+def test_one_wrong_step_of_one_case_shows_in_the_agreement(built: Artifact, tmp_path: Path) -> None:
+    with np.load(built.path_of("golden/golden.npz")) as file:
+        logits = file["1.step_logits"].copy()
+    logits[2] = -logits[2]
+    wrong = golden_with(built, tmp_path, **{"1.step_logits": logits})
+    found = try_component(wrong, "cpu", "decoder", ["onnxruntime-fp32"], "onnxruntime-fp32")
+    assert found["onnxruntime-fp32"]["agreement"] == pytest.approx(-1, abs=1e-4)
+
+
+def test_an_answer_that_ended_at_once_and_a_prompt_that_fills_the_cache_are_tried_too(
+    built: Artifact, tmp_path: Path
+) -> None:
+    full = np.random.default_rng(0).normal(size=(1, 128, 64)).astype(np.float32)
+    made = golden_with(
+        built,
+        tmp_path,
+        **{"0.inputs_embeds": full, "0.step_tokens": np.empty(0, np.int64), "0.step_logits": np.empty((0, 336))},
+    )
+    found = try_component(made, "cpu", "decoder", ["onnxruntime-fp32"], "onnxruntime-fp32")
+    assert found["onnxruntime-fp32"]["latency_ms"]["decode"] > 0
+
+
+def test_decoding_is_timed_by_the_step(built: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that only prefill and steps move, by 100 and 2 seconds."""
+    now = [0.0]
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: now[0])
+    load = backends.load_decoder
+
+    class Slow:
+        def __init__(self, decoder: HostDecoder) -> None:
+            self.decoder, self.capacity = decoder, decoder.capacity
+
+        def prefill(self, embeds: Any) -> int:
+            now[0] += 100
+            return self.decoder.prefill(embeds)
+
+        def decode(self, count: int) -> list[int]:
+            now[0] += 2 * count
+            return self.decoder.decode(count)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.decoder, name)
+
+    HostDecoder.register(Slow)
+    monkeypatch.setattr(backends, "load_decoder", lambda *a, **k: Slow(load(*a, **k)))
+    found = try_component(built, "cpu", "decoder", ["onnxruntime-fp32"], "onnxruntime-fp32")
+    assert found["onnxruntime-fp32"]["latency_ms"] == {"prefill": 100_000.0, "decode": 2000.0}
+
+
+def test_cosine_is_of_directions_and_zero_where_a_number_is_missing() -> None:
+    assert cosine(np.array([[1.0, 0.0]]), np.array([[5.0, 0.0]])) == 1.0
+    assert cosine(np.array([1.0, 0.0]), np.array([-2.0, 0.0])) == -1.0
+    for bad in (np.nan, np.inf):
+        assert cosine(np.array([1.0, bad]), np.array([1.0, 1.0])) == 0.0
+    assert cosine(np.zeros(2), np.ones(2)) == 0.0
