@@ -22,18 +22,24 @@ def run(module: str, what: str, *arguments: str) -> str:
     kernel once this process is gone.
     """
     command = [sys.executable, "-m", f"{__package__}.{module}", str(os.getpid()), *arguments]
+    pipe = subprocess.PIPE
     # In a session of its own it gets no Ctrl-C: that is for the parent.
-    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
-    if done.returncode == 0:
-        return done.stdout
-    if done.returncode == REFUSED:
-        raise VlmcError(done.stdout.strip())
-    found = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        found = f"the process was killed by {name}" + (
-            "; it may have run out of memory" if -done.returncode == signal.SIGKILL else ""
-        )
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            process.wait()  # so that it is known to be gone when its leftovers are cleared away
+            raise
+    if process.returncode == 0:
+        return output
+    if process.returncode == REFUSED:
+        raise VlmcError(output.strip())
+    found = (errors.strip().splitlines() or ["no message"])[-1]
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        memory = "; it may have run out of memory" if name == "SIGKILL" else ""
+        found = f"the process was killed by {name}{memory}"
     raise VlmcError(f"{what} failed", found=found, fix="see the message; the artefact is unchanged")
 
 

@@ -121,7 +121,7 @@ class Session:
 
 def open_session(artifact: Artifact, device: str, engines: Mapping[str, str], threads: int = 0) -> Session:
     """Loads the named engine (BACKEND-PRECISION) of every component; `threads` 0 means as many as there are cores."""
-    embed = backends.load_runner(artifact, device, "embed_tokens", engines["embed_tokens"], threads)
+    embed = backends.load_runner(artifact, device, "embed_tokens", engines["embed_tokens"], threads=1)  # a look-up
     return Session(
         artifact,
         vision=backends.load_runner(artifact, device, "vision_encoder", engines["vision_encoder"], threads),

@@ -43,6 +43,9 @@ def session(path: Path, settings: Mapping[str, Any], threads: int = 0, optimised
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
+    # A model is several sessions, each with threads that spin after a run: on few cores they starve the next session,
+    # which halved decoding (docs/experiments.md).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     for key, value in settings.get("session_config", {}).items():
         options.add_session_config_entry(key, value)
     if optimised is not None:

@@ -28,10 +28,8 @@ def change_graph(artifact: Artifact) -> None:
 
 def change_plan(artifact: Artifact) -> None:
     plan = read_plan(artifact, "int8")
-    path = "vision_encoder/connector.modality_projection.proj"
-    write_plan(
-        artifact, replace(plan, modules=plan.modules | {path: replace(plan.modules[path], activation_scale=9.0)})
-    )
+    path, module_plan = next(iter(plan.modules.items()))
+    write_plan(artifact, replace(plan, modules=plan.modules | {path: replace(module_plan, activation_scale=9.0)}))
 
 
 def change_capacity(artifact: Artifact) -> None:

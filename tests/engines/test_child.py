@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,18 +22,22 @@ from vlmc.profiles.device import load_device
 EMBED = ("cpu", "embed_tokens", "onnxruntime", "fp32")
 
 
-def partial(root: Path) -> Iterator[Path]:
-    return root.glob("engines/cpu/*/.*.partial")
-
-
-def wait_for_a_step(root: Path) -> int:
-    """The number of the process that has begun to write an engine."""
+def freeze_a_step(root: Path) -> int:
+    """Stops a process while it writes an engine, and returns its number."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
-        for path in partial(root):
-            return int(path.name.split(".")[-2])
+        for path in root.glob("engines/cpu/*/.*.partial"):
+            pid = int(path.name.split(".")[-2])
+            os.kill(pid, signal.SIGSTOP)
+            if path.exists():
+                return pid
+            os.kill(pid, signal.SIGCONT)  # it was done already
         time.sleep(0.001)
     raise AssertionError("no step began")
+
+
+def written(root: Path) -> list[str]:
+    return [path.name for path in (root / "engines").rglob("*") if path.is_file() or path.name.endswith(".partial")]
 
 
 def gone(pid: int) -> bool:
@@ -76,29 +79,29 @@ def test_another_failure_is_told_by_its_last_line(tmp_path: Path) -> None:
         child.run("candidate", "Building it", str(tmp_path))
 
 
-def test_a_step_that_is_killed_leaves_nothing_and_the_next_build_goes_on(tiny_copy: Path) -> None:
-    killer = threading.Thread(target=lambda: os.kill(wait_for_a_step(tiny_copy), signal.SIGKILL))
+def test_a_step_that_is_killed_leaves_nothing(tiny_copy: Path) -> None:
+    killer = threading.Thread(target=lambda: os.kill(freeze_a_step(tiny_copy), signal.SIGKILL))
     killer.start()
     with pytest.raises(VlmcError, match=r"Building vision_encoder .* failed. Found: .*SIGKILL; it may have run out"):
         build(Artifact(tiny_copy), load_device("cpu"), "fp32", lambda *_: None)
     killer.join()
-    assert [path for path in tiny_copy.rglob("*") if "engines" in path.parts and path.is_file()] == []
-    assert list(partial(tiny_copy)) == []
+    assert [name for name in written(tiny_copy) if name.endswith("partial")] == []
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_a_build_that_is_stopped_takes_its_step_along(sign: signal.Signals, tiny_copy: Path) -> None:
     command = [sys.executable, "-m", "vlmc", "build", str(tiny_copy), "--recipe", "fp32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        step = wait_for_a_step(tiny_copy)
+        step = freeze_a_step(tiny_copy)
         parent.send_signal(sign)
         said = parent.communicate(timeout=30)
-    assert gone(step)
-    assert not list(tiny_copy.glob("engines/cpu/*/*/engine.json"))
+    if not gone(step):
+        os.kill(step, signal.SIGKILL)
+        raise AssertionError("the step outlived the build")
     if sign == signal.SIGINT:
-        sentence = "Interrupted. What was finished is kept; run the same command again to go on.\n"
-        assert (parent.returncode, said) == (130, ("", sentence))
-        assert list(partial(tiny_copy)) == []
+        assert (parent.returncode, said[0]) == (130, "")
+        assert said[1].strip() == "Interrupted. What was finished is kept; run the same command again to go on."
+        assert [name for name in written(tiny_copy) if name.endswith("partial")] == []
     else:
         assert (parent.returncode, said) == (-sign, ("", ""))
 
