@@ -92,7 +92,7 @@ def _mixes(build: BuildSpec, specs: Mapping[tuple[str, str], EngineSpec]) -> lis
         if quantised != plain:
             mixes.append((f"{title} {build.recipe}", build.recipe, quantised))
     if kept and kept.items() <= specs.keys() and all(kept != engines for _, _, engines in mixes):
-        mixes.append((f"Kept mix ({build.recipe})", build.recipe, kept))
+        mixes.append((f"Mixed backends ({build.recipe})", build.recipe, kept))
     return mixes
 
 

@@ -43,9 +43,9 @@ def sentences(report: Group, choices: Group) -> list[str]:
 def _speed(kept: Group, speedups: Sequence[Group], tokens: int) -> str:
     latency = kept["latency_ms"]
     said = (
-        f"{kept['name']} takes {latency['end_to_end']['median']:.3g} ms from the picture to {tokens} tokens, "
-        f"{latency['time_to_first_token']['median']:.3g} ms of them to the first, "
-        f"then {kept['tokens_per_s']['median']:.3g} tokens/s"
+        f"{kept['name']} takes {_figure(latency['end_to_end']['median'])} ms from the picture to {tokens} tokens, "
+        f"{_figure(latency['time_to_first_token']['median'])} ms of them to the first, "
+        f"then {_figure(kept['tokens_per_s']['median'])} tokens/s"
     )
     if not speedups:
         return said + "."
@@ -163,3 +163,8 @@ def _doubts(report: Group) -> Iterator[str]:
     before, after = machine.get("throttled"), machine.get("after", {}).get("throttled")
     if after is not None and before != after:
         yield f"The machine throttled while it measured (before: {before}; after: {after})."
+
+
+def _figure(value: float) -> str:
+    """Three significant digits, and no exponent where there are more before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
