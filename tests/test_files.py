@@ -209,7 +209,7 @@ def test_an_interruption_between_the_two_renames_puts_the_old_one_back(
 
 
 @pytest.mark.parametrize("name", ["target", "a[1]", "a*", "a.b"])
-@pytest.mark.parametrize("pid", [DEAD, os.getpid()])  # our own number was another's before us, as in containers
+@pytest.mark.parametrize("pid", [DEAD, os.getpid()], ids=["dead", "ours"])  # ours was another's, as in containers
 def test_what_killed_runs_left_is_cleared_away(name: str, pid: int, tmp_path: Path) -> None:
     target = tmp_path / name
     for kind in ("partial", "old"):

@@ -50,7 +50,7 @@ def test_the_recipe_is_spelled_out_in_the_file(here: Artifact) -> None:
         "weight_bits": 8,
         "block": 0,
         "activation_bits": 8,
-        "smooth": 0.5,
+        "smooth": 0.65,
     }
 
 
