@@ -22,7 +22,7 @@ demo: $(INSTALLED) ## Export, calibrate, build, ask and measure the bundled mode
 	$(VLMC) export demo -o $(DEMO)
 	$(VLMC) build $(DEMO) --device $(DEVICE) --int8
 	$(VLMC) run $(DEMO) $(DEMO)/golden/00.png --prompt "Describe the picture briefly."
-	$(VLMC) profile $(DEMO) --device $(DEVICE)
+	$(VLMC) profile $(DEMO) --device $(DEVICE) --runs 12 --samples 16
 	@echo "The page: $(CURDIR)/$(DEMO)/profile/$(DEVICE)/report.html"
 
 test: lint ## Everything that has to hold: linters, types, import order, tests.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +47,15 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
 def _ensure_plan(artifact: Artifact, recipe: str, set_file: Path | None) -> None:
     """Calibrates where the recipe has no plan for these weights yet, or where a set is named."""
     from ..calibration import recipes
-    from ..calibration.plan import plan_path
+    from ..calibration.plan import plan_path, write_plan
 
-    recipes.load(recipe)
+    chosen = recipes.load(recipe)
     if recipe == "fp32" or (plan_path(artifact, recipe).is_file() and set_file is None):
         return
-    from ..calibration.command import calibrate
+    from ..calibration.command import make_plan
 
-    console.note(f"Calibrating {recipe} first.")
-    with contextlib.redirect_stdout(sys.stderr):  # what the build itself prints stays clean
-        calibrate.callback(artifact.root, recipe, set_file, None, None, False)  # type: ignore[misc]
+    console.note(f"Calibrating {recipe} first: {chosen.about}.")
+    write_plan(artifact, make_plan(artifact, chosen, set_file))
 
 
 def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> None:

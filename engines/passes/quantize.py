@@ -45,20 +45,20 @@ def apply(model: ir.Model, plan: Plan, component: str) -> int:
 def _absorb(graph: ir.Graph, node: ir.Node, divisor: NDArray[np.float32]) -> None:
     """Divides the node's output channels: its weight's columns and its bias (of a norm: both vectors)."""
     shape = (-1, 1, 1, 1) if node.op_type == "Conv" else (-1,)
-    _scale(graph, node, 1, 1 / divisor.reshape(shape))
+    _put(graph, node, 1, array_of(node.inputs[1]) / divisor.reshape(shape))
     if len(node.inputs) > 2:
-        _scale(graph, node, 2, 1 / divisor)
+        _put(graph, node, 2, array_of(node.inputs[2]) / divisor)
     for use in list(node.outputs[0].uses()):  # a linear layer's bias is an Add that carries its name
         for position, value in enumerate(use.node.inputs):
             if use.node.op_type == "Add" and value is not None and value.name == f"{node.name}.bias":
-                _scale(graph, use.node, position, 1 / divisor)
+                _put(graph, use.node, position, array_of(value) / divisor)
 
 
-def _scale(graph: ir.Graph, node: ir.Node, position: int, factor: NDArray[Any]) -> None:
+def _put(graph: ir.Graph, node: ir.Node, position: int, smoothed: NDArray[Any]) -> None:
+    """Gives the node the smoothed constant in the place of the one it has."""
     value = node.inputs[position]
     assert value is not None
-    smoothed = (array_of(value) * factor).astype(np.float32)
-    node.replace_input_with(position, constant(graph, f"{value.name}.smoothed", smoothed))
+    node.replace_input_with(position, constant(graph, f"{value.name}.smoothed", smoothed.astype(np.float32)))
 
 
 def _quantize(graph: ir.Graph, node: ir.Node, module: ModulePlan) -> None:
@@ -67,7 +67,7 @@ def _quantize(graph: ir.Graph, node: ir.Node, module: ModulePlan) -> None:
     if module.smoothing is not None:
         factor = np.array(module.smoothing, np.float32).reshape((-1, 1, 1) if node.op_type == "Conv" else (-1, 1))
         weight = weight * factor
-        _scale(graph, node, 1, factor)  # with 0 bits this is all
+        _put(graph, node, 1, weight)  # with 0 bits this is all
     if module.weight_bits:
         node.replace_input_with(1, _dequantized(graph, node, weight, module))
     if module.activation_scale is not None:

@@ -21,6 +21,7 @@ from vlmc.runtime.session import Session
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+torch.set_num_threads(1)  # the model is so small that threads only wait for each other
 
 DEMO = Path(demo.__file__).parent / "model"
 

@@ -95,8 +95,8 @@ def test_mse_has_the_least_squared_error_on_the_values_themselves() -> None:
 
 def test_zeros_do_not_outweigh_the_rest() -> None:
     """As behind a ReLU or around a gate: no range loses anything of a zero."""
-    values = normal_with_outliers()
-    many = np.concatenate((values, np.zeros(100 * len(values), np.float32)))
+    values = normal_with_outliers()[:2_000]
+    many = np.concatenate((values, np.zeros(1000 * len(values), np.float32)))
     for name in ("minmax", "entropy", "mse"):
         assert RANGES[name](seen(many)) == RANGES[name](seen(values)), name
 

@@ -124,4 +124,4 @@ def test_the_engines_of_a_build_agree_with_pytorch(built: Artifact) -> None:
         spec, _ = built.engine("cpu", component, f"{backend}-{precision}")
         assert isinstance(spec, EngineSpec)
         assert spec.report.agreement is not None
-        assert spec.report.agreement > (0.99999 if precision == "fp32" else 0.98)
+        assert spec.report.agreement > (0.99999 if precision == "fp32" else 0.9)
