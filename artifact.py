@@ -263,7 +263,7 @@ def _convert_fields(kind: Any, data: Any, where: str) -> Any:
 
 
 class Artifact:
-    """An opened artefact. Opening reads and checks the manifest; `path_of` checks a file's sha256 on first use."""
+    """An opened artefact. Opening reads and checks the manifest; a file's sha256 is checked on first use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -274,18 +274,21 @@ class Artifact:
                 fix=f"run `vlmc export MODEL -o {root}` first",
             )
         self.manifest = read_record(Manifest, root / "manifest.json")
-        self._checked: set[str] = set()
+        self._checked: set[tuple[Path, str]] = set()
 
     def path_of(self, relative: str) -> Path:
         """The file's path, once its size and sha256 agree with the manifest."""
         path = inside(self.root, relative)
-        if relative not in self._checked:
-            known = self.manifest.files.get(relative)
-            if known is None:
-                raise VlmcError(f"{relative} is not listed in {self.root / 'manifest.json'}", fix=_REMAKE)
-            check_file(path, known)
-            self._checked.add(relative)
+        known = self.manifest.files.get(relative)
+        if known is None:
+            raise VlmcError(f"{relative} is not listed in {self.root / 'manifest.json'}", fix=_REMAKE)
+        self._check(path, known)
         return path
+
+    def _check(self, path: Path, known: FileSpec) -> None:
+        if (path, known.sha256) not in self._checked:  # hashing gigabytes again would take longer than a trial
+            check_file(path, known)
+            self._checked.add((path, known.sha256))
 
     def graph(self, component: str) -> Path:
         """The component's canonical ONNX file, checked together with its external data."""
@@ -318,7 +321,7 @@ class Artifact:
                 fix=f"run `vlmc build {self.root} --device {device}` on that device",
             )
         for name, known in spec.files.items():
-            check_file(inside(folder, name), known)
+            self._check(inside(folder, name), known)
         if spec.file not in spec.files:
             raise VlmcError(f"{spec.file} is not listed in {folder / 'engine.json'}", fix=_REMAKE)
         return spec, inside(folder, spec.file)

@@ -27,7 +27,7 @@ from vlmc.profiles import machine
 from vlmc.runtime import backends
 
 PRESET = "smolvlm-256m"
-KV_LENGTH, STEPS, ROUNDS = 512, 24, 5
+KV_LENGTH, STEPS, ROUNDS = 512, 24, 3
 RECIPES = ("int8", "w8", "w4")
 
 

@@ -73,18 +73,17 @@ def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Cand
     usable = [name for name in names if not builders.load(name).unavailable()]
     if device.backends[0] not in builders.names():
         usable = ["handover"]  # the device's own builder is not on this machine
-    if not usable:
-        reasons = "; ".join(f"{name}: {builders.load(name).unavailable()}" for name in names)
-        raise VlmcError(
-            f"No backend of the device {device.name!r} can build here", found=reasons, fix="see `vlmc doctor`"
-        )
     plan = None if recipe == "fp32" else read_plan(artifact, recipe)
     for component in COMPONENTS:
+        offering = [name for name in usable if not builders.load(name).refuses(component)]
+        if not offering:
+            known = {name: builders.load(name) for name in names}
+            reasons = [f"{name}: {b.unavailable() or b.refuses(component)}" for name, b in known.items()]
+            what = f"No backend of the device {device.name!r} can build the {component} here"
+            raise VlmcError(what, found="; ".join(reasons), fix="see `vlmc doctor`")
         quantised = plan is not None and any(path.startswith(f"{component}/") for path in plan.modules)
         for precision in ("fp32", recipe) if quantised else ("fp32",):
-            for backend in usable:
-                if not builders.load(backend).refuses(component):
-                    yield Candidate(device.name, component, backend, precision)
+            yield from (Candidate(device.name, component, backend, precision) for backend in offering)
 
 
 def reason_not_here(device: Device) -> str:

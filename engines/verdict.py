@@ -42,8 +42,10 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
     kept = baseline if costs[baseline] < costs[best] * GAIN else best
     what = f"{costs[kept]:.2f} ms" + (f" for prompt and {ANSWER} tokens" if component == "decoder" else "")
     others = ", ".join(f"{e} {ms:.2f}" for e, ms in sorted(costs.items(), key=lambda item: item[1]) if e != kept)
-    if kept == baseline:
-        why = f"float is as fast or faster: {what} against {others or 'nothing else'}{wrong}"
+    if not others:
+        why = f"the only one that computes what PyTorch does: {what}{wrong}"
+    elif kept == baseline:
+        why = f"float is as fast or faster: {what} against {others}{wrong}"
     else:
         why = f"fastest here: {what}, {costs[baseline] / costs[kept]:.2f}× {baseline} ({others}){wrong}"
     return Choice(kept, why, candidates)

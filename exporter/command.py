@@ -75,7 +75,8 @@ def _print(artifact: Artifact) -> None:
     parameters = sum(spec.parameters for spec in manifest.components.values())
     size = sum(known.bytes for known in manifest.files.values())
     output.print(
-        f"{artifact.root}: {parameters / 1e6:.1f} M parameters, {size / 1e6:.1f} MB. Next: vlmc build {artifact.root}"
+        f"{artifact.root}: {parameters / 1e6:.1f} M parameters, {size / 1e6:.1f} MB. Next: vlmc build {artifact.root}",
+        soft_wrap=True,  # a command that is broken in two cannot be copied
     )
 
 

@@ -38,6 +38,7 @@ from vlmc.artifact import (
     write_record,
 )
 from vlmc.errors import VlmcError
+from vlmc.files import sha256_of
 
 PIXELS = TensorSpec("pixel_values", "float32", ("tiles", 3, 32, 32))
 
@@ -232,6 +233,10 @@ def test_a_file_is_hashed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     opened.manifest.files["onnx/decoder_model_merged.onnx"] = FileSpec("", 30)
     assert opened.path_of("onnx/decoder_model_merged.onnx") == opened.path_of("onnx/decoder_model_merged.onnx")
     assert len(seen) == 1
+    monkeypatch.setattr(module, "sha256_of", lambda path: seen.append(path) or sha256_of(path))
+    for _ in range(2):
+        opened.engine("cpu", "vision_encoder", "onnxruntime-int8")
+    assert len(seen) == 2
 
 
 def test_a_graph_is_checked_together_with_its_weights(root: Path) -> None:

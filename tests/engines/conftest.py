@@ -9,6 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from vlmc.artifact import SCHEMA
+from vlmc.calibration.plan import ModulePlan, Plan
+from vlmc.calibration.recipes import Recipe
 from vlmc.engines import child
 
 Load = Callable[..., ort.InferenceSession]
@@ -57,6 +60,18 @@ def linear() -> Callable[..., ir.Model]:
         y.name, y.shape, y.type = "y", ir.Shape(["rows", weight.shape[1]]), float32
         graph = ir.Graph([x], [y], nodes=nodes, initializers=weights, opset_imports={"": 24}, name="small")
         return ir.Model(graph, ir_version=10)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plan_of() -> Callable[..., Plan]:
+    """plan_of(absorbers={}, PATH=ModulePlan(…)): a plan for these modules of the component `part`."""
+
+    def make(absorbers: dict[str, tuple[float, ...]] | None = None, **modules: ModulePlan) -> Plan:
+        named = {f"part/{path}": module for path, module in modules.items()}
+        divided = {f"part/{path}": values for path, values in (absorbers or {}).items()}
+        return Plan(SCHEMA, Recipe("r", "", {}), "", None, named, divided)
 
     return make
 

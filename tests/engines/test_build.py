@@ -141,9 +141,8 @@ def test_what_killed_builds_left_is_neither_used_nor_kept(
     folder = artifact.root / "engines" / "cpu" / "embed_tokens"
     for kind in ("old", "partial"):
         shutil.copytree(folder / "onnxruntime-fp32", folder / f".onnxruntime-fp32.{2**22 + 1}.{kind}")
-    shutil.rmtree(folder / "onnxruntime-fp32" / "model.onnx", ignore_errors=True)
     (folder / "onnxruntime-fp32" / "model.onnx").write_text("damaged")
-    run(artifact, "cpu", "fp32")
+    run(Artifact(artifact.root), "cpu", "fp32")
     assert [path.name for path in folder.iterdir()] == ["onnxruntime-fp32"]
 
 
@@ -202,10 +201,18 @@ def test_this_machine_is_known_by_its_architecture(monkeypatch: pytest.MonkeyPat
     assert reason_not_here(replace(cpu, sm=90))
 
 
-def test_without_a_backend_the_reasons_are_told(planned: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("onnxruntime", "openvino"):
-        monkeypatch.setattr(builders.load(name), "unavailable", lambda name=name: f"{name} is not installed")
-    with pytest.raises(VlmcError, match=r"No backend of the device 'cpu' can build here.*openvino is not installed"):
+@pytest.mark.parametrize(
+    ("missing", "component"), [(["onnxruntime"], "embed_tokens"), (["onnxruntime", "openvino"], "vision_encoder")]
+)
+def test_a_component_that_no_backend_can_build_is_named_with_the_reasons(
+    missing: list[str], component: str, planned: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.setattr(builders.load(name), "unavailable", lambda: "not installed")
+    says = (
+        rf"No backend of the device 'cpu' can build the {component} here. Found: onnxruntime: not installed; openvino: "
+    )
+    with pytest.raises(VlmcError, match=says):
         list(candidates(planned, load_device("cpu"), "int8"))
 
 

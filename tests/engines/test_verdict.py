@@ -46,6 +46,12 @@ def test_an_engine_that_computes_something_else_is_left_out(agreement: float | N
     assert "40.00" not in choice.reason
 
 
+def test_the_only_right_one_is_kept_for_that() -> None:
+    choice = choose("vision_encoder", {"a-fp32": vision(100), "a-int8": vision(40, 0.5)}, random_weights=False)
+    why = "the only one that computes what PyTorch does: 100.00 ms; a-int8 was left out: cosine 0.500"
+    assert (choice.engine, choice.reason) == ("a-fp32", why)
+
+
 def test_with_random_weights_agreement_does_not_decide() -> None:
     reports = {"a-fp32": vision(100), "a-int8": vision(40, 0.5)}
     assert choose("vision_encoder", reports, random_weights=True).engine == "a-int8"
@@ -55,10 +61,6 @@ def test_with_random_weights_agreement_does_not_decide() -> None:
 def test_where_no_float_engine_is_right_nothing_is_chosen() -> None:
     with pytest.raises(VlmcError, match=r"No float engine of decoder .*a-fp32 was left out: cosine 0\.100"):
         choose("decoder", {"a-fp32": vision(1, 0.1), "a-int8": vision(1)}, random_weights=False)
-
-
-def test_one_candidate_needs_no_reason() -> None:
-    assert "nothing else" in choose("vision_encoder", {"a-fp32": vision(100)}, random_weights=False).reason
 
 
 def test_elsewhere_nothing_is_claimed() -> None:

@@ -12,10 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from vlmc.artifact import SCHEMA, Artifact, KvContract
+from vlmc.artifact import Artifact, KvContract
 from vlmc.calibration.fake_quant import apply_plan
-from vlmc.calibration.plan import ModulePlan, Plan, read_plan
-from vlmc.calibration.recipes import Recipe
+from vlmc.calibration.plan import ModulePlan, read_plan
 from vlmc.calibration.weights import dequantize_weight, quantize_weight
 from vlmc.engines.passes import quantize
 from vlmc.errors import VlmcError
@@ -30,23 +29,20 @@ BIAS = np.random.default_rng(1).normal(size=24).astype(np.float32)
 INPUT = np.random.default_rng(2).normal(size=(5, 40)).astype(np.float32)
 
 
-def plan_of(absorbers: dict[str, tuple[float, ...]] | None = None, **modules: ModulePlan) -> Plan:
-    named = {f"part/{path}": module for path, module in modules.items()}
-    return Plan(SCHEMA, Recipe("r", "", {}), "", None, named, {f"part/{k}": v for k, v in (absorbers or {}).items()})
-
-
 # One layer
 
 
 @pytest.mark.parametrize(("bits", "block"), [(8, 0), (8, 32), (8, 7), (4, 32), (4, 5)])
-def test_weights_are_the_shared_definition_to_the_last_bit(bits: int, block: int, linear: Any, run: Any) -> None:
+def test_weights_are_the_shared_definition_to_the_last_bit(
+    bits: int, block: int, linear: Any, plan_of: Any, run: Any
+) -> None:
     model = linear(WEIGHT)
     assert quantize.apply(model, plan_of(fc=ModulePlan(bits, block)), "part") == 1
     exact = dequantize_weight(*quantize_weight(WEIGHT.T.copy(), bits, block), block).T
     np.testing.assert_array_equal(run(model, np.eye(40, dtype=np.float32)), exact)
 
 
-def test_inputs_are_rounded_half_to_even_and_clipped_at_eight_bits(linear: Any, run: Any) -> None:
+def test_inputs_are_rounded_half_to_even_and_clipped_at_eight_bits(linear: Any, plan_of: Any, run: Any) -> None:
     model = linear(np.eye(1, dtype=np.float32))
     quantize.apply(model, plan_of(fc=ModulePlan(8, 0, activation_scale=0.5)), "part")
     x = np.array([0.0, 0.25, 0.26, -0.25, 0.75, -1.0, 63.5, 80.0, -64.0, -80.0], np.float32)[:, None]
@@ -55,14 +51,16 @@ def test_inputs_are_rounded_half_to_even_and_clipped_at_eight_bits(linear: Any, 
 
 
 @pytest.mark.parametrize("bits", [0, 8])
-def test_smoothing_multiplies_input_channels_even_of_a_layer_that_stays_float(bits: int, linear: Any, run: Any) -> None:
+def test_smoothing_multiplies_input_channels_even_of_a_layer_that_stays_float(
+    bits: int, linear: Any, plan_of: Any, run: Any
+) -> None:
     model, factors = linear(WEIGHT, BIAS), np.linspace(0.5, 2, 40, dtype=np.float32)
     quantize.apply(model, plan_of(fc=ModulePlan(bits, 0, smoothing=tuple(factors.tolist()))), "part")
     tolerance = 1e-5 if bits == 0 else 0.5
     np.testing.assert_allclose(run(model, INPUT), INPUT * factors @ WEIGHT + BIAS, atol=tolerance)
 
 
-def test_an_absorber_divides_its_outputs_bias_and_all(linear: Any, run: Any) -> None:
+def test_an_absorber_divides_its_outputs_bias_and_all(linear: Any, plan_of: Any, run: Any) -> None:
     model, divisors = linear(WEIGHT, BIAS), np.linspace(0.5, 2, 24, dtype=np.float32)
     quantize.apply(model, plan_of({"fc": tuple(divisors.tolist())}), "part")
     np.testing.assert_allclose(run(model, INPUT), (INPUT @ WEIGHT + BIAS) / divisors, atol=1e-5)
@@ -91,13 +89,13 @@ def test_the_graph_stays_valid_onnx_of_standard_operators(
     assert dict(model.opset_imports) == {"": 24}
 
 
-def test_what_the_plan_does_not_name_stays_as_it_is(linear: Any, run: Any) -> None:
+def test_what_the_plan_does_not_name_stays_as_it_is(linear: Any, plan_of: Any, run: Any) -> None:
     model = linear(WEIGHT, BIAS)
     assert quantize.apply(model, replace(plan_of(), modules={"other/fc": ModulePlan(8, 0)}), "part") == 0
     np.testing.assert_allclose(run(model, INPUT), INPUT @ WEIGHT + BIAS, atol=1e-5)
 
 
-def test_a_plan_for_another_graph_is_refused(linear: Any) -> None:
+def test_a_plan_for_another_graph_is_refused(linear: Any, plan_of: Any) -> None:
     for plan in (plan_of(other=ModulePlan(8, 0)), plan_of({"other": (1.0,)})):
         with pytest.raises(VlmcError, match=r"'r' names modules that the graph of part does not have. Found: other"):
             quantize.apply(linear(WEIGHT), plan, "part")
