@@ -60,7 +60,7 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
         choices=choices,
         seconds=round(time.perf_counter() - start, 3),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
-        remaining=device.handover if here else "",
+        remaining=remaining(device) if here else "",
     )
     write_record(artifact.root / "engines" / device.name / f"{recipe}.json", record)
     return record, hits
@@ -93,6 +93,17 @@ def reason_not_here(device: Device) -> str:
     if platform.machine() != device.architecture:
         return f"this machine is {platform.machine()}, and {device.title} is {device.architecture}"
     return ""
+
+
+def remaining(device: Device) -> str:
+    """The one sentence that says what is left to do on the device, where that is not this machine."""
+    backend = device.backends[0]
+    if backend in builders.names():
+        return device.handover
+    return (
+        f"The quantised ONNX graphs in engines/{device.name}/ (opset 24, Q/DQ) are ready; it remains to build them "
+        f"on the {device.title} with its {backend}, for which this version of vlmc has no builder yet."
+    )
 
 
 def _try(
