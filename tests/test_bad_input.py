@@ -36,11 +36,13 @@ def vlmc(
     step_here: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Vlmc:
+) -> Iterator[Vlmc]:
     """vlmc(*arguments): the command as it is typed; its exit code, stdout and stderr. What is slow is done in this
     process: tracing gives the graphs of `tiny`, and a build's steps run here."""
     monkeypatch.setattr(graph, "export_component", lambda name, *_: ir.load(tiny.graph(name)))
     monkeypatch.setattr(child, "run", step_here)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
 
     def run(*arguments: Any) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -55,7 +57,8 @@ def vlmc(
         assert "Traceback" not in errors
         return code, output, errors
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, before)
 
 
 def sentence(outcome: tuple[int, str, str]) -> str:

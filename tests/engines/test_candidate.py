@@ -81,6 +81,13 @@ def test_an_engine_is_built_whole_with_its_record(artifact: Artifact) -> None:
     assert made.report.size_bytes < 0.5 * float32.report.size_bytes
 
 
+@pytest.mark.parametrize("change", [change_graph, change_plan, change_capacity])
+def test_an_engine_of_other_inputs_counts_as_none(change: Callable[[Artifact], None], artifact: Artifact) -> None:
+    build(artifact, VISION)
+    change(artifact)
+    assert cached(artifact, VISION) is None
+
+
 @pytest.mark.parametrize("damage", ["truncated", "altered", "gone", "record", "schema"])
 def test_a_damaged_engine_counts_as_none(damage: str, artifact: Artifact) -> None:
     build(artifact, VISION)

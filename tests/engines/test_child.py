@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -91,13 +92,23 @@ def test_a_step_that_is_killed_leaves_nothing(tiny_copy: Path) -> None:
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
 def test_a_build_that_is_stopped_takes_its_step_along(sign: signal.Signals, tiny_copy: Path) -> None:
     command = [sys.executable, "-m", "vlmc", "build", str(tiny_copy), "--recipe", "fp32"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    ) as parent:
         step = freeze_a_step(tiny_copy)
-        parent.send_signal(sign)
-        said = parent.communicate(timeout=30)
-    if not gone(step):
-        os.kill(step, signal.SIGKILL)
-        raise AssertionError("the step outlived the build")
+        os.killpg(parent.pid, sign) if sign == signal.SIGINT else parent.send_signal(sign)  # Ctrl-C is for the group
+        try:
+            said = parent.communicate(timeout=30)
+            assert gone(step), "the step outlived the build"
+        finally:
+            parent.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(step, signal.SIGKILL)
     if sign == signal.SIGINT:
         assert (parent.returncode, said[0]) == (130, "")
         assert said[1].strip() == "Interrupted. What was finished is kept; run the same command again to go on."

@@ -65,6 +65,10 @@ def test_onnx_runtime_executes_the_products_in_the_recipes_precision(
     built = build(planned, "onnxruntime", component, recipe, tmp_path)
     with untouched(tmp_path):
         assert builders.load("onnxruntime").products(tmp_path / built.file, built.settings) == products
+    stored = {"MatMulNBits": "w", "MatMulIntegerToFloat": "int8"}  # not left to ONNX Runtime to find at every start
+    operators = [node.op_type for node in ir.load(tmp_path / built.file).graph]
+    for operator, kind in stored.items():
+        assert operators.count(operator) == sum(count for name, count in products.items() if name.startswith(kind))
     if component == "decoder":
         assert built.kv is not None
         assert (built.kv.form, built.kv.capacity) == ("shared", 128)
