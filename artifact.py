@@ -26,6 +26,7 @@ from .files import inside, read_json, sha256_of, write_json
 
 SCHEMA = 1
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")
+FLOATS = ("fp32", "fp16")  # the precisions that need no plan; every other one is the name of a recipe
 GRAPH_FILES = {  # transformers.js' names, so that other tools find what they look for
     "vision_encoder": "onnx/vision_encoder.onnx",
     "embed_tokens": "onnx/embed_tokens.onnx",

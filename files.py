@@ -61,18 +61,27 @@ def read_json(path: Path) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file in one step: written beside it, synced, renamed."""
+    _replace(path, text.encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
     temporary = _beside(path, "partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replaces the file in one step, as `write_text` does."""
+    _replace(path, content)
 
 
 def write_json(path: Path, value: Any) -> None:

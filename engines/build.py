@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..artifact import COMPONENTS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
+from ..artifact import COMPONENTS, FLOATS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
 from ..files import remove_leftovers
 from ..profiles.device import Device
+from ..runtime import cuda
 from . import builders, child, verdict, work
 from .candidate import Candidate, cached, record_trial
 
@@ -44,8 +45,8 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
     for component in COMPONENTS:
         own = {c: s for c, s in specs.items() if c.component == component}
         if here:
-            last = list(own)[-1]
-            choices[component] = verdict.unmeasured(last.engine, here)
+            own_backend = [c for c in own if c.backend == next(iter(own)).backend]
+            choices[component] = verdict.unmeasured(own_backend[-1].engine, here)
         elif len(own) == 1:
             choices[component] = Choice(next(iter(own)).engine, "nothing else is offered for it", {})
         else:
@@ -60,7 +61,7 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
         choices=choices,
         seconds=round(time.perf_counter() - start, 3),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
-        remaining=remaining(device) if here else "",
+        remaining=device.handover if here else "",
     )
     write_record(artifact.root / "engines" / device.name / f"{recipe}.json", record)
     return record, hits
@@ -68,42 +69,39 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
 
 def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Candidate]:
     """What is built, component by component: float and the recipe's precision on every backend that offers them. The
-    first of a component is float on the device's first backend, the last the recipe's precision where it has one."""
-    names = [name for name in device.backends if name in builders.names()]
-    usable = [name for name in names if not builders.load(name).unavailable()]
-    if device.backends[0] not in builders.names():
-        usable = ["handover"]  # the device's own builder is not on this machine
+    first of a component is float on the backend that the device prefers."""
+    known = {name: builders.load(name) for name in device.backends}
+    if device.sm is not None and (reason := known[device.backends[0]].unavailable()):
+        if device.ahead_of_time or not reason_not_here(device):
+            what = f"Engines for {device.title} cannot be built here"
+            raise VlmcError(what, found=reason, fix="install what is missing; `vlmc doctor` shows what can run here")
+        del known[device.backends[0]]
+        known = {"handover": builders.load("handover")} | known  # TensorRT builds on the device
+    usable = {name: builder for name, builder in known.items() if not builder.unavailable()}
     plan = None if recipe == "fp32" else read_plan(artifact, recipe)
     for component in COMPONENTS:
-        offering = [name for name in usable if not builders.load(name).refuses(component)]
-        if not offering:
-            known = {name: builders.load(name) for name in names}
-            reasons = [f"{name}: {b.unavailable() or b.refuses(component)}" for name, b in known.items()]
+        floats = {n: b.FLOAT for n, b in usable.items() if not b.refuses(component, b.FLOAT, device)}
+        if not floats:
+            reasons = [f"{n}: {b.unavailable() or b.refuses(component, b.FLOAT, device)}" for n, b in known.items()]
             what = f"No backend of the device {device.name!r} can build the {component} here"
             raise VlmcError(what, found="; ".join(reasons), fix="see `vlmc doctor`")
-        quantised = plan is not None and any(path.startswith(f"{component}/") for path in plan.modules)
-        for precision in ("fp32", recipe) if quantised else ("fp32",):
-            yield from (Candidate(device.name, component, backend, precision) for backend in offering)
+        yield from (Candidate(device.name, component, name, precision) for name, precision in floats.items())
+        if plan is not None and any(path.startswith(f"{component}/") for path in plan.modules):
+            quantising = [name for name in floats if not usable[name].refuses(component, recipe, device)]
+            yield from (Candidate(device.name, component, name, recipe) for name in quantising)
 
 
 def reason_not_here(device: Device) -> str:
     """Empty where this machine is of the device's kind, so that what is measured here counts there."""
-    if device.sm is not None or device.backends[0] not in builders.names():
-        return f"this machine is no {device.title}"
+    if device.sm is not None:
+        found = cuda.architecture()
+        if found == device.sm:
+            return ""
+        here = f"its GPU is SM {found}" if isinstance(found, int) else found
+        return f"this machine is no {device.title} ({here})"
     if platform.machine() != device.architecture:
         return f"this machine is {platform.machine()}, and {device.title} is {device.architecture}"
     return ""
-
-
-def remaining(device: Device) -> str:
-    """The one sentence that says what is left to do on the device, where that is not this machine."""
-    backend = device.backends[0]
-    if backend in builders.names():
-        return device.handover
-    return (
-        f"The quantised ONNX graphs in engines/{device.name}/ (opset 24, Q/DQ) are ready; it remains to build them "
-        f"on the {device.title} with its {backend}, for which this version of vlmc has no builder yet."
-    )
 
 
 def _try(
@@ -114,17 +112,17 @@ def _try(
         what, engines = f"Trying {component} on this machine", [c.engine for c in own]
         trials = json.loads(child.run("trial", what, str(artifact.root), device.name, component, embed, *engines))
         for candidate, spec in own.items():
-            counted = _work(artifact, candidate) | {"weight_bytes": float(spec.report.size_bytes)}
+            counted = _work(artifact, candidate, spec) | {"weight_bytes": float(spec.report.size_bytes)}
             own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | {"work": counted})
     return {candidate.engine: spec.report for candidate, spec in own.items()}
 
 
-def _work(artifact: Artifact, candidate: Candidate) -> dict[str, float]:
+def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[str, float]:
     """Operations and bytes of the golden run that trials are timed on (see `work`); `int8_…` are those of the
     operations that the plan quantised."""
     model = ir.load(artifact.graph(candidate.component))
     kv, prefix = artifact.manifest.kv, f"{candidate.component}/"
-    modules = {} if candidate.precision == "fp32" else read_plan(artifact, candidate.precision).modules
+    modules = {} if candidate.precision in FLOATS else read_plan(artifact, candidate.precision).modules
     quantised = {path.removeprefix(prefix) for path in modules if path.startswith(prefix)}
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
         tiles, length = len(golden["0.pixel_values"]), golden["0.inputs_embeds"].shape[1]
@@ -137,7 +135,8 @@ def _work(artifact: Artifact, candidate: Candidate) -> dict[str, float]:
         return both("flops", sizes) | {"io_bytes": work.io_bytes(model, sizes), "tiles": float(tiles)}
     prefill = both("prefill_flops", {"length": length, "capacity": kv.capacity}, length)
     step = both("decode_flops", {"length": 1, "capacity": kv.capacity}, length)
-    return prefill | step | {"decode_kv_bytes": work.kv_bytes(kv, length), "length": float(length)}
+    cached = work.kv_bytes(kv, length, np.dtype(spec.kv.dtype if spec.kv else np.float32).itemsize)
+    return prefill | step | {"decode_kv_bytes": cached, "length": float(length)}
 
 
 def _build(artifact: Artifact, candidate: Candidate) -> None:

@@ -10,10 +10,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from .. import __version__
 from ..artifact import (
+    FLOATS,
     GRAPH_FILES,
     SCHEMA,
     Artifact,
@@ -28,6 +30,7 @@ from ..artifact import (
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
 from ..files import staged_folder, write_json
+from ..profiles.device import load_device
 from ..profiles.memory import peak_rss_bytes
 from . import builders, child
 from .passes import quantize
@@ -35,7 +38,7 @@ from .passes import quantize
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is to be built. `precision` is `fp32` or the name of the recipe whose plan it follows."""
+    """What is to be built. `precision` is one of FLOATS or the name of the recipe whose plan it follows."""
 
     device: str
     component: str
@@ -51,12 +54,14 @@ class Candidate:
 
 
 def key(artifact: Artifact, candidate: Candidate) -> str:
-    """The hash of all that goes into the engine: graph, plan, backend and versions."""
-    plan = None if candidate.precision == "fp32" else to_json(read_plan(artifact, candidate.precision))
+    """The hash of all that goes into the engine: graph, plan, device, backend and versions."""
+    plan = None if candidate.precision in FLOATS else to_json(read_plan(artifact, candidate.precision))
     file = GRAPH_FILES[candidate.component]
     known = artifact.manifest.files
     parts = [known[name].sha256 for name in (file, f"{file}.data") if name in known]
-    values = [SCHEMA, vars(candidate), plan, parts, vars(artifact.manifest.kv), _versions(candidate.backend)]
+    device = load_device(candidate.device)
+    dialect = [device.sm, device.tensorrt, device.opset, device.typing]
+    values = [SCHEMA, vars(candidate), plan, parts, dialect, vars(artifact.manifest.kv), _versions(candidate.backend)]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -80,9 +85,19 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
     graph = artifact.graph(candidate.component)
     with staged_folder(candidate.folder(artifact)) as folder:
         model = ir.load(graph)
-        if candidate.precision != "fp32":
+        if candidate.precision not in FLOATS:
             quantize.apply(model, read_plan(artifact, candidate.precision), candidate.component)
-        built = builder.build(model, artifact.manifest.kv, folder)
+        job = builders.Job(
+            component=candidate.component,
+            precision=candidate.precision,
+            device=load_device(candidate.device),
+            kv=artifact.manifest.kv,
+            folder=folder,
+            embed=lambda: ir.load(artifact.graph("embed_tokens")),
+            tiles=_most_tiles(artifact),
+            cache=candidate.folder(artifact).parent.parent / "timing.cache",
+        )
+        built = builder.build(model, job)
         files = describe_files(folder)
         products = builder.products(folder / built.file, built.settings)
         report = BuildReport(
@@ -118,6 +133,11 @@ def record_trial(artifact: Artifact, candidate: Candidate, trial: dict[str, Any]
     data["report"] |= trial
     write_json(path, data)
     return read_record(EngineSpec, path)
+
+
+def _most_tiles(artifact: Artifact) -> int:
+    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
+        return max((len(golden[name]) for name in golden.files if name.endswith(".pixel_values")), default=1)
 
 
 def _size(files: dict[str, FileSpec]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..artifact import BuildReport, Choice
+from ..artifact import FLOATS, BuildReport, Choice
 from ..errors import VlmcError
 from .trial import ANSWER
 
@@ -30,7 +30,7 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
     right = {e for e, r in reports.items() if random_weights or (r.agreement or 0.0) >= NEAR}
     costs = {engine: cost(report) for engine, report in reports.items() if engine in right}
     wrong = "".join(f"; {e} was left out: cosine {reports[e].agreement or 0:.3f}" for e in reports if e not in right)
-    floats = [engine for engine in costs if engine.endswith("-fp32")]
+    floats = [engine for engine in costs if engine.endswith(FLOATS)]
     if not floats:
         raise VlmcError(
             f"No float engine of {component} computes what PyTorch does",

@@ -67,11 +67,22 @@ class Decoder(nn.Module):
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            attention_mask=onnx_ops.causal_mask(write_index, length, past[0].shape[2]),
+            attention_mask=onnx_ops.causal_mask(write_index, length, past[0]),
         ).last_hidden_state
         # Only one position's logits are wanted: a prompt's others would cost as much as the rest of the prefill.
         logits = self.lm_head(hidden.index_select(1, logits_index))[:, 0]
         return logits, [state for layer in cache.layers for state in (layer.keys, layer.values)]
+
+
+@dataclass(frozen=True)
+class OwnProcessor:
+    """What a family says of a checkpoint that brings no processor of transformers: a fast tokenizer, the manifest's
+    `preprocessing`, a template in Jinja as transformers renders it, and the token that ends an answer."""
+
+    tokenizer: Any
+    preprocessing: dict[str, Any]
+    chat_template: str
+    eos_token: str
 
 
 class Family(ABC):
@@ -109,6 +120,10 @@ class Family(ABC):
         return AutoModelForImageTextToText.from_config(  # type: ignore[no-any-return]
             AutoConfig.for_model(config["model_type"], **values), dtype=torch.float32
         )
+
+    def own_processor(self, folder: Path) -> OwnProcessor | None:
+        """For checkpoints that transformers has no processor for; None where it has one, as it mostly has."""
+        return None
 
     @abstractmethod
     def split(self, model: nn.Module) -> Components:

@@ -79,9 +79,18 @@ def tensor_scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
     write_index (1,). Outside of export it writes in place, as every engine does."""
     if torch.compiler.is_exporting():
         return _emit("TensorScatter", [past, update, write_index], {"axis": 2}, past, 24)
+    if fixed_shapes(past):
+        return past.index_copy_(2, write_index + torch.arange(update.shape[2], device=past.device), update)
     start = int(write_index)
     past[:, :, start : start + update.shape[2]] = update
     return past
+
+
+def fixed_shapes(past: Tensor) -> bool:
+    """Whether attention goes over the whole capacity, hidden part and all: in a graph, and on a GPU, where asking for
+    the position would make the host wait. Elsewhere only the filled part is read, so PyTorch is no slower than it has
+    to be."""
+    return torch.compiler.is_exporting() or past.is_cuda
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -91,8 +100,7 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.keys, self.values = key, value
         self.write_index = write_index
-        # Outside of export only the filled part is attended to, so that PyTorch is no slower than it has to be.
-        self.end = None if torch.compiler.is_exporting() else int(write_index) + length
+        self.end = None if fixed_shapes(key) else int(write_index) + length
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -123,10 +131,10 @@ def static_cache(past: list[Tensor], write_index: Tensor, length: int) -> Cache:
     return Cache(layers=[StaticLayer(key, value, write_index, length) for key, value in pairs])
 
 
-def causal_mask(write_index: Tensor, length: int, capacity: int) -> Tensor:
+def causal_mask(write_index: Tensor, length: int, past: Tensor) -> Tensor:
     """Boolean (1, 1, length, keys): query i, at position write_index + i, sees the keys up to itself. keys is the
-    capacity in an exported graph and the filled part otherwise."""
-    keys = capacity if torch.compiler.is_exporting() else int(write_index) + length
+    capacity of `past` (1, kv_heads, capacity, dim) with fixed shapes and the filled part otherwise."""
+    keys = past.shape[2] if fixed_shapes(past) else int(write_index) + length
     query = write_index[:, None] + torch.arange(length, device=write_index.device)
     return (torch.arange(keys, device=write_index.device)[None, None] <= query[:, :, None])[:, None]
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..artifact import PromptSpec
 from ..errors import VlmcError
-from ..files import write_text
+from ..files import read_json, write_text
 from ..runtime import preprocessing
+from .family import OwnProcessor, all_families
 
 _QUESTION = "vlmc-question"  # stands for the question while the chat template is rendered
 
@@ -25,10 +27,27 @@ def describe(folder: Path) -> tuple[dict[str, Any], PromptSpec]:
 
     What is missing, broken or not supported is a VlmcError. Only local files are read and no remote code is run.
     """
+    own = _own(folder)
+    if own is not None:
+        tokenizer, template, described = own.tokenizer, own.chat_template, dict(own.preprocessing)
+    else:
+        tokenizer = _tokenizer(folder)
+        template, described = _read(folder, tokenizer)
+    with _reading("processor", folder):
+        prompt, after_image = _prompt(folder, tokenizer, template, described["image_token"])
+        if after_image and "after_image" not in described:
+            raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
+        described |= {"after_image": after_image} if after_image else {}
+        preprocessing.load(described)  # what the runtime would refuse is refused now
+        eos = (tokenizer.convert_tokens_to_ids(own.eos_token),) if own else _eos_token_ids(folder, tokenizer)
+        return described, replace(prompt, eos_token_ids=eos)
+
+
+def _read(folder: Path, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """The chat template and the `preprocessing` of a checkpoint with transformers' own processor."""
     from transformers import AutoImageProcessor
     from transformers.processing_utils import ProcessorMixin
 
-    tokenizer = _tokenizer(folder)
     with _reading("picture processor", folder):
         pictures = AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False
@@ -43,15 +62,24 @@ def describe(folder: Path) -> tuple[dict[str, Any], PromptSpec]:
             expected="one of " + ", ".join(difflib.get_close_matches(kind, _KINDS, n=len(_KINDS), cutoff=0.0)),
         )
     with _reading("processor", folder):
-        described = _KINDS[kind](pictures.to_dict(), settings, tokenizer)
-        preprocessing.load(described)  # what the runtime would refuse is refused now
-        return described, _prompt(folder, tokenizer, settings.get("chat_template"), described["image_token"])
+        return settings.get("chat_template"), _KINDS[kind](pictures.to_dict(), settings, tokenizer)
 
 
 def save_tokenizer(folder: Path, target: Path) -> None:
     """Writes the checkpoint's tokenizer, as transformers sets it up, to the file `target` (`tokenizer.json`)."""
-    tokenizer = _tokenizer(folder)
+    own = _own(folder)
+    tokenizer = own.tokenizer if own is not None else _tokenizer(folder)
     write_text(target, tokenizer.backend_tokenizer.to_str())
+
+
+def _own(folder: Path) -> OwnProcessor | None:
+    """What the checkpoint's family says in the place of a processor, where the checkpoint brings none."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    family = all_families().get(str(config.get("model_type"))) if isinstance(config, dict) else None
+    if family is None:
+        return None
+    with _reading("tokenizer", folder):
+        return family.own_processor(folder)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -88,18 +116,11 @@ def _reading(what: str, folder: Path) -> Iterator[None]:
 
 def _idefics3(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """`runtime/preprocessing/idefics3.py`'s config. Idefics3's and SmolVLM's processors follow the same rules."""
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if not pictures[step]:
-            raise VlmcError(f"The picture processor has {step} off, which vlmc does not support")
-    return {
+    return _values(pictures) | {
         "kind": "idefics3",
         "longest_edge": pictures["size"]["longest_edge"],
         "tile": pictures["max_image_size"]["longest_edge"],
         "split": bool(pictures["do_image_splitting"]),
-        "resample": int(pictures["resample"]),
-        "rescale_factor": float(pictures["rescale_factor"]),
-        "mean": [float(value) for value in pictures["image_mean"]],
-        "std": [float(value) for value in pictures["image_std"]],
         "image_seq_len": settings.get("image_seq_len", 169),  # the default of both processor classes
         "image_token": getattr(tokenizer, "image_token", None) or "<image>",
         "around_token": getattr(tokenizer, "fake_image_token", None) or "<fake_token_around_image>",
@@ -107,27 +128,87 @@ def _idefics3(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any
     }
 
 
+def _clip(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """`runtime/preprocessing/clip.py`'s config, with the tokens that LlavaProcessor counts for a picture."""
+    size, crop = dict(pictures["size"]), dict(pictures["crop_size"] or {})
+    square = crop.get("height") == crop.get("width") and pictures["do_center_crop"]
+    if set(size) != {"shortest_edge"} or not square:
+        found = f"size {size}, crop {crop}"
+        raise VlmcError("The picture processor does not cut a square out of the resized picture", found=found)
+    if not settings.get("patch_size"):
+        raise VlmcError("processor_config.json does not say patch_size", fix="take the checkpoint's newest revision")
+    tokens = (crop["height"] // settings["patch_size"]) ** 2 + settings.get("num_additional_image_tokens", 0)
+    return _values(pictures) | {
+        "kind": "clip",
+        "shortest_edge": size["shortest_edge"],
+        "tile": crop["height"],
+        "pad": bool(pictures.get("do_pad")),
+        "image_seq_len": tokens - (settings.get("vision_feature_select_strategy") == "default"),
+        "image_token": getattr(tokenizer, "image_token", None) or settings.get("image_token", "<image>"),
+        "after_image": "",
+    }
+
+
+def _internvl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """`runtime/preprocessing/internvl.py`'s config. InternVLProcessor always cuts pictures into tiles, whatever the
+    picture processor says."""
+    size = dict(pictures["size"])
+    if size.get("height") != size.get("width") or not size.get("height"):
+        raise VlmcError("The picture processor's tiles are not square", found=str(size))
+    return _values(pictures) | {
+        "kind": "internvl",
+        "tile": size["height"],
+        "min_tiles": pictures["min_patches"],
+        "max_tiles": pictures["max_patches"],
+        "thumbnail": True,
+        "image_seq_len": settings.get("image_seq_length", 256),
+        "image_token": tokenizer.context_image_token,
+        "start_token": tokenizer.start_image_token,
+        "end_token": tokenizer.end_image_token,
+        "after_image": "",
+    }
+
+
+def _values(pictures: dict[str, Any]) -> dict[str, Any]:
+    """What every kind says of filter and values."""
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if not pictures[step]:
+            raise VlmcError(f"The picture processor has {step} off, which vlmc does not support")
+    return {
+        "resample": int(pictures["resample"]),
+        "rescale_factor": float(pictures["rescale_factor"]),
+        "mean": [float(value) for value in pictures["image_mean"]],
+        "std": [float(value) for value in pictures["image_std"]],
+    }
+
+
 _KINDS: dict[str, Callable[[dict[str, Any], dict[str, Any], Any], dict[str, Any]]] = {
     "Idefics3ImageProcessor": _idefics3,
     "SmolVLMImageProcessor": _idefics3,
+    "CLIPImageProcessor": _clip,
+    "LlavaImageProcessor": _clip,
+    "GotOcr2ImageProcessor": _internvl,
 }
 
 
-def _prompt(folder: Path, tokenizer: Any, template: Any, image_token: str) -> PromptSpec:
-    """The chat template rendered for no picture, for one, and for two: a second one must only repeat the first."""
+def _prompt(folder: Path, tokenizer: Any, template: Any, image_token: str) -> tuple[PromptSpec, str]:
+    """The chat template rendered for no picture, for one, and for two, and what it writes after each picture: a second
+    one must only repeat the first."""
     if not template and not tokenizer.chat_template:
         raise VlmcError(f"{folder} has no chat template", fix="put a chat_template.jinja beside the weights")
-    if tokenizer.convert_tokens_to_ids(image_token) in (None, tokenizer.unk_token_id):
+    if image_token not in tokenizer.get_vocab():
         raise VlmcError(f"The tokenizer in {folder} does not know the picture's token {image_token!r}")
     text_only, with_image, with_two = (_render(tokenizer, template, image_token, count) for count in range(3))
-    if with_two != with_image.replace("{image}", "{image}{image}"):
+    after = with_two.partition("{image}")[2].partition("{image}")[0]
+    if with_two != with_image.replace("{image}" + after, 2 * ("{image}" + after)):
         raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
     holes = [(rendered.count("{image}"), rendered.count("{text}")) for rendered in (text_only, with_image)]
     if holes != [(0, 1), (1, 1)]:
         raise VlmcError(
             f"The chat template in {folder} does not place the picture and the question once", found=repr(with_image)
         )
-    return PromptSpec(with_image, text_only, image_token, _eos_token_ids(folder, tokenizer))
+    with_image = with_image.replace("{image}" + after, "{image}")
+    return PromptSpec(with_image, text_only, image_token, ()), after
 
 
 def _render(tokenizer: Any, template: Any, image_token: str, pictures: int) -> str:
@@ -139,13 +220,16 @@ def _render(tokenizer: Any, template: Any, image_token: str, pictures: int) -> s
 
 
 def _bos(tokenizer: Any, rendered: str) -> str:
-    """What transformers' processor puts before a prompt that lacks it: the token that begins a text, if any."""
-    added = tokenizer("")["input_ids"]
-    if not added or (tokenizer.bos_token and rendered.startswith(tokenizer.bos_token)):
+    """What has to be written before a prompt so that it becomes the ids that transformers' processor makes of it: the
+    token that begins a text, if any, and the space that some tokenizers put before a text's first word."""
+    if tokenizer.bos_token and rendered.startswith(tokenizer.bos_token):
         return ""
-    if added != [tokenizer.bos_token_id]:
-        raise VlmcError("The tokenizer adds special tokens that vlmc does not know", found=str(added))
-    return str(tokenizer.bos_token)
+    wanted = tokenizer(rendered)["input_ids"]
+    bos = str(tokenizer.bos_token or "")
+    for before in ("", bos, bos + " "):
+        if tokenizer(before + rendered, add_special_tokens=False)["input_ids"] == wanted:
+            return before
+    raise VlmcError("The tokenizer adds special tokens that vlmc does not know", found=str(tokenizer("")["input_ids"]))
 
 
 def _eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ ANSWER_TOKENS = 128  # as the SAGE benchmark limits its answers
 @click.option("--set", "set_file", type=click.Path(path_type=Path), help="Evaluation set, JSONL (the demo's own).")
 @click.option("--samples", type=click.IntRange(0), default=40, show_default=True, help="Pictures for the accuracy.")
 @click.option("--no-baselines", is_flag=True, help="Leave out the PyTorch baselines.")
+@click.option("--torch-python", default="", help="The interpreter that has PyTorch, where it is another one.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="Threads of every variant (one a core).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def profile(
@@ -41,6 +42,7 @@ def profile(
     set_file: Path | None,
     samples: int,
     no_baselines: bool,
+    torch_python: str,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -69,6 +71,7 @@ def profile(
             asked,
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
             baselines=not no_baselines,
+            torch_python=torch_python,
         )
     report = summarize(folder)
     write_json(folder / "report.json", report)

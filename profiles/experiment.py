@@ -32,12 +32,13 @@ def profile(
     asked: list[Question] | str,
     progress: Progress,
     baselines: bool = True,
+    torch_python: str = "",
 ) -> Path:
     """Measures every variant that can run here and leaves finished samples in the folder that it returns.
 
     `asked` is the evaluation set or "unavailable: reason". An interrupted measurement with the same settings goes on.
     """
-    found = variants(artifact, build, settings.threads, baselines)
+    found = variants(artifact, build, settings.threads, baselines, torch_python)
     if not any(variant.kind == "engine" for variant in found.measured):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped.items())
         raise VlmcError(

@@ -189,6 +189,7 @@ class _Crew:
         todo, name = self._todo, slug(variant.name)
         job = {
             "artifact": str(todo.artifact),
+            "python": variant.python,
             "opener": variant.opener,
             "arguments": dict(variant.arguments),
             "samples": str(self._samples(variant)),

@@ -52,6 +52,7 @@ def state(root: Path = ROOT) -> dict[str, Any]:
         "power_mode": _command(["nvpmodel", "-q"], "not a Jetson"),
         "temperature_c": _read(lambda: _temperature(root), "no thermal zone that can be read"),
         "throttled": _throttled(root),
+        "gpu_state": _gpu_state(),
         "load_average": _read(lambda: float(_text(root / "proc/loadavg").split()[0]), "no /proc/loadavg"),
     }
 
@@ -112,6 +113,12 @@ def _gpu() -> str:
     return _command(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"], "no NVIDIA driver"
     )
+
+
+def _gpu_state() -> str:
+    """Clocks, temperature, power and why the clocks are held back, of GPU 0."""
+    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
+    return _command(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"], "no NVIDIA driver")
 
 
 def _os_name(root: Path) -> str:

@@ -30,7 +30,7 @@ class Process:
             environment["OMP_NUM_THREADS"] = str(threads)
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vlmc.profiles.worker", str(job_file)],
+                [job["python"] or sys.executable, "-m", "vlmc.profiles.worker", str(job_file)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

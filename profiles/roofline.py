@@ -40,7 +40,7 @@ def limit(work: Mapping[str, float], phase: Phase, precision: str, limits: Mappi
     flops, moved = work[phase.flops], sum(work[name] for name in phase.bytes)
     integer = 0.0 if precision in _FLOAT_RATE else work.get(f"int8_{phase.flops}", flops)
     compute = _milliseconds(integer, limits.get("int8_gop_per_s")) + _milliseconds(
-        flops - integer, limits.get(_FLOAT_RATE.get(precision, "float32_gflop_per_s"))
+        flops - integer, limits.get(_FLOAT_RATE.get(precision) or _narrowest_float(limits))
     )
     cached = moved <= limits.get("cache_bytes", 0) / 2 and isinstance(limits.get("cached_read_gb_per_s"), float)
     memory = _milliseconds(moved, limits.get("cached_read_gb_per_s" if cached else "read_gb_per_s"))
@@ -76,6 +76,12 @@ _FLOAT_RATE = {
     "fp16": "float16_gflop_per_s",
     "bf16": "float16_gflop_per_s",
 }
+
+
+def _narrowest_float(limits: Mapping[str, Any]) -> str:
+    """What a recipe leaves float runs in the narrowest width that the machine has a rate for."""
+    half = "float16_gflop_per_s"
+    return half if isinstance(limits.get(half), int | float) else "float32_gflop_per_s"
 
 
 def _milliseconds(amount: float, giga_per_second: Any) -> float:

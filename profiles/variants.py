@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..artifact import COMPONENTS, Artifact, BuildSpec, EngineSpec, read_record
+from ..artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, EngineSpec, read_record
 from ..files import sha256_of
 from ..runtime import backends
+from .device import load_device
 
 TITLES = {
+    "numpy": "NumPy",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
@@ -22,12 +24,14 @@ TITLES = {
 }
 
 EAGER = "PyTorch eager"
+GPU_FLOATS = {"eager": "PyTorch eager FP16", "graph": "PyTorch CUDA graph FP16", "compile": "torch.compile FP16"}
 
 
 @dataclass(frozen=True)
 class Variant:
     """`opener(artifact, **arguments)` gives its session. `engines`: BACKEND-PRECISION by component, empty for a
-    baseline. `identity` changes when its weights or scales do, so that samples of two builds are never mixed."""
+    baseline. `identity` changes when its weights or scales do, so that samples of two builds are never mixed.
+    `python` is the interpreter that it runs under, empty for our own."""
 
     name: str
     kind: str  # "engine" or "baseline"
@@ -36,6 +40,7 @@ class Variant:
     engines: Mapping[str, str]
     recipe: str
     identity: str = ""
+    python: str = ""
 
 
 @dataclass
@@ -46,9 +51,13 @@ class Variants:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-def variants(artifact: Artifact, build: BuildSpec, threads: int = 0, baselines: bool = True) -> Variants:
-    """The float engines, the recipe's quantised engines and the kept mix (where it is neither), then PyTorch eager and
-    PyTorch fake-quant with the same scales."""
+def variants(
+    artifact: Artifact, build: BuildSpec, threads: int = 0, baselines: bool = True, torch_python: str = ""
+) -> Variants:
+    """The float engines, the recipe's quantised engines and the kept mix (where it is neither), then the PyTorch
+    baselines: float, and fake-quant with the same scales. For a device with a GPU they run there in float16, the float
+    one eagerly, in a CUDA graph and through torch.compile; `torch_python` is the interpreter that has PyTorch, where
+    that is not ours."""
     found = Variants()
     specs = engine_specs(artifact, build)
     for name, recipe, engines in _mixes(build, specs):
@@ -61,7 +70,7 @@ def variants(artifact: Artifact, build: BuildSpec, threads: int = 0, baselines: 
         opener = "vlmc.runtime.session:open_session"
         found.measured.append(Variant(name, "engine", opener, arguments, engines, recipe, identity))
     if baselines:
-        _add_baselines(found, artifact, build, threads)
+        _add_baselines(found, artifact, build, threads, torch_python)
     return found
 
 
@@ -77,14 +86,15 @@ def engine_specs(artifact: Artifact, build: BuildSpec) -> dict[tuple[str, str], 
 
 
 def _mixes(build: BuildSpec, specs: Mapping[tuple[str, str], EngineSpec]) -> list[tuple[str, str, dict[str, str]]]:
-    """Name, recipe and engines of each mix; a backend has one where it has an engine for every component. What a
-    recipe leaves alone (the embeddings) stays float in its mix."""
+    """Name, recipe and engines of each mix; a backend has one where it has an engine for every component, the look-up
+    of embeddings aside, which may be another's. What a recipe leaves alone stays float in its mix."""
     kept = {component: choice.engine for component, choice in build.choices.items()}
     mixes: list[tuple[str, str, dict[str, str]]] = []
     for backend in dict.fromkeys(spec.backend for spec in specs.values()):
         title = TITLES.get(backend, backend)
         here = {part: _of_backend(specs, part, backend) for part in COMPONENTS}
-        plain = {part: here[part].get("fp32", "") for part in COMPONENTS}
+        plain = {part: next((here[part][name] for name in FLOATS if name in here[part]), "") for part in COMPONENTS}
+        plain["embed_tokens"] = plain["embed_tokens"] or kept.get("embed_tokens", "")
         if not all(plain.values()):
             continue
         mixes.append((f"{title} float", "fp32", plain))
@@ -103,18 +113,21 @@ def _of_backend(specs: Mapping[tuple[str, str], EngineSpec], component: str, bac
     }
 
 
-def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, threads: int) -> None:
+def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, threads: int, python: str) -> None:
     """PyTorch with the float weights, and with the plan that the quantised engines were made from."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     plan = artifact.root / "plans" / f"{build.recipe}.json"
-    recipes = {"fp32": EAGER} | ({build.recipe: f"PyTorch fake-quant {build.recipe}"} if build.recipe != "fp32" else {})
-    for recipe, name in recipes.items():
-        if missing:
+    on_gpu = load_device(build.device).sm is not None
+    opener = f"vlmc.calibration.{'cuda_baseline' if on_gpu else 'baseline'}:open_session"
+    wanted = [(name, "fp32", {"mode": mode}) for mode, name in GPU_FLOATS.items()] if on_gpu else [(EAGER, "fp32", {})]
+    if build.recipe != "fp32":
+        wanted.append((f"PyTorch fake-quant {build.recipe}", build.recipe, {"mode": "eager"} if on_gpu else {}))
+    for name, recipe, mode in wanted:
+        if missing and not python:
             found.skipped[name] = f"{' and '.join(missing)} not installed (`pip install vlm-compile[export]`)"
         elif recipe != "fp32" and not plan.is_file():
             found.skipped[name] = f"no plan {plan} (`vlmc calibrate {artifact.root} --recipe {recipe}`)"
         else:
             identity = artifact.manifest.source.sha256 + (sha256_of(plan) if recipe != "fp32" else "")
-            arguments = {"recipe": recipe, "threads": threads}
-            opener = "vlmc.calibration.baseline:open_session"
-            found.measured.append(Variant(name, "baseline", opener, arguments, {}, recipe, identity))
+            arguments = {"recipe": recipe, "threads": threads, **mode}
+            found.measured.append(Variant(name, "baseline", opener, arguments, {}, recipe, identity, python))

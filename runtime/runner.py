@@ -22,10 +22,12 @@ class Runner(Protocol):
 class Decoder(Protocol):
     """A loaded decoder with its KV cache and its token embeddings; batch 1, greedy choice.
 
-    `capacity` is the number of positions that the cache holds.
+    `capacity` is the number of positions that the cache holds. `stride` is how many tokens `decode` likes to make at
+    once: a GPU that the host waits for after every one stands still meanwhile.
     """
 
     capacity: int
+    stride: int
 
     def prefill(self, inputs_embeds: NDArray[np.float32]) -> int:
         """Forgets all, reads the prompt's embeddings (1, length, hidden) and returns the first token's id."""
@@ -33,12 +35,17 @@ class Decoder(Protocol):
     def decode(self, count: int) -> list[int]:
         """The next `count` token ids, each fed back in turn; the token before them is the last one returned."""
 
+    def feed(self, token: int) -> int:
+        """The choice after `token`, whether or not it was the last one chosen (teacher forcing)."""
+
     def logits(self) -> NDArray[np.float32]:
         """Logits (vocabulary,) of the last chosen token, for comparing engines."""
 
 
 class HostDecoder(ABC):
     """A Decoder that keeps position and token choice on the host: a backend adds one forward step."""
+
+    stride = 1
 
     def __init__(self, capacity: int, embed: Runner) -> None:
         self.capacity = capacity
@@ -58,7 +65,6 @@ class HostDecoder(ABC):
         return [self.feed(self._token) for _ in range(count)]
 
     def feed(self, token: int) -> int:
-        """The choice after `token`, whether or not it was the last one chosen (teacher forcing)."""
         return self._advance(self._embed.run({"input_ids": np.array([[token]], np.int64)})["inputs_embeds"])
 
     def logits(self) -> NDArray[np.float32]:

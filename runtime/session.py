@@ -77,16 +77,21 @@ class Session:
         timings.prefill = perf_counter() - start
         room = self.decoder.capacity - len(inputs.input_ids)
         end = () if ignore_eos else self.artifact.manifest.prompt.eos_token_ids
-        for produced in range(1, max_new_tokens + 1):
-            if token in end:
-                return
-            timings.tokens = produced
-            yield token
-            if produced in (max_new_tokens, room + 1):
+        produced, last = 0, min(max_new_tokens, room + 1)
+        tokens = [token]
+        while True:
+            for token in tokens:
+                if token in end:
+                    return
+                produced += 1
+                timings.tokens = produced
+                yield token
+            count = min(self.decoder.stride, last - produced)
+            if not count:
                 return
             start = perf_counter()
-            (token,) = self.decoder.decode(1)
-            timings.decode.append(perf_counter() - start)
+            tokens = self.decoder.decode(count)
+            timings.decode += [(perf_counter() - start) / count] * count
 
     def answer(self, images: Sequence[Image.Image], text: str, max_new_tokens: int = 128) -> Iterator[str]:
         """The answer, streamed in printable pieces."""

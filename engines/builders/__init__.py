@@ -1,21 +1,46 @@
 """One file a builder, found by its name: it lowers a canonical graph for one backend and writes the engine.
 
-Each module has `PACKAGES` (distributions whose versions an engine depends on), `unavailable() -> str` (empty where it
-can build here), `refuses(component) -> str` (empty where it offers the component), `build(model, kv, folder) -> Built`,
-and `products(path, settings) -> dict`, the matrix products by precision as the backend really runs them.
+Each module has
+- `PACKAGES`: distributions whose versions an engine depends on;
+- `FLOAT`: the name of its float precision, `fp32` or `fp16`, which a recipe leaves what it does not quantise;
+- `unavailable() -> str`: why it cannot build here, empty where it can;
+- `refuses(component, precision, device) -> str`: why it does not offer that, empty where it does;
+- `build(model, job) -> Built`: lowers the canonical graph, in which the recipe's Q/DQ is already, and writes the engine;
+- `products(path, settings) -> dict`: the matrix products by precision as the backend really runs them.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ...artifact import KvContract
+import onnx_ir as ir
+
+from ...artifact import KvContract, KvSpec
+from ...profiles.device import Device
 
 MODEL = "model.onnx"  # an engine that is a graph has this name in its folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be built, beside the graph: `folder` is where the engine goes; `embed()` gives the canonical graph of
+    embed_tokens, for decoders that look up the next token themselves; `tiles` is the most that a golden picture has;
+    `cache` is a file that all engines of the device share, for what a builder finds out by timing."""
+
+    component: str
+    precision: str
+    device: Device
+    kv: KvSpec
+    folder: Path
+    embed: Callable[[], ir.Model]
+    tiles: int
+    cache: Path
 
 
 @dataclass(frozen=True)

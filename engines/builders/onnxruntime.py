@@ -8,15 +8,17 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...artifact import KvContract, KvSpec
+from ...artifact import KvContract
+from ...profiles.device import Device
 from ...runtime.backends import onnxruntime as backend
 from ..passes import MICROSOFT, group_query_attention, integer_matmul, matmul_nbits
-from . import MODEL, Built
+from . import MODEL, Built, Job
 
 PACKAGES = ("onnxruntime",)
+FLOAT = "fp32"
 OPSET_24 = ("TensorScatter", "Swish")
 INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QLinearConv")
-FLOAT = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv")
+FLOATING = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv")
 ATTENTION = ("Attention", "MultiHeadAttention", "GroupQueryAttention")
 
 
@@ -24,16 +26,17 @@ def unavailable() -> str:
     return backend.unavailable()
 
 
-def refuses(component: str) -> str:
+def refuses(component: str, precision: str, device: Device) -> str:
     return ""
 
 
-def build(model: ir.Model, kv: KvSpec, folder: Path) -> Built:
+def build(model: ir.Model, job: Job) -> Built:
+    kv = job.kv
     attentions = group_query_attention.apply(model, kv)
     integer_matmul.apply(model)
     matmul_nbits.apply(model)
     _for_older_runtimes(model)
-    ir.save(model, folder / MODEL, external_data=f"{MODEL}.data")
+    ir.save(model, job.folder / MODEL, external_data=f"{MODEL}.data")
     contract = KvContract("shared", kv.layers, kv.kv_heads, kv.head_dim, kv.capacity) if attentions else None
     return Built(MODEL, kv=contract)
 
@@ -65,7 +68,7 @@ def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
             kind = f"w{node.attributes['bits'].as_int()}"
         elif node.op_type in ATTENTION:
             kind, number = "float32 attention", 2  # queries by keys, and scores by values
-        elif node.op_type in FLOAT:
+        elif node.op_type in FLOATING:
             constant = node.inputs[1] is not None and node.inputs[1].const_value is not None
             kind = "float32" if constant else "float32 attention"
         if kind:

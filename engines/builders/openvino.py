@@ -7,11 +7,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...artifact import KvSpec
+from ...profiles.device import Device
 from ...runtime.backends import openvino as backend
-from . import MODEL, Built
+from . import MODEL, Built, Job
 
 PACKAGES = ("openvino",)
+FLOAT = "fp32"
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention")
 WIDTHS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
@@ -20,14 +21,14 @@ def unavailable() -> str:
     return backend.unavailable()
 
 
-def refuses(component: str) -> str:
+def refuses(component: str, precision: str, device: Device) -> str:
     if component == "decoder":
         return "OpenVINO copies a KV cache that is passed in and out, and lost to ONNX Runtime (docs/experiments.md)"
     return "" if component == "vision_encoder" else "a table look-up gains nothing there"
 
 
-def build(model: ir.Model, kv: KvSpec, folder: Path) -> Built:
-    ir.save(model, folder / MODEL, external_data=f"{MODEL}.data")
+def build(model: ir.Model, job: Job) -> Built:
+    ir.save(model, job.folder / MODEL, external_data=f"{MODEL}.data")
     return Built(MODEL)
 
 

@@ -12,6 +12,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+# What a masked score becomes: finite in FP16, and nothing after a softmax that has a score of usual size.
+HIDDEN = -3e4
 
 
 def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
@@ -91,3 +93,11 @@ def weight_of(node: ir.Node) -> NDArray[np.float32] | None:
     if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2 or node.inputs[1] is None:
         return None
     return None if node.inputs[1].const_value is None else array_of(node.inputs[1])
+
+
+def reshaped(anchor: ir.Node, value: ir.Value | None, shape: tuple[int, ...], name: str) -> ir.Value:
+    """The value in another shape, by a new Reshape before `anchor`: -1 is what remains, 0 the size that was there."""
+    graph = anchor.graph
+    assert isinstance(graph, ir.Graph)
+    sizes = constant(graph, f"shape.{'x'.join(map(str, shape))}", np.array(shape, np.int64))
+    return insert(anchor, "Reshape", [value, sizes], name).outputs[0]

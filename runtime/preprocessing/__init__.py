@@ -33,6 +33,34 @@ class Preprocessor(Protocol):
         """The pictures (any number, any size) prepared."""
 
 
+class Normalise:
+    """8-bit values to floats, v → (v · rescale_factor − mean) / std, through a table for each channel that is made by
+    transformers' arithmetic, so that the result is equal to the last bit."""
+
+    def __init__(self, rescale_factor: float, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != 3 or len(std) != 3 or 0.0 in std:
+            raise VlmcError("preprocessing.mean and .std must be three numbers each, and std not 0")
+        scaled = (np.arange(256) * rescale_factor).astype(np.float32)
+        self._tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(tiles, height, width, 3) in 0…255 to float32 (tiles, 3, height, width)."""
+        tiles, height, width, channels = pixels.shape
+        values = np.empty((tiles, channels, height, width), np.float32)
+        for source, target in zip(pixels, values, strict=True):
+            for channel, table in enumerate(self._tables):  # "clip" never happens here: it spares numpy a buffer
+                np.take(table, source[..., channel], out=target[channel], mode="clip")
+        return values
+
+
+def check_range(config: object, **ranges: tuple[int, int]) -> None:
+    """Raises where a field of a kind's config lies outside of its range, bounds included."""
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise VlmcError(f"preprocessing.{name} is out of range", found=str(value), expected=f"{low} to {high}")
+
+
 def kinds() -> list[str]:
     """The names of the preprocessors that this version has."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))

@@ -2,7 +2,7 @@
 
 Equal to the last bit to transformers' Idefics3ImageProcessorPil and SmolVLMImageProcessorPil, which are the same
 (5.23; their mask of valid pixels is all ones for one prompt, so there is none here). The way to equality is to stay in
-8 bits until the end, as they do, and then look each value up in a table that was made by their arithmetic.
+8 bits until the end, as they do, and to normalise by a table.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...artifact import from_json
-from ...errors import VlmcError
 from ..images import to_rgb
-from . import Prepared
+from . import Normalise, Prepared, check_range
 
 _MAX_EDGE = 4096  # above it the reference shrinks once more; no checkpoint asks for that
 _MAX_GRID = 16  # tiles a side
@@ -47,18 +46,13 @@ class Config:
 def load(config: Mapping[str, Any]) -> Idefics3:
     """The preprocessor for the manifest's `preprocessing`; a value that is missing or out of range is a VlmcError."""
     checked = from_json(Config, dict(config), "preprocessing")
-    ranges = {
-        "longest_edge": (1, _MAX_EDGE),
-        "tile": (max(1, checked.longest_edge // _MAX_GRID), _MAX_EDGE),
-        "resample": (0, len(Image.Resampling) - 1),
-        "image_seq_len": (1, 1 << 14),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(checked, name)
-        if not low <= value <= high:
-            raise VlmcError(f"preprocessing.{name} is out of range", found=str(value), expected=f"{low} to {high}")
-    if len(checked.mean) != 3 or len(checked.std) != 3 or 0.0 in checked.std:
-        raise VlmcError("preprocessing.mean and .std must be three numbers each, and std not 0")
+    check_range(
+        checked,
+        longest_edge=(1, _MAX_EDGE),
+        tile=(max(1, checked.longest_edge // _MAX_GRID), _MAX_EDGE),
+        resample=(0, len(Image.Resampling) - 1),
+        image_seq_len=(1, 1 << 14),
+    )
     return Idefics3(checked)
 
 
@@ -67,10 +61,7 @@ class Idefics3:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        scaled = (np.arange(256) * config.rescale_factor).astype(np.float32)
-        self._table = [
-            (scaled - np.float32(mean)) / np.float32(std) for mean, std in zip(config.mean, config.std, strict=True)
-        ]
+        self._normalise = Normalise(config.rescale_factor, config.mean, config.std)
 
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         tile = self.config.tile
@@ -101,15 +92,6 @@ class Idefics3:
 
     def _resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         return image.resize((width, height), self.config.resample)
-
-    def _normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(tiles, height, width, 3) in 0…255 to float32 (tiles, 3, height, width)."""
-        tiles, height, width, channels = pixels.shape
-        values = np.empty((tiles, channels, height, width), np.float32)
-        for source, target in zip(pixels, values, strict=True):
-            for channel, table in enumerate(self._table):  # "clip" never happens here: it spares numpy a buffer
-                np.take(table, source[..., channel], out=target[channel], mode="clip")
-        return values
 
     def _text(self, rows: int, columns: int) -> str:
         config = self.config

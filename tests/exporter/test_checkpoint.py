@@ -86,7 +86,7 @@ def test_a_presets_size_is_the_published_one_within_a_percent(name: str) -> None
 
 
 def test_there_are_presets_of_three_true_sizes() -> None:
-    assert preset_names() == ["smolvlm-2.2b", "smolvlm-256m", "smolvlm-500m"]
+    assert {"smolvlm-2.2b", "smolvlm-256m", "smolvlm-500m"} < set(preset_names())
 
 
 # What does not

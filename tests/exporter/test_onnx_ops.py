@@ -49,7 +49,7 @@ def test_attention_groups_its_heads_and_scales() -> None:
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(start=st.integers(0, 6), length=st.integers(1, 4))
 def test_a_query_sees_the_keys_up_to_itself(start: int, length: int) -> None:
-    mask = onnx_ops.causal_mask(torch.tensor([start]), length, 10)
+    mask = onnx_ops.causal_mask(torch.tensor([start]), length, torch.zeros(1, 1, 10, 1))
     assert mask.shape == (1, 1, length, start + length)
     for query in range(length):
         assert mask[0, 0, query].tolist() == [key <= start + query for key in range(start + length)]

@@ -173,7 +173,7 @@ def test_a_processor_that_vlmc_cannot_follow_is_refused(folder: Path) -> None:
     with pytest.raises(VlmcError, match="image_seq_len is out of range"):
         describe(folder)
     config.write_text(whole)
-    change(config, lambda data: data["image_processor"].update(image_processor_type="CLIPImageProcessor"))
+    change(config, lambda data: data["image_processor"].update(image_processor_type="ViTImageProcessor"))
     with pytest.raises(VlmcError, match="Idefics3ImageProcessor"):
         describe(folder)
 

@@ -9,22 +9,26 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from vlmc.artifact import COMPONENTS, Artifact, EngineSpec
+from vlmc.artifact import COMPONENTS, FLOATS, Artifact, EngineSpec
 from vlmc.calibration.plan import read_plan
 from vlmc.engines import builders
 from vlmc.engines.builders import MODEL, Built
 from vlmc.engines.passes import quantize
 from vlmc.engines.trial import cosine
 from vlmc.exporter import golden
+from vlmc.profiles.device import load_device
 from vlmc.runtime import backends
 from vlmc.runtime.backends.openvino import OpenvinoRunner, compile_model
+
+CPU = load_device("cpu")
 
 
 def build(artifact: Artifact, backend: str, component: str, recipe: str, folder: Path) -> Built:
     model = ir.load(artifact.graph(component))
     if recipe != "fp32":
         quantize.apply(model, read_plan(artifact, recipe), component)
-    built = builders.load(backend).build(model, artifact.manifest.kv, folder)
+    job = builders.Job(component, recipe, CPU, artifact.manifest.kv, folder, lambda: model, 1, folder / "cache")
+    built = builders.load(backend).build(model, job)
     assert isinstance(built, Built)
     return built
 
@@ -37,13 +41,14 @@ def untouched(folder: Path) -> Iterator[None]:
 
 
 def test_a_builder_is_found_by_its_file_and_has_a_backend_that_runs_what_it_builds() -> None:
-    assert builders.names() == ["handover", "onnxruntime", "openvino"]
+    assert builders.names() == ["handover", "numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
     for name in builders.names():
         module = builders.load(name)
         assert isinstance(module.PACKAGES, tuple)
-        assert module.unavailable() == ""
+        assert module.FLOAT in FLOATS
+        assert isinstance(module.unavailable(), str)
         assert name in backends.names()
-        offered = [component for component in COMPONENTS if not module.refuses(component)]
+        offered = [component for component in COMPONENTS if not module.refuses(component, module.FLOAT, CPU)]
         assert offered, name
 
 
@@ -103,9 +108,9 @@ def test_openvino_tells_the_precision_of_its_products(planned: Artifact, tmp_pat
 
 def test_openvino_offers_vision_alone_and_says_why() -> None:
     module = builders.load("openvino")
-    assert module.refuses("vision_encoder") == ""
-    assert "KV cache" in module.refuses("decoder")
-    assert module.refuses("embed_tokens")
+    assert module.refuses("vision_encoder", "int8", CPU) == ""
+    assert "KV cache" in module.refuses("decoder", "int8", CPU)
+    assert module.refuses("embed_tokens", "fp32", CPU)
 
 
 def test_what_is_handed_over_is_the_quantised_canonical_graph(planned: Artifact, tmp_path: Path) -> None:

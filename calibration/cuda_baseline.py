@@ -1,0 +1,155 @@
+"""The PyTorch baselines on an NVIDIA GPU in float16: eager, in a CUDA graph, through torch.compile, and fake-quant.
+
+A decode step keeps token, position and KV cache on the GPU, as the TensorRT runtime does, so that engines are compared
+with the best that PyTorch does and not with its waiting for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..artifact import Artifact, KvSpec
+from ..exporter.checkpoint import load_components
+from ..exporter.family import Components
+from ..runtime.runner import Array, Runner
+from ..runtime.session import Session
+from .fake_quant import apply_plan
+from .plan import read_plan
+
+STRIDE = 8  # as the TensorRT runtime's
+
+
+def open_session(artifact: Artifact, recipe: str, mode: str, threads: int = 0, where: str = "cuda") -> Session:
+    """The artefact's model in float16 on GPU 0; `mode` is `eager`, `graph` or `compile`, `recipe` is `fp32` for float or a plan's."""
+    plan = None if recipe == "fp32" else read_plan(artifact, recipe)
+    if threads:
+        torch.set_num_threads(threads)
+    components = load_components(artifact)
+    if plan is not None:
+        components = Components(*(apply_plan(module, plan, name) for name, module in components.items()))
+    halves = Components(*(module.half().to(where) for _, module in components.items()))
+    embed = GpuRunner(halves.embed_tokens, "inputs_embeds", "eager", where)
+    return Session(
+        artifact,
+        vision=GpuRunner(halves.vision_encoder, "image_features", mode, where),
+        embed=embed,
+        decoder=GpuDecoder(halves, artifact.manifest.kv, mode, where),
+    )
+
+
+class GpuRunner:
+    """A component with one input and one output, float32 on the host and float16 on the GPU."""
+
+    def __init__(self, component: nn.Module, output: str, mode: str, where: str) -> None:
+        self._component = torch.compile(component, dynamic=False) if mode == "compile" else component
+        self._output, self._mode, self._where = output, mode, where
+        self._graphs: dict[tuple[int, ...], tuple[Tensor, Tensor, Callable[[], None]]] = {}
+
+    @torch.inference_mode()
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        (array,) = inputs.values()
+        value = torch.from_numpy(np.ascontiguousarray(array)).to(self._where)
+        if value.is_floating_point():
+            value = value.half()
+        if self._mode == "eager":
+            result = self._component(value)
+        else:
+            if array.shape not in self._graphs:
+                fixed = value.clone()
+                self._graphs[array.shape] = (fixed, *_captured(lambda: self._component(fixed)))
+            fixed, result, launch = self._graphs[array.shape]
+            fixed.copy_(value)
+            launch()
+        return {self._output: result.float().cpu().numpy()}
+
+
+class GpuDecoder:
+    """The decoder over a cache on the GPU; a step looks the token up, runs, and chooses the next one there."""
+
+    stride = STRIDE
+
+    def __init__(self, parts: Components, kv: KvSpec, mode: str, where: str) -> None:
+        self.capacity, self._where = kv.capacity, where
+        self._embed, self._decoder = parts.embed_tokens, parts.decoder
+        shape = (1, kv.kv_heads, kv.capacity, kv.head_dim)
+        self._past = [torch.zeros(shape, dtype=torch.float16, device=where) for _ in range(2 * kv.layers)]
+        self._token, self._position = (torch.zeros(1, dtype=torch.long, device=where) for _ in range(2))
+        self._zero = torch.zeros(1, dtype=torch.long, device=where)
+        self._logits: Tensor = torch.empty(0)
+        self._step_logits: Tensor | None = None
+        self._forward = torch.compile(self._one, dynamic=False) if mode == "compile" else self._one
+        self._mode, self._launch = mode, self._step
+
+    @torch.inference_mode()
+    def prefill(self, inputs_embeds: NDArray[np.float32]) -> int:
+        length = inputs_embeds.shape[1]
+        embeds = torch.from_numpy(np.ascontiguousarray(inputs_embeds)).to(self._where).half()
+        positions = torch.arange(length, device=self._where)[None]
+        self._logits, _ = self._decoder(embeds, positions, self._zero, self._zero + (length - 1), self._past)
+        if self._mode != "eager" and self._step_logits is None:
+            self._capture()
+        self._token.copy_(self._logits.argmax(-1))
+        self._position.fill_(length)
+        return int(self._token)
+
+    @torch.inference_mode()
+    def decode(self, count: int) -> list[int]:
+        tokens = []
+        for _ in range(count):
+            self._launch()
+            tokens.append(self._token.clone())
+        self._logits = self._step_logits if self._step_logits is not None else self._logits
+        return [int(token) for token in torch.cat(tokens).cpu()]
+
+    def feed(self, token: int) -> int:
+        self._token.fill_(token)
+        return self.decode(1)[0]
+
+    def logits(self) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = self._logits[0].float().cpu().numpy()
+        return values
+
+    def _one(self, token: Tensor, position: Tensor) -> Tensor:
+        embeds = self._embed(token[None])
+        logits: Tensor = self._decoder(embeds, position[None], position, self._zero, self._past)[0]
+        return logits
+
+    def _step(self) -> None:
+        self._logits = self._forward(self._token, self._position)
+        self._token.copy_(self._logits.argmax(-1))
+        self._position.add_(1)
+
+    def _capture(self) -> None:
+        """The step as a graph; warming up writes at the cache's end, which is written again before it is read."""
+        logits = self._logits
+
+        def step() -> Tensor:
+            self._step()
+            return self._logits
+
+        self._step_logits, self._launch = _captured(step, before=lambda: self._position.fill_(self.capacity - 1))
+        self._logits = logits
+
+
+def _captured(
+    run: Callable[[], Tensor], before: Callable[[], object] = lambda: None
+) -> tuple[Tensor, Callable[[], None]]:
+    """What `run` does as a CUDA graph, after three runs beside it (PyTorch's own recipe, "CUDA semantics"); its output
+    and what launches it. `before` is called ahead of each of the runs."""
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            before()
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    before()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    return output, graph.replay

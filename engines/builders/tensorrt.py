@@ -1,0 +1,207 @@
+"""Engines for TensorRT 8.6 to 11, built on the GPU that will run them.
+
+One canonical graph, lowered as far as the device's TensorRT needs it:
+- before 10.15 attention, norms and rotary are spelt out in opset 17, and the decoder attends over two segments;
+- up to 10.11 the graph stays float32 and builder flags allow FP16 and INT8 (weak typing); from 10.12 on precision is in
+  the graph (strong typing).
+INT8 is explicit Q/DQ in both. The timing cache lies in the device's folder of the artefact, for all its engines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx_ir as ir
+
+from ...artifact import FLOATS, KvContract, KvSpec
+from ...files import write_bytes
+from ...profiles.device import Device
+from ...runtime import cuda
+from ...runtime.backends import tensorrt as backend
+from ...runtime.backends.tensorrt import ENGINE
+from .. import tensorrt_network
+from ..passes import half_precision, opset17, patches_as_matmul, token_loop, two_segment_attention
+from ..tensorrt_network import Parsed, Profile, Shape
+from . import Built, Job
+
+PACKAGES = ("tensorrt",)
+FLOAT = "fp16"
+NATIVE = (10, 15)  # RotaryEmbedding, RMSNormalization and TensorScatter; Attention came with 10.14
+STRONG = (10, 12)
+PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
+MOST_TILES = 8  # pictures of more run in parts
+STATES = ("past_key_values.", "present.")
+NORM_PARTS = (".square", ".mean", ".shifted", ".root", ".normal")  # layers of a spelt-out norm (passes/decompositions)
+REGION = "(asked; in a fused region, where TensorRT shows no kernel)"
+PRODUCTS = (
+    "CaskConvolution",
+    "Convolution",
+    "CaskGemm",
+    "MatrixMultiply",
+    "gemm",
+    "FullyConnected",
+    "CaskGemmConvolution",
+)
+DATATYPES = {"int8": "int8", "fp16": "float16", "half": "float16"}
+
+
+def unavailable() -> str:
+    return backend.unavailable()
+
+
+def refuses(component: str, precision: str, device: Device) -> str:
+    if component == "embed_tokens":
+        return "a look-up needs no engine; NumPy does it"
+    if precision in ("w4", "w8") and version(device) < NATIVE:
+        return f"weights in blocks need TensorRT 10.15 here, and {device.title} has {device.tensorrt}"
+    return ""
+
+
+def version(device: Device) -> tuple[int, int]:
+    """Major and minor of the device's TensorRT."""
+    major, minor = (device.tensorrt or "0.0").split(".")[:2]
+    return int(major), int(minor)
+
+
+def lower(model: ir.Model, job: Job) -> str:
+    """The graph as the device's TensorRT takes it, changed in place; returns the form of its KV contract."""
+    if job.component == "decoder":
+        form = "shared"
+        if version(job.device) < NATIVE:
+            two_segment_attention.apply(model, job.kv)
+            form = "append"
+        token_loop.apply(model, job.embed())
+    else:
+        form = ""
+        patches_as_matmul.apply(model)
+    if version(job.device) < NATIVE:
+        opset17.apply(model)
+    if version(job.device) >= STRONG:
+        half_precision.apply(model)
+    tensorrt_network.fix_dimension(model, "capacity", job.kv.capacity)
+    return form
+
+
+def profiles(model: ir.Model, kv: KvSpec, tiles: int) -> list[Profile]:
+    """The shapes that an engine is made for, from the inputs' free axes: of vision one tile, and several; of a decoder a
+    step, then prompts by length."""
+    if any(value.name == "inputs_embeds" for value in model.graph.inputs):
+        lengths = [length for length in PROMPTS if length < kv.capacity] + [kv.capacity]
+        ranges = [(1, 1, 1), *((1, length, length) for length in lengths)]
+    else:
+        most = min(max(tiles, 1), MOST_TILES)
+        ranges = [(1, 1, 1)] + ([(2, most, MOST_TILES)] if tiles > 1 else [])
+    free = {
+        str(value.name): [d if isinstance(d, int) else None for d in value.shape or ()]
+        for value in model.graph.inputs
+        if any(not isinstance(d, int) for d in value.shape or ())
+    }
+    return [{name: _shapes(shape, sizes) for name, shape in free.items()} for sizes in ranges]
+
+
+def _shapes(shape: Sequence[int | None], sizes: tuple[int, int, int]) -> tuple[Shape, Shape, Shape]:
+    smallest, usual, largest = (tuple(d if d is not None else size for d in shape) for size in sizes)
+    return smallest, usual, largest
+
+
+def build(model: ir.Model, job: Job) -> Built:
+    import tensorrt as trt
+
+    form, weak = lower(model, job), version(job.device) < STRONG
+    shapes = profiles(model, job.kv, job.tiles)
+    cache = _TimingCache(trt, job.cache)
+    with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
+        path = Path(folder) / "lowered.onnx"
+        ir.save(model, path, external_data=f"{path.name}.data")
+        del model
+        flags = ("EXPLICIT_BATCH",) if weak else ("EXPLICIT_BATCH", "STRONGLY_TYPED")
+        parsed = tensorrt_network.parse(trt, path, job.component, flags)
+        if weak:
+            _type_weakly(trt, parsed)
+
+        def configure(config: Any) -> None:
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then names precisions
+            if weak:
+                flags = ["FP16", "PREFER_PRECISION_CONSTRAINTS"] + ["INT8"] * (job.precision not in FLOATS)
+                for flag in flags:
+                    config.set_flag(getattr(trt.BuilderFlag, flag))
+            cache.use(config)
+
+        engine = tensorrt_network.serialise(parsed, shapes, configure)
+        (job.folder / ENGINE).write_bytes(engine)
+        cache.keep()
+    settings = {"version": str(trt.__version__), "sm": cuda.architecture(), **_inspected(trt, parsed, engine)}
+    kv = job.kv
+    contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
+    return Built(ENGINE, settings, contract)
+
+
+def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
+    """As the builder read them when it had the engine in hand."""
+    counts: dict[str, int] = settings["products"]
+    return counts
+
+
+def _type_weakly(trt: Any, parsed: Parsed) -> None:
+    """What FP16 must not touch, and what it must: norms stay float32, for squares leave FP16's range; the KV cache is
+    FP16, which halves what a step reads."""
+    network = parsed.network
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.name.endswith(NORM_PARTS):
+            layer.precision = trt.float32
+            layer.set_output_type(0, trt.float32)
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    tensors += [network.get_output(i) for i in range(network.num_outputs)]
+    for tensor in tensors:
+        if tensor.name.startswith(STATES):
+            tensor.dtype = trt.float16
+
+
+class _TimingCache:
+    """What kernels were timed before, kept in the artefact for every engine of the device."""
+
+    def __init__(self, trt: Any, path: Path) -> None:
+        self._trt, self._path = trt, path
+        self._cache: Any = None
+
+    def use(self, config: Any) -> None:
+        known = self._path.read_bytes() if self._path.is_file() else b""
+        self._cache = config.create_timing_cache(known)
+        if self._cache is None or not config.set_timing_cache(self._cache, ignore_mismatch=False):
+            self._cache = config.create_timing_cache(b"")  # another GPU's, or another version's
+            config.set_timing_cache(self._cache, ignore_mismatch=False)
+
+    def keep(self) -> None:
+        assert self._cache is not None
+        write_bytes(self._path, bytes(self._cache.serialize()))
+
+
+def _inspected(trt: Any, parsed: Parsed, engine: Any) -> dict[str, Any]:
+    """`products`, from the inspector where it shows layers; a region that Myelin fused shows none, so there what was
+    asked for is counted and the key says so. `scratch_bytes`: device memory that the engine needs while it runs."""
+    loaded = trt.Runtime(backend.make_logger(trt)).deserialize_cuda_engine(engine)
+    text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = json.loads(text, strict=False).get("Layers", [])  # its strings may hold raw control characters
+    return {
+        "products": executed(layers, tensorrt_network.products(parsed)),
+        "scratch_bytes": int(loaded.device_memory_size),
+        "layers": len(layers),
+    }
+
+
+def executed(layers: Sequence[Any], asked: Mapping[str, int]) -> dict[str, int]:
+    """Matrix products by precision from the inspector's layers, one dictionary each, and from what was asked for."""
+    if any("ForeignNode" in str(layer) for layer in layers):
+        return {f"{kind} {REGION}": count for kind, count in asked.items()}
+    counts: dict[str, int] = {}
+    for layer in layers:
+        if isinstance(layer, dict) and layer.get("LayerType") in PRODUCTS:
+            datatype = str([tensor.get("Format/Datatype") for tensor in layer.get("Inputs", [])][:1])
+            kind = next((name for word, name in DATATYPES.items() if word in datatype.lower()), "float32")
+            counts[kind] = counts.get(kind, 0) + 1
+    return counts

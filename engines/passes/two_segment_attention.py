@@ -1,0 +1,116 @@
+"""Attention over a scattered cache → attention over two segments, what the cache holds and what is new.
+
+The cache is then only read: its products and those of the new keys and values meet in one softmax, and the graph
+returns the new keys and values alone, which the runtime writes at write_index. Its KV contract is `append`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ...artifact import KvSpec
+from ...errors import VlmcError
+from . import HIDDEN, constant, insert, producer, prune, replace, reshaped
+
+NEVER = np.iinfo(np.int32).max  # the place of a key that no query sees
+
+
+def apply(model: ir.Model, kv: KvSpec) -> int:
+    """Rewrites every Attention whose keys and values come from TensorScatter; other graphs stay as they are.
+
+    past_key_values.{i}.* become (1, kv_heads, capacity, head_dim) and present.{i}.* the new (1, kv_heads, length,
+    head_dim). Any length and write_index are right, as are any finite numbers in the places from write_index on."""
+    graph = model.graph
+    attentions = [node for node in graph if node.op_type == "Attention" and producer(node.inputs[1], "TensorScatter")]
+    if not attentions:
+        return 0
+    for value in graph.inputs:
+        if str(value.name).startswith("past_key_values."):
+            value.shape = ir.Shape((1, kv.kv_heads, kv.capacity, kv.head_dim))
+    hidden: dict[int, ir.Value] = {}  # by the number of queries that share a key
+    for node in attentions:
+        _check(node)
+        keys, values = (producer(scattered, "TensorScatter") for scattered in node.inputs[1:3])
+        assert keys is not None and values is not None
+        group = _heads(node) // kv.kv_heads
+        if group not in hidden:
+            hidden[group] = _hidden(node, keys.inputs[2], group, kv.capacity)
+        replace(node, _attend(node, keys, values, hidden[group], kv))
+        for scatter in (keys, values):
+            new = scatter.inputs[1]
+            assert new is not None
+            replace(scatter, new)
+    prune(model)
+    return len(attentions)
+
+
+def _check(node: ir.Node) -> None:
+    if others := sorted(node.attributes.keys() - {"scale"}):
+        raise VlmcError(
+            f"The attention {node.name} cannot be computed over two segments",
+            found=f"the attribute {others[0]}",
+            expected="causal attention with a scale and nothing else",
+        )
+
+
+def _heads(node: ir.Node) -> int:
+    query = node.inputs[0]
+    assert query is not None and query.shape is not None
+    return int(query.shape[1])  # type: ignore[arg-type]
+
+
+def _hidden(anchor: ir.Node, write_index: ir.Value | None, group: int, capacity: int) -> ir.Value:
+    """Boolean (1, 1, group × length, capacity + length): the keys that a query does not see.
+
+    Those are the new ones after the query, and of the cache what lies at write_index and behind it. The place in the
+    cache counts and not position_ids, which in some models is another thing."""
+    graph, name = anchor.graph, f"hidden.{group}"
+    assert isinstance(graph, ir.Graph)
+    zero, one = (constant(graph, f"index.{number}", np.array(number, np.int64)) for number in (0, 1))
+    embeds = next(value for value in graph.inputs if value.name == "inputs_embeds")  # (1, length, hidden)
+    shape = insert(anchor, "Shape", [embeds], f"{name}.shape").outputs[0]
+    length = insert(anchor, "Gather", [shape, one], f"{name}.length").outputs[0]
+    places = insert(anchor, "Range", [zero, length, one], f"{name}.places").outputs[0]
+    queries = reshaped(anchor, places, (1, 1, -1, 1), f"{name}.queries")
+    if group > 1:  # rows in the order of _attend's queries
+        queries = insert(anchor, "Concat", [queries] * group, f"{name}.grouped", axis=2).outputs[0]
+    cache = constant(graph, "cache.places", np.arange(capacity, dtype=np.int64).reshape(1, 1, 1, -1))
+    before, never = constant(graph, "place.before", np.array(-1)), constant(graph, "place.never", np.array(NEVER))
+    filled = insert(anchor, "Less", [cache, write_index], f"{name}.filled").outputs[0]
+    past = insert(anchor, "Where", [filled, before, never], f"{name}.past").outputs[0]
+    new = reshaped(anchor, places, (1, 1, 1, -1), f"{name}.new")
+    keys = insert(anchor, "Concat", [past, new], f"{name}.keys", axis=3).outputs[0]
+    return insert(anchor, "Less", [queries, keys], name).outputs[0]
+
+
+def _attend(node: ir.Node, keys: ir.Node, values: ir.Node, hidden: ir.Value, kv: KvSpec) -> ir.Value:
+    """softmax(q · [past, new]ᵀ) · [past, new], of which neither pair is ever put side by side."""
+    graph, name, heads = node.graph, str(node.name), _heads(node)
+    assert isinstance(graph, ir.Graph)
+    factor = constant(graph, f"{name}.scale", np.array(_scale(node, kv), np.float32))
+    query = insert(node, "Mul", [node.inputs[0], factor], f"{name}.scaled").outputs[0]
+    # Queries that share a key are rows of one product, so no key is repeated.
+    query = reshaped(node, query, (1, kv.kv_heads, -1, kv.head_dim), f"{name}.grouped")
+    scores = []
+    for segment, part in (("past", keys.inputs[0]), ("new", keys.inputs[1])):
+        turned = insert(node, "Transpose", [part], f"{name}.{segment}.key", perm=[0, 1, 3, 2]).outputs[0]
+        scores.append(insert(node, "MatMul", [query, turned], f"{name}.{segment}.scores").outputs[0])
+    joined = insert(node, "Concat", [*scores], f"{name}.scores", axis=3).outputs[0]
+    # Chosen and not added: what an unwritten place holds may be of any size.
+    fill = constant(graph, "hidden.score", np.array(HIDDEN, np.float32))
+    seen = insert(node, "Where", [hidden, fill, joined], f"{name}.seen").outputs[0]
+    weights = insert(node, "Softmax", [seen], f"{name}.weights", axis=3).outputs[0]
+    outputs = []
+    segments = (("past", values.inputs[0], 0, kv.capacity), ("new", values.inputs[1], kv.capacity, NEVER))
+    for segment, part, start, end in segments:
+        bounds = [constant(graph, f"bound.{bound}", np.array([bound], np.int64)) for bound in (start, end, 3)]
+        share = insert(node, "Slice", [weights, *bounds], f"{name}.{segment}.weights").outputs[0]
+        outputs.append(insert(node, "MatMul", [share, part], f"{name}.{segment}.values").outputs[0])
+    total = insert(node, "Add", [*outputs], f"{name}.values").outputs[0]
+    return reshaped(node, total, (1, heads, -1, kv.head_dim), f"{name}.heads")
+
+
+def _scale(node: ir.Node, kv: KvSpec) -> float:
+    scale = node.attributes.get("scale")
+    return kv.head_dim**-0.5 if scale is None else scale.as_float()

@@ -1,0 +1,200 @@
+"""What builders of TensorRT and its relatives share: an ONNX file becomes a network, and a network an engine.
+
+`trt` is the imported module, `tensorrt` or `tensorrt_rtx`: both have one API. Nothing here needs a GPU; whether the
+build does is the module's affair. Both steps end in one sentence where TensorRT refuses, with the nodes it refuses.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ..errors import VlmcError
+
+TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # the smallest, usual and largest shape of inputs that vary
+WEIGHT_ONLY = {"INT4": "w4", "INT8": "w8"}
+FLOATS = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "FP8": "float8"}
+PASSED_ON = ("SHUFFLE", "CAST", "IDENTITY", "UNSQUEEZE", "SQUEEZE")  # layers that leave a product's operand what it is
+
+
+@dataclass
+class Parsed:
+    """A network with what has to live as long as it: its builder, the parser that owns its weights, and the messages
+    (warnings and errors, in order) that TensorRT wrote meanwhile."""
+
+    trt: Any
+    what: str
+    builder: Any
+    network: Any
+    parser: Any
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def title(trt: Any) -> str:
+    """`TensorRT-RTX 1.7.1.116`."""
+    return f"{TITLES.get(trt.__name__, trt.__name__)} {trt.__version__}"
+
+
+def fix_dimension(model: ir.Model, name: str, size: int) -> None:
+    """Gives the free dimension of that name its number throughout: TensorRT updates caches of static length only."""
+    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
+        if value.shape is not None:
+            dimensions = [size if isinstance(d, ir.SymbolicDim) and d.value == name else d for d in value.shape]
+            value.shape = ir.Shape(dimensions)
+
+
+def profile(model: ir.Model, smallest: int, usual: int, largest: int) -> Profile:
+    """The shapes of every input that has a free dimension, for these sizes of it."""
+
+    def shape(value: ir.Value, size: int) -> Shape:
+        return tuple(d if isinstance(d, int) else size for d in value.shape or ())
+
+    return {
+        str(value.name): (shape(value, smallest), shape(value, usual), shape(value, largest))
+        for value in model.graph.inputs
+        if any(not isinstance(d, int) for d in value.shape or ())
+    }
+
+
+def parse(trt: Any, path: Path, what: str, flags: Sequence[str] = ("STRONGLY_TYPED",)) -> Parsed:
+    """The network of an ONNX file whose weights lie beside it. `what` names it in errors, which name the nodes that the
+    parser refuses (it stops at the first). `flags` are names of NetworkDefinitionCreationFlag; those that this version
+    of TensorRT does not have are left out."""
+    errors: list[str] = []
+    warnings: list[str] = []
+    logger = _logger(trt, errors, warnings)
+    builder = trt.Builder(logger)
+    known = trt.NetworkDefinitionCreationFlag
+    network = builder.create_network(sum(1 << int(getattr(known, flag)) for flag in flags if hasattr(known, flag)))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        refused = [_refusal(parser.get_error(index)) for index in range(parser.num_errors)] or _sentences(errors)
+        raise VlmcError(
+            f"The parser of {title(trt)} refuses the {what}",
+            found="; ".join(refused),
+            expected="standard ONNX operators and symmetric int8 or int4",
+            fix="build it for another backend or with another recipe",
+        )
+    return Parsed(trt, what, builder, network, parser, errors, warnings)
+
+
+def products(parsed: Parsed) -> dict[str, int]:
+    """The network's matrix products by the types of their operands: `int8` where both were quantised, `w8` and `w4`
+    where the weight alone was, else the float type, with ` attention` where no weight takes part. Strong typing keeps
+    to these types; which kernels are chosen shows on the device only."""
+    made = {layer.get_output(i).name: layer for layer in _layers(parsed) for i in range(layer.num_outputs)}
+    counts: dict[str, int] = {}
+    for layer in _layers(parsed):
+        kind, number = "", 1
+        if layer.type.name == "ATTENTION_INPUT":
+            kind, number = f"{_float(layer.get_input(0))} attention", 2  # queries by keys, and scores by values
+        elif layer.type.name in ("MATRIX_MULTIPLY", "CONVOLUTION"):
+            kind = _product(layer, made)
+        if kind:
+            counts[kind] = counts.get(kind, 0) + number
+    return counts
+
+
+def serialise(parsed: Parsed, profiles: Sequence[Profile], configure: Callable[[Any], None]) -> Any:
+    """The engine as a buffer of bytes. `configure` gets the builder's configuration; `profiles` are the shapes that the
+    engine is made for, an execution context each."""
+    config = parsed.builder.create_builder_config()
+    configure(config)
+    for shapes in profiles:
+        profile = parsed.builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in shapes.items():
+            profile.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(profile)
+    engine = parsed.builder.build_serialized_network(parsed.network, config)
+    if engine is None:
+        raise VlmcError(
+            f"{title(parsed.trt)} does not build the {parsed.what}",
+            found="; ".join(_sentences(parsed.errors)) or "no message",
+            fix="build it for another backend or with another recipe",
+        )
+    return engine
+
+
+def _logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
+    """Keeps what TensorRT would print."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                warnings.append(message)
+
+    return Logger()
+
+
+def _layers(parsed: Parsed) -> Iterator[Any]:
+    return (parsed.network.get_layer(index) for index in range(parsed.network.num_layers))
+
+
+def _product(layer: Any, made: Mapping[str, Any]) -> str:
+    # A convolution's weight is an input only where it is quantised; as a constant it belongs to the layer.
+    operands = [layer.get_input(index) for index in range(2) if index < layer.num_inputs and layer.get_input(index)]
+    sources = [_source(tensor, made) for tensor in operands]
+    constant = layer.type.name == "CONVOLUTION" or any(_is_constant(source, made) for source in sources)
+    stored = [source.get_input(0).dtype.name if _is(source, "DEQUANTIZE") else "" for source in sources]
+    if stored == ["INT8", "INT8"]:
+        return "int8"
+    weight = next((WEIGHT_ONLY[name] for name in stored[1:] if name in WEIGHT_ONLY), "")
+    return weight or _float(operands[0]) + ("" if constant else " attention")
+
+
+def _source(tensor: Any, made: Mapping[str, Any]) -> Any:
+    """The layer that computes the operand, behind those that only move or cast it; None for an input."""
+    layer = made.get(tensor.name)
+    while layer is not None and layer.type.name in PASSED_ON:
+        layer = made.get(layer.get_input(0).name)
+    return layer
+
+
+def _is_constant(layer: Any, made: Mapping[str, Any]) -> bool:
+    if _is(layer, "DEQUANTIZE"):
+        layer = _source(layer.get_input(0), made)
+    return _is(layer, "CONSTANT")
+
+
+def _is(layer: Any, kind: str) -> bool:
+    return layer is not None and layer.type.name == kind
+
+
+def _float(tensor: Any) -> str:
+    name: str = tensor.dtype.name
+    return FLOATS.get(name, name.lower())
+
+
+def _refusal(error: Any) -> str:
+    """`GroupQueryAttention 'model.layers.0.attn' (reason)`. TensorRT 8 knows the node's number only."""
+    number = f"node {error.node()}"
+    name = error.node_name() if hasattr(error, "node_name") else number
+    operator = error.node_operator() if hasattr(error, "node_operator") else ""
+    why = next(iter(_sentences(error.desc().splitlines())), "no reason given")
+    return f"{operator} {name or number!r} ({why})".strip()
+
+
+def _sentences(messages: Sequence[str]) -> list[str]:
+    """What TensorRT says, less what is about its own source files or the missing GPU, each thing once."""
+    found: dict[str, None] = {}
+    for message in messages:
+        text = message.splitlines()[0] if message else ""
+        text = re.sub(r"^[\w:]+: Error Code \d+: ", "", text)
+        text = re.sub(r"\(\[[^\]]*\] ", "(", text)  # [file:line: function]
+        text = re.sub(r" +In \w+ at /\S+|\(See https?://\S+[^)]*\) *", "", text).strip()
+        if text and not re.search(r"cudaError|^Invalid Node|^While parsing|Begin node|End node", text):
+            found.setdefault(text[:300])
+    return list(found)

@@ -1,0 +1,65 @@
+"""LLaVA 1.5: CLIP vision, a two-layer projector, a Vicuna (Llama) decoder.
+
+arXiv:2304.08485 (LLaVA), arXiv:2310.03744 (LLaVA 1.5). A picture is one tile; its features are those of CLIP's last
+layer but one, so that the last layer and the norm behind it are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...artifact import KvSpec
+from ...errors import VlmcError
+from ..family import Components, Decoder, Family
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values (tiles, 3, height, width) → image_features (tiles, tokens, hidden).
+
+    `layer` counts CLIP's hidden states as transformers does: 0 is what enters the first layer, -1 what leaves the
+    last. `first_token` 1 leaves CLIP's class token out."""
+
+    def __init__(self, tower: Any, projector: nn.Module, layer: int, first_token: int) -> None:
+        super().__init__()
+        self.embeddings, self.pre_layernorm = tower.embeddings, tower.pre_layrnorm
+        self.layers = tower.encoder.layers[: layer % (len(tower.encoder.layers) + 1)]
+        self.projector, self.first_token = projector, first_token
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        hidden = self.pre_layernorm(self.embeddings(pixel_values))
+        for layer in self.layers:
+            hidden = layer(hidden, None)
+        features: Tensor = self.projector(hidden[:, self.first_token :])
+        return features
+
+
+class Llava(Family):
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+
+    def split(self, model: Any) -> Components:
+        inner, config = model.model, model.config
+        if config.vision_config.model_type != "clip_vision_model" or not isinstance(config.vision_feature_layer, int):
+            raise VlmcError(
+                "This LLaVA has another vision encoder than LLaVA 1.5",
+                found=f"{config.vision_config.model_type}, features of layer {config.vision_feature_layer}",
+                expected="clip_vision_model, features of one layer",
+            )
+        first_token = int(config.vision_feature_select_strategy == "default")
+        return Components(
+            vision_encoder=VisionEncoder(
+                inner.vision_tower, inner.multi_modal_projector, config.vision_feature_layer, first_token
+            ),
+            embed_tokens=inner.language_model.get_input_embeddings(),
+            decoder=Decoder(inner.language_model, model.lm_head),
+        )
+
+    def kv(self, model: Any, capacity: int) -> KvSpec:
+        text = model.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
+
+    def image_size(self, model: Any) -> tuple[int, int]:
+        size = model.config.vision_config.image_size
+        return size, size

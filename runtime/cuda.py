@@ -1,0 +1,130 @@
+"""The little of CUDA that a TensorRT engine needs around it: memory, one stream, graphs, and kernels from PTX.
+
+On cuda-bindings alone, the driver API. Nothing here is imported by a CPU backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import VlmcError
+
+Array = NDArray[Any]
+
+
+def architecture() -> int | str:
+    """The SM of GPU 0, as 87 for compute capability 8.7; without one a sentence that says why."""
+    try:
+        driver, device = _open()
+    except VlmcError as error:
+        return str(error)
+    names = driver.CUdevice_attribute
+    major, minor = (
+        _checked(driver.cuDeviceGetAttribute(attribute, device))
+        for attribute in (
+            names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return int(major) * 10 + int(minor)
+
+
+def _open() -> tuple[Any, Any]:
+    """The driver's module and GPU 0."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        what = f"cuda-bindings is not installed ({error})"
+        raise VlmcError(what, fix="pip install 'vlm-compile[tensorrt]'") from None
+    try:
+        _checked(driver.cuInit(0))
+        return driver, _checked(driver.cuDeviceGet(0))
+    except (RuntimeError, VlmcError) as error:  # cuda-bindings raises where libcuda.so.1 is not there
+        raise VlmcError("no NVIDIA GPU is usable", found=str(error).splitlines()[0]) from None
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The call's value; a VlmcError that names what CUDA answered otherwise."""
+    code, *values = result
+    if int(code) != 0:
+        if code.name == "CUDA_ERROR_OUT_OF_MEMORY":
+            raise VlmcError(
+                "The GPU has too little free memory",
+                found=code.name,
+                fix="end what else runs on it, choose a smaller precision, or export with a smaller --capacity",
+            )
+        raise VlmcError("CUDA refused a call", found=code.name, fix="see `nvidia-smi`; the GPU may need a restart")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+class Gpu:
+    """GPU 0's primary context, which TensorRT uses as well, with one stream. Addresses are plain integers."""
+
+    def __init__(self) -> None:
+        self._driver, device = _open()
+        context = _checked(self._driver.cuDevicePrimaryCtxRetain(device))
+        _checked(self._driver.cuCtxSetCurrent(context))
+        self._stream = _checked(self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self.stream = int(self._stream)
+
+    def allocate(self, size: int) -> int:
+        """The address of `size` bytes of device memory, zeroed, which live as long as the process."""
+        address = _checked(self._driver.cuMemAlloc(max(size, 1)))
+        _checked(self._driver.cuMemsetD8(address, 0, max(size, 1)))
+        return int(address)
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A host array that copies reach without a detour, kept as long as the process."""
+        import ctypes
+
+        size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
+        address = _checked(self._driver.cuMemAllocHost(size))
+        buffer = (ctypes.c_char * size).from_address(int(address))
+        return np.frombuffer(buffer, dtype, int(np.prod(shape))).reshape(shape)
+
+    def upload(self, address: int, array: Array) -> None:
+        """Queues the copy of a contiguous array; it must stay unchanged until `wait`."""
+        _checked(self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._stream))
+
+    def download(self, array: Array, address: int) -> None:
+        """Queues the copy into the contiguous array, which is filled after `wait`."""
+        _checked(self._driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self._stream))
+
+    def wait(self) -> None:
+        """Until all that was queued is done."""
+        _checked(self._driver.cuStreamSynchronize(self._stream))
+
+    def free_bytes(self) -> int:
+        return int(_checked(self._driver.cuMemGetInfo())[0])
+
+    def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
+        """What `enqueue` puts on the stream, as one CUDA graph; the result launches it."""
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _checked(self._driver.cuStreamBeginCapture(self._stream, mode))
+        try:
+            enqueue()
+        finally:
+            graph = _checked(self._driver.cuStreamEndCapture(self._stream))
+        ready = _checked(self._driver.cuGraphInstantiate(graph, 0))
+        launch, stream = self._driver.cuGraphLaunch, self._stream
+        return lambda: _checked(launch(ready, stream))
+
+    def kernel(self, ptx: Path, name: str) -> Callable[[Sequence[int], int, Sequence[int]], None]:
+        """A kernel as a function of grid, threads a block, and 64-bit arguments (addresses and numbers alike)."""
+        module = _checked(self._driver.cuModuleLoadData(ptx.read_bytes() + b"\0"))
+        function = _checked(self._driver.cuModuleGetFunction(module, name.encode()))
+
+        def launch(grid: Sequence[int], block: int, arguments: Sequence[int]) -> None:
+            values = [np.array([argument], np.uint64) for argument in arguments]
+            addresses = np.array([value.ctypes.data for value in values], np.uint64)
+            x, y, z = (*grid, 1, 1)[:3]
+            _checked(
+                self._driver.cuLaunchKernel(function, x, y, z, block, 1, 1, 0, self._stream, addresses.ctypes.data, 0)
+            )
+
+        return launch

@@ -1,0 +1,186 @@
+"""With TensorRT-RTX's own parser and builder, which need no GPU: what they take, and what they say when they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import tensorrt_rtx as trt
+from vlmc.calibration.plan import ModulePlan
+from vlmc.engines import tensorrt_network
+from vlmc.engines.passes import half_precision, quantize
+from vlmc.errors import VlmcError
+
+Parse = Callable[[ir.Model], tensorrt_network.Parsed]
+
+
+@pytest.fixture
+def parse(tmp_path: Path) -> Parse:
+    """parse(model): its network, of the component that is called `part`."""
+
+    def save_and_parse(model: ir.Model) -> tensorrt_network.Parsed:
+        ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")
+        return tensorrt_network.parse(trt, tmp_path / "model.onnx", "part")
+
+    return save_and_parse
+
+
+def layers(
+    nodes: list[ir.Node], inputs: dict[str, tuple[Any, ...]], dtype: ir.DataType, *weights: ir.Value
+) -> ir.Model:
+    """A graph of these nodes from these inputs, which are looked for by name; the last node's output is `y`."""
+    values = {
+        name: ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype)) for name, shape in inputs.items()
+    }
+    for node in nodes:
+        for position, value in enumerate(node.inputs):
+            if value is not None and value.name in values:
+                node.replace_input_with(position, values[value.name])
+    y = nodes[-1].outputs[0]
+    y.name, y.type = "y", ir.TensorType(dtype)
+    graph = ir.Graph(values.values(), [y], nodes=nodes, initializers=weights, opset_imports={"": 24}, name="small")
+    return ir.Model(graph, ir_version=10)
+
+
+def attention(dtype: ir.DataType) -> ir.Model:
+    given = dict.fromkeys(("q", "k", "v"), (1, 2, "length", 64))
+    node = ir.node("Attention", [ir.Value(name=name) for name in given], name="attend")
+    return layers([node], given, dtype)
+
+
+def target(config: Any) -> None:
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM121, 0)
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (None, "float16"),
+        (ModulePlan(8, 0, 0.1), "int8"),
+        (ModulePlan(8, 0), "w8"),
+        (ModulePlan(8, 32), "w8"),
+        (ModulePlan(4, 32), "w4"),
+    ],
+)
+def test_products_are_told_by_what_is_multiplied(
+    plan: ModulePlan | None, expected: str, linear: Any, plan_of: Any, parse: Parse
+) -> None:
+    model = linear(np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32), np.ones(32, np.float32))
+    if plan is not None:
+        quantize.apply(model, plan_of(fc=plan), "part")
+    half_precision.apply(model)
+    assert tensorrt_network.products(parse(model)) == {expected: 1}
+
+
+def test_a_scale_in_float32_hides_no_product(linear: Any, plan_of: Any, parse: Parse) -> None:
+    """Then a Cast lies between the weight and its product."""
+    model = linear(np.full((64, 32), 1e-7, np.float32))
+    quantize.apply(model, plan_of(fc=ModulePlan(8, 0, 0.1)), "part")
+    half_precision.apply(model)
+    assert tensorrt_network.products(parse(model)) == {"int8": 1}
+
+
+def test_convolutions_are_products_too(parse: Parse, plan_of: Any) -> None:
+    def convolution() -> ir.Model:
+        tensor = ir.tensor(np.ones((4, 3, 2, 2), np.float32), name="w")
+        weight = ir.Value(name="w", shape=tensor.shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)
+        node = ir.node("Conv", [ir.Value(name="x"), weight], name="conv", attributes={"kernel_shape": [2, 2]})
+        return layers([node], {"x": (1, 3, 8, 8)}, ir.DataType.FLOAT, weight)
+
+    assert tensorrt_network.products(parse(convolution())) == {"float32": 1}
+    quantised = convolution()
+    quantize.apply(quantised, plan_of(conv=ModulePlan(8, 0, 0.1)), "part")
+    assert tensorrt_network.products(parse(quantised)) == {"int8": 1}
+
+
+def test_products_of_two_activations_are_attention(parse: Parse) -> None:
+    half = ir.DataType.FLOAT16
+    product = ir.node("MatMul", [ir.Value(name="a"), ir.Value(name="b")], name="scores")
+    assert tensorrt_network.products(parse(layers([product], {"a": (4, 8), "b": (8, 4)}, half))) == {
+        "float16 attention": 1
+    }
+    assert tensorrt_network.products(parse(attention(half))) == {"float16 attention": 2}
+
+
+def test_what_the_parser_refuses_is_named_with_its_operator(
+    linear: Any, plan_of: Any, parse: Parse, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = linear(np.ones((8, 4), np.float32))
+    quantize.apply(model, plan_of(fc=ModulePlan(8, 0, 0.1)), "part")
+    zero = ir.tensor(np.array(128, np.uint8), name="fc.input.zero")
+    value = model.graph.initializers["fc.input.zero"]
+    value.const_value, value.type = zero, ir.TensorType(zero.dtype)
+    with pytest.raises(VlmcError) as caught:
+        parse(model)
+    error = caught.value
+    assert error.what == f"The parser of TensorRT-RTX {trt.__version__} refuses the part"
+    assert error.found.startswith("QuantizeLinear 'fc.input.quantize' (")
+    assert "Non-zero zero point is not supported" in error.found
+    assert error.fix
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_is_no_onnx_is_refused_too(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no graph")
+    with pytest.raises(VlmcError, match="refuses the part") as caught:
+        tensorrt_network.parse(trt, path, "part")
+    assert caught.value.found
+
+
+def test_a_parser_that_knows_a_nodes_number_only() -> None:
+    """TensorRT 8's errors have no names and its networks no strong typing."""
+
+    class Old:
+        __name__, __version__ = "tensorrt", "8.6.0"
+        NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=0)
+        ILogger = type("ILogger", (), {})
+
+        def __init__(self) -> None:
+            self.created: list[int] = []
+
+        def Builder(self, logger: Any) -> Any:
+            return SimpleNamespace(create_network=self.created.append)
+
+        def OnnxParser(self, network: Any, logger: Any) -> Any:
+            error = SimpleNamespace(node=lambda: 7, desc=lambda: "In node 7: no importer for Attention")
+            return SimpleNamespace(parse_from_file=lambda path: False, num_errors=1, get_error=lambda index: error)
+
+    old = Old()
+    with pytest.raises(VlmcError, match=r"TensorRT 8\.6\.0 refuses the decoder") as caught:
+        tensorrt_network.parse(old, Path("model.onnx"), "decoder", ("EXPLICIT_BATCH", "STRONGLY_TYPED"))
+    assert caught.value.found == "'node 7' (In node 7: no importer for Attention)"
+    assert old.created == [1]
+
+
+def test_attention_builds_in_float16_and_says_in_a_sentence_why_not_in_float32(parse: Parse) -> None:
+    shapes = dict.fromkeys(("q", "k", "v"), ((1, 2, 1, 64), (1, 2, 8, 64), (1, 2, 16, 64)))
+    engine = tensorrt_network.serialise(parse(attention(ir.DataType.FLOAT16)), [shapes], target)
+    assert len(bytes(engine)) > 1000
+    with pytest.raises(VlmcError) as caught:
+        tensorrt_network.serialise(parse(attention(ir.DataType.FLOAT)), [shapes], target)
+    assert caught.value.what == f"TensorRT-RTX {trt.__version__} does not build the part"
+    assert "Attention operation was not supported by a dedicated kernel" in caught.value.found
+    assert "Error Code" not in caught.value.found
+
+
+def test_shapes_that_do_not_fit_are_refused_in_a_sentence(parse: Parse) -> None:
+    model = attention(ir.DataType.FLOAT16)
+    with pytest.raises(VlmcError, match="q is missing dimensions in profile 0"):
+        tensorrt_network.serialise(parse(model), [{}], target)
+
+
+def test_a_free_dimension_gets_its_number_everywhere_and_the_others_their_shapes() -> None:
+    model = attention(ir.DataType.FLOAT16)
+    model.graph.inputs[1].shape = ir.Shape([1, 2, "capacity", 64])
+    model.graph.inputs[2].shape = ir.Shape([1, 2, "capacity", 64])
+    tensorrt_network.fix_dimension(model, "capacity", 32)
+    assert [list(value.shape or ())[2] for value in model.graph.inputs][1:] == [32, 32]
+    expected = {"q": ((1, 2, 1, 64), (1, 2, 8, 64), (1, 2, 16, 64))}
+    assert tensorrt_network.profile(model, 1, 8, 16) == expected

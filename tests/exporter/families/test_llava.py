@@ -1,0 +1,172 @@
+"""LLaVA 1.5: transformers' own model and processor are the judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from vlmc.artifact import Artifact
+from vlmc.errors import VlmcError
+from vlmc.exporter.checkpoint import load_components
+from vlmc.exporter.family import family_for
+from vlmc.exporter.processor import describe
+from vlmc.runtime import preprocessing
+from vlmc.runtime.prompt import Tokenizer, render
+
+CHAT = (  # llava-hf/llava-1.5-7b-hf's: the pictures of a message before its words
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+Whole = tuple[Path, Artifact, LlavaForConditionalGeneration, LlavaProcessor]
+
+
+def processor_for(vocabulary: Any, legacy: bool = False, pad: bool = False) -> LlavaProcessor:
+    vocab, merges = vocabulary(["<unk>", "<s>", "</s>", "<image>", "<pad>"])
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, pad_token="<pad>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    kind, more = (LlavaImageProcessorPil, {"do_pad": True}) if pad else (CLIPImageProcessorPil, {})
+    pictures = kind(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, **more)
+    return LlavaProcessor(
+        pictures, tokenizer, 7, "default", chat_template=CHAT, image_token="<image>", num_additional_image_tokens=1
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(
+    vocabulary: Any, randomise: Any, export_tiny: Callable[[Path], Artifact], tmp_path_factory: pytest.TempPathFactory
+) -> Whole:
+    folder = tmp_path_factory.mktemp("llava") / "checkpoint"
+    processor = processor_for(vocabulary)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=28, patch_size=7),
+        text_config=LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2, vocab_size=448, eos_token_id=2),
+        image_token_index=processor.image_token_id,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    randomise(model, 2)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, export_tiny(folder), model, processor
+
+
+class Reference:
+    """transformers' whole model."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        self.model = model
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.model.get_image_features(pixel_values).pooler_output)
+
+    def logits(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
+        return self.model(input_ids=input_ids, pixel_values=pixel_values).logits[0]
+
+
+def test_the_onnx_graphs_compute_what_transformers_does(whole: Whole, assert_parity: Any, make_picture: Any) -> None:
+    _, artifact, model, _ = whole
+    one, wide, tall = make_picture(28, 28), make_picture(90, 31), make_picture(17, 60)
+    assert_parity(artifact, Reference(model), [[], [one], [wide], [tall, wide]])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_pictures_and_question_become_transformers_arrays(
+    count: int, pad: bool, legacy: bool, vocabulary: Any, make_picture: Any, tmp_path: Path
+) -> None:
+    processor = processor_for(vocabulary, legacy, pad)
+    processor.save_pretrained(tmp_path)
+    pictures: list[Image.Image] = [make_picture(90, 31), make_picture(17, 60), make_picture(28, 28)][:count]
+    question = "How many {red} boats are on the water? 42 €"
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    reference = processor(text=text, images=pictures or None, return_tensors="np")
+
+    config, prompt = describe(tmp_path)
+    prepared = preprocessing.load(config)(pictures)
+    ids = Tokenizer(tmp_path / "tokenizer.json").encode(render(prompt, question, prepared.image_texts))
+    assert ids.tolist() == reference["input_ids"][0].tolist()
+    if count:
+        assert np.array_equal(prepared.pixel_values, reference["pixel_values"])
+
+
+def test_only_clips_last_layer_and_the_norm_behind_it_are_left_out(whole: Whole) -> None:
+    _, artifact, model, _ = whole
+    unused = [*model.model.vision_tower.encoder.layers[-1].parameters()]
+    unused += [*model.model.vision_tower.post_layernorm.parameters()]
+    components = load_components(artifact)
+    count = sum(weight.numel() for _, component in components.items() for weight in component.parameters())
+    assert count == sum(weight.numel() for weight in model.parameters()) - sum(weight.numel() for weight in unused)
+
+
+@pytest.mark.parametrize(("layer", "layers"), [(-1, 3), (-2, 2), (-4, 0), (2, 2)])
+def test_the_layer_of_the_features_is_counted_as_transformers_does(layer: int, layers: int, whole: Whole) -> None:
+    _, _, model, _ = whole
+    config, pixels = model.config, torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    before = config.vision_feature_layer
+    try:
+        config.vision_feature_layer = layer
+        vision = family_for("llava", "here").split(model).vision_encoder
+        assert len(vision.layers) == layers
+        with torch.inference_mode():
+            torch.testing.assert_close(vision(pixels), Reference(model).features(pixels))
+    finally:
+        config.vision_feature_layer = before
+
+
+def test_another_vision_encoder_is_refused(whole: Whole) -> None:
+    _, _, model, _ = whole
+    before = model.config.vision_config
+    try:
+        model.config.vision_config = AutoConfig.for_model("siglip_vision_model")
+        with pytest.raises(VlmcError, match="siglip_vision_model"):
+            family_for("llava", "here").split(model)
+    finally:
+        model.config.vision_config = before
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"crop_size": {"height": 28, "width": 21}}, "does not cut a square"),
+        ({"size": {"height": 28, "width": 28}}, "does not cut a square"),
+        ({"do_center_crop": False}, "does not cut a square"),
+        ({"do_rescale": False}, "do_rescale off"),
+    ],
+)
+def test_a_picture_processor_that_does_otherwise_is_refused(
+    change: dict[str, Any], reason: str, vocabulary: Any, tmp_path: Path
+) -> None:
+    processor = processor_for(vocabulary)
+    for name, value in change.items():
+        setattr(processor.image_processor, name, value)
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(VlmcError, match=reason):
+        describe(tmp_path)
+
+
+def test_a_processor_without_a_patch_size_is_refused(vocabulary: Any, tmp_path: Path) -> None:
+    processor = processor_for(vocabulary)
+    processor.patch_size = None
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(VlmcError, match="patch_size"):
+        describe(tmp_path)
