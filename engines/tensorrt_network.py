@@ -22,6 +22,14 @@ Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # the smallest, usual and la
 WEIGHT_ONLY = {"INT4": "w4", "INT8": "w8"}
 FLOATS = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "FP8": "float8"}
 PASSED_ON = ("SHUFFLE", "CAST", "IDENTITY", "UNSQUEEZE", "SQUEEZE")  # layers that leave a product's operand what it is
+NOISE = (  # what stands before the sentence in TensorRT's messages
+    r"^[\w:]+: Error Code \d+: ",
+    r"^[A-Z]\w*( \w+)* \(",  # the kind of error, with the rest in brackets
+    r"^\[[^\]]*\] ",  # file:line: function
+    r"^\w+Exception: \S+ ",
+    r"^CHECK\(.*?\) failed\. ",
+    r"^Assertion failed: .*?: ",
+)
 
 
 @dataclass
@@ -109,10 +117,10 @@ def serialise(parsed: Parsed, profiles: Sequence[Profile], configure: Callable[[
     config = parsed.builder.create_builder_config()
     configure(config)
     for shapes in profiles:
-        profile = parsed.builder.create_optimization_profile()
+        made = parsed.builder.create_optimization_profile()
         for name, (smallest, usual, largest) in shapes.items():
-            profile.set_shape(name, smallest, usual, largest)
-        config.add_optimization_profile(profile)
+            made.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(made)
     engine = parsed.builder.build_serialized_network(parsed.network, config)
     if engine is None:
         raise VlmcError(
@@ -131,9 +139,9 @@ def _logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
+            if int(severity) <= int(trt.ILogger.ERROR):
                 errors.append(message)
-            elif severity == trt.ILogger.WARNING:
+            elif int(severity) == int(trt.ILogger.WARNING):
                 warnings.append(message)
 
     return Logger()
@@ -149,10 +157,9 @@ def _product(layer: Any, made: Mapping[str, Any]) -> str:
     sources = [_source(tensor, made) for tensor in operands]
     constant = layer.type.name == "CONVOLUTION" or any(_is_constant(source, made) for source in sources)
     stored = [source.get_input(0).dtype.name if _is(source, "DEQUANTIZE") else "" for source in sources]
-    if stored == ["INT8", "INT8"]:
-        return "int8"
     weight = next((WEIGHT_ONLY[name] for name in stored[1:] if name in WEIGHT_ONLY), "")
-    return weight or _float(operands[0]) + ("" if constant else " attention")
+    kind = "int8" if stored == ["INT8", "INT8"] else weight or _float(operands[0])
+    return kind + ("" if constant else " attention")
 
 
 def _source(tensor: Any, made: Mapping[str, Any]) -> Any:
@@ -188,13 +195,13 @@ def _refusal(error: Any) -> str:
 
 
 def _sentences(messages: Sequence[str]) -> list[str]:
-    """What TensorRT says, less what is about its own source files or the missing GPU, each thing once."""
+    """The first sentence of what TensorRT says each time, less its own source and the missing GPU, each one once."""
     found: dict[str, None] = {}
     for message in messages:
         text = message.splitlines()[0] if message else ""
-        text = re.sub(r"^[\w:]+: Error Code \d+: ", "", text)
-        text = re.sub(r"\(\[[^\]]*\] ", "(", text)  # [file:line: function]
-        text = re.sub(r" +In \w+ at /\S+|\(See https?://\S+[^)]*\) *", "", text).strip()
+        for noise in NOISE:
+            text = re.sub(noise, "", text)
+        text = text.split(". ")[0].strip(" .)")
         if text and not re.search(r"cudaError|^Invalid Node|^While parsing|Begin node|End node", text):
             found.setdefault(text[:300])
     return list(found)

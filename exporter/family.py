@@ -102,13 +102,7 @@ class Family(ABC):
             trust_remote_code=False,
             output_loading_info=True,
         )
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise VlmcError(
-                f"The checkpoint {folder} lacks {len(missing)} weights",
-                found=f"no {', '.join(missing[:3])}",
-                fix="download it again; a complete checkpoint holds every weight that its config.json names",
-            )
+        require_all(report, folder)
         return model  # type: ignore[no-any-return]
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
@@ -136,6 +130,17 @@ class Family(ABC):
     @abstractmethod
     def image_size(self, model: nn.Module) -> tuple[int, int]:
         """Height and width in pixels of one tile, as the vision encoder takes it."""
+
+
+def require_all(report: dict[str, Any], folder: Path) -> None:
+    """Raises where transformers' report on loading names weights that the checkpoint does not have."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise VlmcError(
+            f"The checkpoint {folder} lacks {len(missing)} weights",
+            found=f"no {', '.join(missing[:3])}",
+            fix="download it again; a complete checkpoint holds every weight that its config.json names",
+        )
 
 
 @cache

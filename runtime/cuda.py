@@ -104,7 +104,7 @@ class Gpu:
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """What `enqueue` puts on the stream, as one CUDA graph; the result launches it."""
-        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         _checked(self._driver.cuStreamBeginCapture(self._stream, mode))
         try:
             enqueue()
@@ -116,7 +116,8 @@ class Gpu:
 
     def kernel(self, ptx: Path, name: str) -> Callable[[Sequence[int], int, Sequence[int]], None]:
         """A kernel as a function of grid, threads a block, and 64-bit arguments (addresses and numbers alike)."""
-        module = _checked(self._driver.cuModuleLoadData(ptx.read_bytes() + b"\0"))
+        text = np.frombuffer(ptx.read_bytes() + b"\0", np.uint8)
+        module = _checked(self._driver.cuModuleLoadData(text.ctypes.data))
         function = _checked(self._driver.cuModuleGetFunction(module, name.encode()))
 
         def launch(grid: Sequence[int], block: int, arguments: Sequence[int]) -> None:

@@ -24,7 +24,7 @@ NORMS = ("LayerNormalization", "RMSNormalization", "GroupNormalization", "Instan
 SQUARE = ".square"  # of a norm that was spelt out (decompositions.py), whose nodes all carry its name
 HALF_SCALES = 19  # the first opset whose Q/DQ take float16
 LARGEST = float(np.finfo(np.float16).max)
-SMALLEST_SCALE = 2.0**-17  # below it float16's spacing (2^-24) moves a scale by more than half an int8 step of 127
+SMALLEST_SCALE = 2.0**-17  # float16 is spaced 2^-24 there: rounding moves a scale by 1/256, as much as int8 rounds
 
 
 def apply(model: ir.Model) -> int:
@@ -52,6 +52,8 @@ def apply(model: ir.Model) -> int:
                 node.replace_input_with(position, _as(graph, source, wanted, node))
         for value in made:
             value.type = ir.TensorType(wanted)
+        if node.op_type == "Cast" and made:
+            node.attributes["to"] = ir.AttrInt64("to", wanted.value)
         changed += wanted == HALF and bool(floats)
     for position, value in enumerate(graph.outputs):
         wanted = HALF if _is_state(value) else FLOAT

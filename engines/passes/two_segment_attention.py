@@ -76,7 +76,8 @@ def _hidden(anchor: ir.Node, write_index: ir.Value | None, group: int, capacity:
     if group > 1:  # rows in the order of _attend's queries
         queries = insert(anchor, "Concat", [queries] * group, f"{name}.grouped", axis=2).outputs[0]
     cache = constant(graph, "cache.places", np.arange(capacity, dtype=np.int64).reshape(1, 1, 1, -1))
-    before, never = constant(graph, "place.before", np.array(-1)), constant(graph, "place.never", np.array(NEVER))
+    before = constant(graph, "place.before", np.array(-1, np.int64))
+    never = constant(graph, "place.never", np.array(NEVER, np.int64))
     filled = insert(anchor, "Less", [cache, write_index], f"{name}.filled").outputs[0]
     past = insert(anchor, "Where", [filled, before, never], f"{name}.past").outputs[0]
     new = reshaped(anchor, places, (1, 1, 1, -1), f"{name}.new")
@@ -88,7 +89,8 @@ def _attend(node: ir.Node, keys: ir.Node, values: ir.Node, hidden: ir.Value, kv:
     """softmax(q · [past, new]ᵀ) · [past, new], of which neither pair is ever put side by side."""
     graph, name, heads = node.graph, str(node.name), _heads(node)
     assert isinstance(graph, ir.Graph)
-    factor = constant(graph, f"{name}.scale", np.array(_scale(node, kv), np.float32))
+    scale = node.attributes.get_float("scale", kv.head_dim**-0.5)
+    factor = constant(graph, f"{name}.scale", np.array(scale, np.float32))
     query = insert(node, "Mul", [node.inputs[0], factor], f"{name}.scaled").outputs[0]
     # Queries that share a key are rows of one product, so no key is repeated.
     query = reshaped(node, query, (1, kv.kv_heads, -1, kv.head_dim), f"{name}.grouped")
@@ -109,8 +111,3 @@ def _attend(node: ir.Node, keys: ir.Node, values: ir.Node, hidden: ir.Value, kv:
         outputs.append(insert(node, "MatMul", [share, part], f"{name}.{segment}.values").outputs[0])
     total = insert(node, "Add", [*outputs], f"{name}.values").outputs[0]
     return reshaped(node, total, (1, heads, -1, kv.head_dim), f"{name}.heads")
-
-
-def _scale(node: ir.Node, kv: KvSpec) -> float:
-    scale = node.attributes.get("scale")
-    return kv.head_dim**-0.5 if scale is None else scale.as_float()

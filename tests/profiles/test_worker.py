@@ -33,6 +33,7 @@ class Meter:
 def job(artifact: Artifact, sessions: str, tmp_path: Path) -> dict[str, Any]:
     return {
         "artifact": str(artifact.root),
+        "python": "",
         "opener": sessions,
         "arguments": {"step": 0.002},
         "samples": str(tmp_path / "samples.jsonl"),

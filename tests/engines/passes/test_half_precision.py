@@ -127,6 +127,18 @@ def test_a_scale_that_float16_would_round_away_stays(
     np.testing.assert_allclose(run(model, np.eye(8, dtype=np.float32)), exact, rtol=2e-3, atol=2**-25)
 
 
+def test_a_cast_that_was_there_follows(linear: Any, run: Any) -> None:
+    model = linear(np.eye(4, dtype=np.float32))
+    node = next(iter(model.graph))
+    cast = ir.node("Cast", [node.inputs[0]], attributes={"to": FLOAT.value}, name="cast")
+    cast.outputs[0].name = "cast"
+    model.graph.insert_before(node, cast)
+    node.replace_input_with(0, cast.outputs[0])
+    assert half_precision.apply(model) == 2
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(run(model, x), x)
+
+
 def test_before_opset_19_scales_stay_float32(linear: Any, plan_of: Any) -> None:
     model = linear(np.ones((8, 4), np.float32))
     model.graph.opset_imports[""] = 17

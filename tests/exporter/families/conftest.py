@@ -43,16 +43,16 @@ def make_picture() -> Callable[[int, int], Image.Image]:
 
 
 @pytest.fixture(scope="session")
-def vocabulary() -> Callable[[list[str]], tuple[dict[str, int], list[tuple[str, str]]]]:
-    """vocabulary(special): a small BPE with ▁ for a space and <0x00> … <0xFF> for bytes, as SentencePiece makes them:
-    its tokens and merges, the special tokens first."""
+def vocabulary() -> Callable[..., tuple[dict[str, int], list[tuple[str, str]]]]:
+    """vocabulary(special, text=""): a small BPE with ▁ for a space and <0x00> … <0xFF> for bytes, as SentencePiece
+    makes them: its tokens and merges, the special tokens first."""
 
-    def train(special: list[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    def train(special: list[str], text: str = "") -> tuple[dict[str, int], list[tuple[str, str]]]:
         bpe = Tokenizer(models.BPE(byte_fallback=True))
         bpe.pre_tokenizer = pre_tokenizers.Metaspace()
         first = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
         bpe.train_from_iterator(
-            [TEXT] * 9, trainers.BpeTrainer(vocab_size=400, special_tokens=first, show_progress=False)
+            [TEXT, text] * 9, trainers.BpeTrainer(vocab_size=400 + 2 * len(text), special_tokens=first, show_progress=False)
         )
         model = json.loads(bpe.to_str())["model"]
         return model["vocab"], [tuple(merge) for merge in model["merges"]]

@@ -1,0 +1,202 @@
+"""Which form of a ViT's graph TensorRT runs fastest: two layers, many forms, float16 and INT8.
+
+    python benchmarks/tensorrt_variants.py make FOLDER            here: lowered graphs, one a form (see `FORMS`)
+    python benchmarks/skeleton.py strip FOLDER SMALL; … fill      to another machine without the weights
+    python benchmarks/tensorrt_variants.py build FOLDER NAME      there, one process a form
+    python benchmarks/tensorrt_variants.py time FOLDER            there: milliseconds of each, in rounds, as JSON
+
+SigLIP-base as SmolVLM-256M has it (768 wide, 512×512 pixels, 1,024 tokens), cut to LAYERS layers, random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+LAYERS = 2
+FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph as `vlmc build` lowers it
+    "fp16-convolution": {"patches": False},
+    "fp16": {},
+    "fp16-merged-qkv": {"merge": True},
+    "fp16-typed": {"half": True},
+    "int8": {"int8": "*"},
+    "int8-merged-qkv": {"int8": "*", "merge": True},
+    "int8-mlp": {"int8": "*.fc?"},
+    "int8-level-5": {"int8": "*", "level": 5},
+    "int8-erf": {"int8": "*", "gelu": "none"},
+    "int8-typed": {"int8": "*", "half": True},
+}
+ROUNDS, RUNS = 5, 40
+
+
+def make(folder: Path) -> None:
+    """Writes every form's lowered graph."""
+    import onnx_ir as ir
+    from vlmc.artifact import KvSpec
+    from vlmc.exporter.checkpoint import PRESETS
+    from vlmc.exporter.family import family_for
+    from vlmc.exporter.graph import example_inputs, export_component
+    from vlmc.exporter.onnx_ops import IMPLEMENTATION
+    from vlmc.files import read_json
+
+    config = read_json(PRESETS / "smolvlm-256m.json")["config"]
+    config["vision_config"]["num_hidden_layers"] = LAYERS
+    config["text_config"]["num_hidden_layers"] = 1
+    family = family_for(config["model_type"], "preset")
+    model = family.randomise(config, seed=0).eval()
+    model.set_attn_implementation(IMPLEMENTATION)
+    kv = KvSpec(1, 1, 64, 8)
+    example = example_inputs("vision_encoder", 576, family.image_size(model), kv)
+    graph = export_component("vision_encoder", family.split(model).vision_encoder, example, kv)
+    (folder / "onnx").mkdir(parents=True)
+    ir.save(graph, folder / "canonical", external_data="canonical.data")
+    for name, form in FORMS.items():
+        lowered = ir.load(folder / "canonical")
+        lower(lowered, **form)
+        ir.save(lowered, folder / "onnx" / f"{name}.onnx", external_data=f"{name}.onnx.data")
+    for path in folder.glob("canonical*"):
+        path.unlink()
+
+
+def lower(
+    model: Any,
+    int8: str = "",
+    merge: bool = False,
+    patches: bool = True,
+    half: bool = False,
+    gelu: str = "",
+    level: int = 3,
+) -> None:
+    """The canonical graph in one of the forms; `int8` names the layers (fnmatch), with scales that do not matter."""
+    from fnmatch import fnmatch
+
+    import onnx_ir as ir
+    from vlmc.calibration.plan import ModulePlan
+    from vlmc.engines.passes import half_precision, opset17, patches_as_matmul, quantize, weight_of
+
+    if merge:
+        merge_qkv(model)
+    if gelu:
+        for node in model.graph:
+            if node.op_type == "Gelu":
+                node.attributes["approximate"] = ir.AttrString("approximate", gelu)
+    if int8:
+        layers = [n.name for n in model.graph if n.op_type == "MatMul" and weight_of(n) is not None]
+        chosen = {f"vision_encoder/{name}": ModulePlan(8, 0, 0.05) for name in layers if fnmatch(str(name), int8)}
+        plan: Any = SimpleNamespace(absorbers={}, modules=chosen, recipe=SimpleNamespace(name="int8"))
+        quantize.apply(model, plan, "vision_encoder")
+    if patches:
+        patches_as_matmul.apply(model)
+    opset17.apply(model)
+    if half:
+        half_precision.apply(model)
+
+
+def merge_qkv(model: Any) -> None:
+    """Queries, keys and values as one product, split behind it."""
+    import numpy as np
+    import onnx_ir as ir
+    from vlmc.engines.passes import array_of, constant, insert, only_user, prune, replace
+
+    graph = model.graph
+    for query in [node for node in graph if str(node.name).endswith("q_proj")]:
+        prefix = str(query.name).removesuffix("q_proj")
+        nodes = [next(n for n in graph if n.name == f"{prefix}{part}_proj") for part in "qkv"]
+        adds = [only_user(node.outputs[0], "Add") for node in nodes]
+        biases = [next(v for v in add.inputs if v.const_value is not None) for add in adds]
+        weight = np.concatenate([array_of(node.inputs[1]) for node in nodes], axis=1)
+        bias = np.concatenate([array_of(value) for value in biases])
+        name = f"{prefix}qkv_proj"
+        product = ir.node("MatMul", [query.inputs[0], constant(graph, f"{name}.weight", weight)], name=name)
+        product.outputs[0].name, product.outputs[0].dtype = f"{name}.out", ir.DataType.FLOAT
+        graph.insert_before(query, product)
+        total = insert(query, "Add", [product.outputs[0], constant(graph, f"{name}.bias", bias)], f"{name}.add")
+        width = weight.shape[1] // 3
+        sizes = constant(graph, f"{name}.sizes", np.array([width] * 3, np.int64))
+        parts = insert(query, "Split", [total.outputs[0], sizes], f"{name}.parts", outputs=3, axis=2)
+        for add, part in zip(adds, parts.outputs, strict=True):
+            part.dtype = ir.DataType.FLOAT
+            replace(add, part)
+    prune(model)
+
+
+def build(folder: Path, name: str) -> None:
+    """Builds NAME.trt and writes NAME.json: seconds, and what the inspector shows."""
+    import tensorrt as trt
+    from vlmc.engines import tensorrt_network
+    from vlmc.runtime.backends.tensorrt import make_logger
+
+    start, form = time.perf_counter(), FORMS[name]
+    parsed = tensorrt_network.parse(trt, folder / "onnx" / f"{name}.onnx", name, ("EXPLICIT_BATCH",))
+
+    def configure(config: Any) -> None:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.builder_optimization_level = form.get("level", 3)
+        for flag in ["FP16"] + ["INT8"] * ("int8" in form):
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+
+    shape = (1, 3, 512, 512)
+    engine = tensorrt_network.serialise(parsed, [{"pixel_values": (shape, shape, shape)}], configure)
+    (folder / f"{name}.trt").write_bytes(engine)
+    loaded = trt.Runtime(make_logger(trt)).deserialize_cuda_engine(engine)
+    text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = json.loads(text, strict=False).get("Layers", [])
+    record = {
+        "seconds": round(time.perf_counter() - start, 1),
+        "layers": layers,
+        "bytes": (folder / f"{name}.trt").stat().st_size,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def measure(folder: Path) -> None:
+    """Prints {"name": {"ms": median, "build_seconds", "layers", …}}; each run is one launch of a CUDA graph."""
+    import tensorrt as trt
+    from vlmc.runtime.backends.tensorrt import Engine
+    from vlmc.runtime.cuda import Gpu, architecture
+
+    gpu, launches = Gpu(), {}
+    spec: Any = SimpleNamespace(settings={"version": str(trt.__version__), "sm": architecture()}, device="h100")
+    for name in FORMS:
+        if (folder / f"{name}.trt").is_file():
+            engine = Engine(trt, gpu, spec, folder / f"{name}.trt")
+            context = engine.context()
+            context.bind(engine.allocate(context))
+            context.use_profile(0, engine.profiles[0])
+            context.enqueue()
+            gpu.wait()
+            launches[name] = (gpu.capture(context.enqueue), engine, context)
+    samples: dict[str, list[float]] = {name: [] for name in launches}
+    for _ in range(ROUNDS):
+        for name, (launch, *_rest) in launches.items():
+            launch()
+            gpu.wait()
+            start = time.perf_counter()
+            for _ in range(RUNS):
+                launch()
+            gpu.wait()
+            samples[name].append((time.perf_counter() - start) * 1000 / RUNS)
+    print(json.dumps({name: summary(folder, name, values) for name, values in samples.items()}, indent=1))
+
+
+def summary(folder: Path, name: str, values: list[float]) -> dict[str, Any]:
+    record = json.loads((folder / f"{name}.json").read_text())
+    shown = [layer if isinstance(layer, str) else layer.get("Name", "") for layer in record["layers"]]
+    return {
+        "ms": round(statistics.median(values), 4),
+        "least_ms": round(min(values), 4),
+        "build_seconds": record["seconds"],
+        "bytes": record["bytes"],
+        "layers": len(shown),
+        "fused_regions": sum("ForeignNode" in layer for layer in shown),
+    }
+
+
+if __name__ == "__main__":
+    command, path, *names = sys.argv[1:]
+    {"make": make, "build": build, "time": measure}[command](Path(path), *names)

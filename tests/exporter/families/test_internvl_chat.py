@@ -1,0 +1,314 @@
+"""InternVL in OpenGVLab's layout: a plain rendering of the published equations on the checkpoint's own tensors judges."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from vlmc.artifact import Artifact
+from vlmc.errors import VlmcError
+from vlmc.exporter import checkpoint
+from vlmc.exporter.family import family_for
+from vlmc.exporter.processor import describe
+from vlmc.runtime.prompt import Tokenizer, render
+
+SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+WIDTH, HEADS, KV_HEADS, INNER, LAYERS, TILE, PATCH = 32, 2, 1, 48, 2, 28, 7
+ADDED = ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+
+
+def config(vocabulary_size: int, **changes: Any) -> dict[str, Any]:
+    """config.json as OpenGVLab/InternVL2-2B has it, but for what vlmc does not read."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
+    sizes |= {"num_attention_heads": HEADS}
+    vision = {"image_size": TILE, "patch_size": PATCH, "norm_type": "layer_norm", "qkv_bias": True}
+    vision |= {"qk_normalization": False, "layer_norm_eps": 1e-06, "model_type": "intern_vit_6b"}
+    text = {"num_key_value_heads": KV_HEADS, "vocab_size": vocabulary_size, "rms_norm_eps": 1e-05, "bias": False}
+    text |= {"rope_theta": 1000000, "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "model_type": "internlm2"}
+    text |= {"max_position_embeddings": 32768, "architectures": ["InternLM2ForCausalLM"], "eos_token_id": 2}
+    found = {
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": TILE,
+        "llm_config": text | sizes,
+        "max_dynamic_patch": 4,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internlm2-chat",
+        "use_thumbnail": True,
+        "vision_config": vision | sizes,
+    }
+    return found | changes
+
+
+def tensors(vocabulary_size: int) -> dict[str, Tensor]:
+    """Random weights under the original names."""
+    generator = torch.Generator().manual_seed(3)
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, *shape: int, around: float = 0.0, scale: float = 0.2) -> None:
+        found[name] = around + scale * torch.randn(shape, generator=generator)
+
+    def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> None:
+        add(f"{name}.weight", outputs, inputs)
+        if bias:
+            add(f"{name}.bias", outputs)
+
+    def norm(name: str, width: int, bias: bool = True) -> None:
+        add(f"{name}.weight", width, around=1.0)
+        if bias:
+            add(f"{name}.bias", width)
+
+    add("vision_model.embeddings.class_embedding", 1, 1, WIDTH)
+    add("vision_model.embeddings.position_embedding", 1, 1 + (TILE // PATCH) ** 2, WIDTH)
+    add("vision_model.embeddings.patch_embedding.weight", WIDTH, 3, PATCH, PATCH)
+    add("vision_model.embeddings.patch_embedding.bias", WIDTH)
+    head = WIDTH // HEADS
+    for index in range(LAYERS):
+        layer = f"vision_model.encoder.layers.{index}"
+        linear(f"{layer}.attn.qkv", 3 * WIDTH, WIDTH)
+        linear(f"{layer}.attn.proj", WIDTH, WIDTH)
+        linear(f"{layer}.mlp.fc1", INNER, WIDTH)
+        linear(f"{layer}.mlp.fc2", WIDTH, INNER)
+        for name in ("norm1", "norm2"):
+            norm(f"{layer}.{name}", WIDTH)
+        for name in ("ls1", "ls2"):
+            add(f"{layer}.{name}", WIDTH, around=1.0)
+        layer = f"language_model.model.layers.{index}"
+        linear(f"{layer}.attention.wqkv", (HEADS + 2 * KV_HEADS) * head, WIDTH, bias=False)
+        linear(f"{layer}.attention.wo", WIDTH, WIDTH, bias=False)
+        for name, shape in (("w1", (INNER, WIDTH)), ("w2", (WIDTH, INNER)), ("w3", (INNER, WIDTH))):
+            linear(f"{layer}.feed_forward.{name}", *shape, bias=False)
+        for name in ("attention_norm", "ffn_norm"):
+            norm(f"{layer}.{name}", WIDTH, bias=False)
+    norm("mlp1.0", 4 * WIDTH)
+    linear("mlp1.1", WIDTH, 4 * WIDTH)
+    linear("mlp1.3", WIDTH, WIDTH)
+    add("language_model.model.tok_embeddings.weight", vocabulary_size, WIDTH, scale=1.0)
+    norm("language_model.model.norm", WIDTH, bias=False)
+    linear("language_model.output", vocabulary_size, WIDTH, bias=False)
+    return found
+
+
+class Published:
+    """The equations of InternViT (arXiv:2312.14238) and InternLM2 (arXiv:2403.17297), one after the other."""
+
+    def __init__(self, weights: dict[str, Tensor], context_id: int) -> None:
+        self.weights, self.context_id = weights, context_id
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def layer_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        prefix = "vision_model.embeddings"
+        kernel, bias = (self.weights[f"{prefix}.patch_embedding.{name}"] for name in ("weight", "bias"))
+        patches = functional.conv2d(pixel_values, kernel, bias, stride=PATCH).flatten(2).mT
+        first = self.weights[f"{prefix}.class_embedding"].expand(len(patches), 1, -1)
+        x = torch.cat((first, patches), dim=1) + self.weights[f"{prefix}.position_embedding"]
+        for index in range(LAYERS):
+            layer = f"vision_model.encoder.layers.{index}"
+            qkv = self.linear(f"{layer}.attn.qkv", self.layer_norm(f"{layer}.norm1", x, 1e-6))
+            q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+            attention = self.linear(f"{layer}.attn.proj", attention.transpose(1, 2).flatten(2))
+            x = x + attention * self.weights[f"{layer}.ls1"]
+            inner = self.linear(f"{layer}.mlp.fc1", self.layer_norm(f"{layer}.norm2", x, 1e-6))
+            x = x + self.linear(f"{layer}.mlp.fc2", functional.gelu(inner)) * self.weights[f"{layer}.ls2"]
+        side = TILE // PATCH
+        grid = x[:, 1:].unflatten(1, (side, side))
+        corners = [grid[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+        tokens = self.layer_norm("mlp1.0", torch.cat(corners, dim=-1).flatten(1, 2), 1e-5)
+        return self.linear("mlp1.3", functional.gelu(self.linear("mlp1.1", tokens)))
+
+    def rms_norm(self, name: str, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * self.weights[f"{name}.weight"]
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """(length, heads, dim): the pairs (i, i + dim/2) turned by position · θ^(−2i/dim)."""
+        half = x.shape[-1] // 2
+        angle = torch.arange(len(x))[:, None, None] * 1e6 ** -(torch.arange(half) / half)
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    def logits(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        x = self.weights["language_model.model.tok_embeddings.weight"][input_ids[0]].clone()
+        if pixel_values is not None:
+            x[input_ids[0] == self.context_id] = self.features(pixel_values).flatten(0, 1)
+        group, dim = HEADS // KV_HEADS, WIDTH // HEADS
+        for index in range(LAYERS):
+            layer = f"language_model.model.layers.{index}"
+            fused = self.linear(f"{layer}.attention.wqkv", self.rms_norm(f"{layer}.attention_norm", x))
+            fused = fused.unflatten(-1, (KV_HEADS, group + 2, dim))
+            q = self.rotated(fused[:, :, :group].flatten(1, 2)).transpose(0, 1)
+            k = self.rotated(fused[:, :, -2]).transpose(0, 1).repeat_interleave(group, dim=0)
+            v = fused[:, :, -1].transpose(0, 1).repeat_interleave(group, dim=0)
+            unseen = torch.full((len(x), len(x)), -math.inf).triu(1)
+            attention = (q @ k.mT / math.sqrt(dim) + unseen).softmax(-1) @ v
+            x = x + self.linear(f"{layer}.attention.wo", attention.transpose(0, 1).flatten(1))
+            inner = self.rms_norm(f"{layer}.ffn_norm", x)
+            gate = functional.silu(self.linear(f"{layer}.feed_forward.w1", inner))
+            x = x + self.linear(f"{layer}.feed_forward.w2", gate * self.linear(f"{layer}.feed_forward.w3", inner))
+        return self.linear("language_model.output", self.rms_norm("language_model.model.norm", x))
+
+
+@pytest.fixture(scope="module")
+def folder(vocabulary: Any, sentence_piece: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as OpenGVLab saves it: two files of weights, a SentencePiece model, no tokenizer.json."""
+    target = tmp_path_factory.mktemp("internvl_chat") / "checkpoint"
+    target.mkdir()
+    vocab, _ = vocabulary(["<unk>", "<s>", "</s>"], SYSTEM)
+    kinds = {0: 2, 1: 3, 2: 3} | dict.fromkeys(range(3, 259), 6)
+    pieces = [(text, kinds.get(id, 1)) for text, id in sorted(vocab.items(), key=lambda item: item[1])]
+    first = len(pieces)
+    pieces += [("[UNUSED_TOKEN_145]", 3), ("[UNUSED_TOKEN_146]", 3)]
+    (target / "tokenizer.model").write_bytes(sentence_piece(pieces, False))
+    added = {str(first + index): {"content": token, "special": True} for index, token in enumerate(ADDED)}
+    settings = {"added_tokens_decoder": added, "tokenizer_class": "InternLM2Tokenizer"}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    (target / "config.json").write_text(json.dumps(config(first + len(ADDED))))
+    (target / "generation_config.json").write_text('{"eos_token_id": [2]}')
+    (target / "preprocessor_config.json").write_text('{"feature_extractor_type": "CLIPFeatureExtractor"}')
+    weights = tensors(first + len(ADDED))
+    names = sorted(weights)
+    for index, part in enumerate((names[::2], names[1::2]), 1):
+        save_file({name: weights[name] for name in part}, target / f"model-0000{index}-of-00002.safetensors")
+    return target
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path, export_tiny: Callable[[Path], Artifact]) -> Artifact:
+    return export_tiny(folder)
+
+
+def original(folder: Path) -> dict[str, Tensor]:
+    return {name: weight for path in folder.glob("*.safetensors") for name, weight in load_file(path).items()}
+
+
+def test_the_onnx_graphs_compute_the_published_equations(
+    folder: Path, artifact: Artifact, assert_parity: Any, make_picture: Any
+) -> None:
+    context_id = Tokenizer(artifact.path_of("tokenizer.json")).token_id("<IMG_CONTEXT>")
+    one, wide, tall = make_picture(28, 28), make_picture(90, 31), make_picture(17, 60)
+    assert_parity(artifact, Published(original(folder), context_id), [[], [one], [wide], [tall, one]])
+
+
+def test_every_tensor_of_the_checkpoint_is_used_once(folder: Path) -> None:
+    model = checkpoint.load_model(checkpoint.resolve(str(folder)))
+    count = sum(weight.numel() for weight in original(folder).values())
+    assert count == sum(weight.numel() for weight in model.parameters())
+
+
+def test_the_prompt_is_that_of_the_checkpoints_own_chat(folder: Path) -> None:
+    described, prompt = describe(folder)
+    assert prompt.eos_token_ids == (Tokenizer_id(folder, "<|im_end|>"),)
+    begin, end = "<|im_start|>user\n", "<|im_end|><|im_start|>assistant\n"
+    system = f"<s><|im_start|>system\n{SYSTEM}<|im_end|>"
+    assert render(prompt, "Why {image}?", ()) == f"{system}{begin}Why {{image}}?{end}"
+    text = f"<img>{'<IMG_CONTEXT>' * 4}</img>{described['after_image']}"
+    assert render(prompt, "Why?", [text]) == f"{system}{begin}<img>{'<IMG_CONTEXT>' * 4}</img>\nWhy?{end}"
+
+
+def Tokenizer_id(folder: Path, token: str) -> int:
+    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    return next(int(id) for id, found in added.items() if found["content"] == token)
+
+
+def test_the_pictures_are_cut_as_the_config_says(folder: Path) -> None:
+    described, _ = describe(folder)
+    wanted = {"kind": "internvl", "tile": TILE, "min_tiles": 1, "max_tiles": 4, "thumbnail": True, "image_seq_len": 4}
+    assert {name: described[name] for name in wanted} == wanted
+
+
+def change(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy of the checkpoint without weights, with another config.json."""
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    found = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        found[name] = found[name] | value if isinstance(value, dict) else value
+    (target / "config.json").write_text(json.dumps(found))
+    return target
+
+
+def test_the_template_of_2_5_ends_its_turns_with_a_line(folder: Path, tmp_path: Path) -> None:
+    described, prompt = describe(change(folder, tmp_path, template="internvl2_5", dynamic_image_size=False))
+    assert prompt.text_only.endswith("<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+    assert "书生·万象" in prompt.text_only
+    assert prompt.eos_token_ids == (Tokenizer_id(folder, "<|im_end|>"),)
+    assert described["max_tiles"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"llm_config": {"architectures": ["Phi3ForCausalLM"]}}, "decoder that vlmc does not know.*Phi3ForCausalLM"),
+        ({"llm_config": {"bias": True}}, "bias in the decoder"),
+        ({"force_image_size": 56}, "size of tiles"),
+        ({"ps_version": "v1"}, "ps_version"),
+    ],
+)
+def test_what_the_family_does_not_cover_is_refused(
+    changes: dict[str, Any], reason: str, folder: Path, tmp_path: Path
+) -> None:
+    found = checkpoint.resolve(str(change(folder, tmp_path, **changes)), random_weights=True)
+    with pytest.raises(VlmcError, match=reason):
+        checkpoint.load_model(found)
+
+
+def test_an_unknown_template_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(VlmcError, match=r"unknown chat template.*phi3-chat"):
+        describe(change(folder, tmp_path, template="phi3-chat"))
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(folder: Path, tmp_path: Path) -> None:
+    weights = original(folder)
+    del weights["language_model.model.layers.1.attention.wqkv.weight"]
+    save_file(weights, change(folder, tmp_path) / "model.safetensors")
+    with pytest.raises(VlmcError, match=r"lacks 3 weights.*k_proj"):
+        checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
+
+
+def test_a_qwen2_decoder_keeps_its_names(randomise: Any, tmp_path: Path) -> None:
+    """InternVL 2.5 and 3 with Qwen2: the same weights give the same model in both layouts."""
+    found = config(64)
+    text = found["llm_config"] | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
+    sizes |= {"num_attention_heads": HEADS}
+    own = InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=InternVLVisionConfig(**sizes, image_size=TILE, patch_size=PATCH, attention_bias=True),
+            text_config=Qwen2Config(**sizes, num_key_value_heads=KV_HEADS, vocab_size=64, tie_word_embeddings=False),
+            tie_word_embeddings=False,
+        )
+    )
+    randomise(own, 0)
+    weights = {name: weight for name, weight in tensors(64).items() if not name.startswith("language_model")}
+    for name, weight in own.state_dict().items():
+        if name.startswith("model.language_model.") or name.startswith("lm_head."):
+            name = name.replace("model.language_model.", "language_model.model.")
+            weights[name.replace("lm_head.", "language_model.lm_head.")] = weight.clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(found | {"llm_config": text}))
+    loaded: Any = family_for("internvl_chat", "here").load(tmp_path)
+    assert type(loaded.model.language_model).__name__ == "Qwen2Model"
+    expected = own.model.language_model.state_dict()
+    for name, weight in loaded.model.language_model.state_dict().items():
+        assert torch.equal(weight, expected[name])
+    assert torch.equal(loaded.lm_head.weight, own.lm_head.weight)
