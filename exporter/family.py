@@ -132,6 +132,18 @@ class Family(ABC):
         """Height and width in pixels of one tile, as the vision encoder takes it."""
 
 
+def decoder_config(model_type: str, original: dict[str, Any]) -> Any:
+    """transformers' config of the decoder `model_type` from one of the checkpoint's own that names its fields as Llama
+    does; only what decides about the computation is taken."""
+    from transformers import AutoConfig
+
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    rest = ("num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "attention_bias")
+    ends = ("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+    known = {name: original[name] for name in sizes + rest + ends if original.get(name) is not None}
+    return AutoConfig.for_model(model_type, **known)
+
+
 def require_all(report: dict[str, Any], folder: Path) -> None:
     """Raises where transformers' report on loading names weights that the checkpoint does not have."""
     missing = sorted(report["missing_keys"])

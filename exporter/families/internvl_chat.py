@@ -1,4 +1,4 @@
-"""InternVL 2, 2.5 and 3 in OpenGVLab's own layout: the model of `internvl`, under other names.
+"""InternVL 2, 2.5, 3 and 3.5 in OpenGVLab's own layout: the model of `internvl`, under other names.
 
 transformers has no such class, and the checkpoint's code is not run. InternLM2 (arXiv:2403.17297) is a Llama whose
 queries, keys and values are rows of one matrix, group by group, so both halves are built from transformers' blocks
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import VlmcError
 from ...files import read_json
-from ..family import OwnProcessor, require_all
+from ..family import OwnProcessor, decoder_config, require_all
 from ..sentence_piece import fast_tokenizer
 from .internvl import InternVl
 
@@ -47,11 +47,12 @@ _INTERNLM2 = {
     r"\.attention_norm\.": ".input_layernorm.",
     r"\.ffn_norm\.": ".post_attention_layernorm.",
 }
-_DECODERS = {"InternLM2ForCausalLM": "llama", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
-_TEXT_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings rms_norm_eps rope_theta rope_scaling bos_token_id eos_token_id tie_word_embeddings"
-).split()
+_DECODERS = {
+    "InternLM2ForCausalLM": "llama",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
 
 _OLD = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _NEW = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -71,7 +72,7 @@ class InternVlChat(InternVl):
         from transformers import InternVLForConditionalGeneration
 
         original = read_json(folder / "config.json")
-        config, weights = _config(original), {}
+        config, weights = _config(original), dict[str, Tensor]()
         for path in sorted(folder.glob("*.safetensors")):
             weights |= _renamed(load_file(path), original)
         model, report = InternVLForConditionalGeneration.from_pretrained(
@@ -121,7 +122,7 @@ _CONTENT = (  # of the one message that there is, as Jinja
 
 def _config(original: dict[str, Any]) -> Any:
     """transformers' config of the same model."""
-    from transformers import AutoConfig, InternVLConfig
+    from transformers import InternVLConfig
 
     vision, text = original["vision_config"], original["llm_config"]
     decoder = text.get("architectures", [None])[0]
@@ -149,9 +150,7 @@ def _config(original: dict[str, Any]) -> Any:
             "attention_bias": vision.get("qkv_bias", False),
             "use_qk_norm": vision.get("qk_normalization", True),
         },
-        text_config=AutoConfig.for_model(
-            _DECODERS[decoder], **{name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
-        ),
+        text_config=decoder_config(_DECODERS[decoder], text),
         downsample_ratio=original.get("downsample_ratio", 0.5),
         vision_feature_layer=original.get("select_layer", -1),
         tie_word_embeddings=bool(text.get("tie_word_embeddings")),
@@ -173,9 +172,9 @@ def _renamed(weights: dict[str, Tensor], original: dict[str, Any]) -> dict[str, 
         if ".vision_tower." in name:
             parts = weight.chunk(3)
         else:  # rows: for each key/value head its queries, its key, its value
-            heads = text["num_key_value_heads"]
-            grouped = weight.unflatten(0, (heads, text["num_attention_heads"] // heads + 2, -1))
-            parts = tuple(part.flatten(0, 2) for part in (grouped[:, :-2], grouped[:, -2:-1], grouped[:, -1:]))
+            heads, width = text["num_key_value_heads"], weight.shape[1]
+            groups = weight.reshape(heads, text["num_attention_heads"] // heads + 2, -1, width)
+            parts = tuple(part.reshape(-1, width) for part in (groups[:, :-2], groups[:, -2], groups[:, -1]))
         for part, projection in zip(parts, ("q_proj", "k_proj", "v_proj"), strict=True):
             found[f"{before}.{projection}.{after}"] = part.contiguous()
     return found

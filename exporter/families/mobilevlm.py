@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...errors import VlmcError
 from ...files import read_json
-from ..family import Components, Decoder, OwnProcessor, require_all
+from ..family import Components, Decoder, OwnProcessor, decoder_config, require_all
 from ..sentence_piece import fast_tokenizer
 from .llava import Llava, VisionEncoder
 
@@ -40,13 +40,9 @@ _NAMES = {
     r"^model\.mm_projector\.peg\.peg\.0\.": "peg.",
     r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
 }
-_TEXT_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings rms_norm_eps rope_theta rope_scaling bos_token_id eos_token_id tie_word_embeddings"
-).split()
 _TEMPLATE = (  # conversation.py's "v1", for one question
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-    "polite answers to the user's questions. USER: {% for part in messages[0]['content'] %}"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: {% for part in messages[0]['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<unk>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:"
 )
 
@@ -149,7 +145,7 @@ def _tower(original: dict[str, Any]) -> dict[str, Any]:
 
 def _config(original: dict[str, Any]) -> Any:
     """transformers' config of the LLaVA that this model is but for its projector."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import CLIPVisionConfig, LlavaConfig
 
     tower = _tower(original)
     side = tower["image_size"] // tower["patch_size"]
@@ -162,9 +158,7 @@ def _config(original: dict[str, Any]) -> Any:
             raise VlmcError(f"This MobileVLM has another {what} than V2", found=found, expected=expected)
     return LlavaConfig(
         vision_config=CLIPVisionConfig(**tower),
-        text_config=LlamaConfig(
-            **{name: original[name] for name in _TEXT_FIELDS if original.get(name) is not None},
-        ),
+        text_config=decoder_config("llama", original),
         vision_feature_layer=original["mm_vision_select_layer"],
         image_token_index=0,
     )

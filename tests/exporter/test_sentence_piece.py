@@ -6,6 +6,7 @@ a space before the text and with symbols of the user's, no difference in ids or 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def published(text: str, pieces: list[tuple[str, int]], prefix: bool) -> list[in
     ids = {piece: id for id, (piece, kind) in enumerate(pieces) if kind == 1}
     parts = list(("▁" if prefix else "") + text.replace(" ", "▁"))
     while True:
-        pairs = [(ids[a + b], at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ids]
+        pairs = [(ids[a + b], at) for at, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ids]
         if not pairs:
             break
         _, at = min(pairs)
@@ -54,7 +55,9 @@ def test_any_text_is_encoded_as_published(prefix: bool, sentence_piece: Model, t
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_what_stands_between_special_tokens_is_encoded_by_itself(prefix: bool, sentence_piece: Model, tmp_path: Path) -> None:
+def test_what_stands_between_special_tokens_is_encoded_by_itself(
+    prefix: bool, sentence_piece: Model, tmp_path: Path
+) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(sentence_piece(PIECES, prefix))
     ids = fast_tokenizer(path, {}, **TOKENS)("<s>ab<unk>\nab", add_special_tokens=False)["input_ids"]

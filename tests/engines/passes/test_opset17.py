@@ -122,6 +122,12 @@ def test_tables_of_the_rotation_are_made_once(operators: Any) -> None:
     assert operators(model) == {"Unsqueeze": 2, "Neg": 1, "Concat": 4, "Split": 2, "Mul": 4, "Add": 2}
 
 
+def test_a_cast_from_int32_to_int32_goes(operators: Any) -> None:
+    model = graph("(int64[3] x) => (float[3] y) { i = Cast<to = 7>(x) y = Cast<to = 1>(i) }")
+    opset17.apply(model)
+    assert operators(model) == {"Cast": 1}
+
+
 def test_zero_points_are_written_out_in_the_scales_shape(lower: Any, close: Any) -> None:
     """The parser of TensorRT 8.6 reads three inputs and wants as many zero points as scales."""
     model = graph("""(float[2,3] x) => (float[2,4] y)

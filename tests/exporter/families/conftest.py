@@ -52,7 +52,8 @@ def vocabulary() -> Callable[..., tuple[dict[str, int], list[tuple[str, str]]]]:
         bpe.pre_tokenizer = pre_tokenizers.Metaspace()
         first = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
         bpe.train_from_iterator(
-            [TEXT, text] * 9, trainers.BpeTrainer(vocab_size=400 + 2 * len(text), special_tokens=first, show_progress=False)
+            [TEXT, text] * 9,
+            trainers.BpeTrainer(vocab_size=400 + 2 * len(text), special_tokens=first, show_progress=False),
         )
         model = json.loads(bpe.to_str())["model"]
         return model["vocab"], [tuple(merge) for merge in model["merges"]]
@@ -79,10 +80,10 @@ def randomise() -> Callable[[nn.Module, int], None]:
 
 @pytest.fixture(scope="session")
 def export_tiny(picture_set: Path) -> Callable[[Path], Artifact]:
-    """export_tiny(folder): the checkpoint exported beside itself, with a KV cache of 192."""
+    """export_tiny(folder): the checkpoint exported beside itself, with a KV cache of 512."""
 
     def run(folder: Path) -> Artifact:
-        options = Options(capacity=192, cases=2, picture_set=picture_set, max_new_tokens=4)
+        options = Options(capacity=512, cases=2, picture_set=picture_set, max_new_tokens=4)
         return export(checkpoint.resolve(str(folder)), folder.parent / "artefact", options, lambda *_: None)
 
     return run

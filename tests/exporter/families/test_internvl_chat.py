@@ -1,4 +1,4 @@
-"""InternVL in OpenGVLab's layout: a plain rendering of the published equations on the checkpoint's own tensors judges."""
+"""InternVL in OpenGVLab's layout: a plain rendering of the published equations on the checkpoint's tensors judges."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from torch.nn import functional
-from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint
@@ -216,7 +217,7 @@ def test_every_tensor_of_the_checkpoint_is_used_once(folder: Path) -> None:
 
 def test_the_prompt_is_that_of_the_checkpoints_own_chat(folder: Path) -> None:
     described, prompt = describe(folder)
-    assert prompt.eos_token_ids == (Tokenizer_id(folder, "<|im_end|>"),)
+    assert prompt.eos_token_ids == (id_of(folder, "<|im_end|>"),)
     begin, end = "<|im_start|>user\n", "<|im_end|><|im_start|>assistant\n"
     system = f"<s><|im_start|>system\n{SYSTEM}<|im_end|>"
     assert render(prompt, "Why {image}?", ()) == f"{system}{begin}Why {{image}}?{end}"
@@ -224,7 +225,7 @@ def test_the_prompt_is_that_of_the_checkpoints_own_chat(folder: Path) -> None:
     assert render(prompt, "Why?", [text]) == f"{system}{begin}<img>{'<IMG_CONTEXT>' * 4}</img>\nWhy?{end}"
 
 
-def Tokenizer_id(folder: Path, token: str) -> int:
+def id_of(folder: Path, token: str) -> int:
     added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
     return next(int(id) for id, found in added.items() if found["content"] == token)
 
@@ -251,7 +252,7 @@ def test_the_template_of_2_5_ends_its_turns_with_a_line(folder: Path, tmp_path: 
     described, prompt = describe(change(folder, tmp_path, template="internvl2_5", dynamic_image_size=False))
     assert prompt.text_only.endswith("<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
     assert "书生·万象" in prompt.text_only
-    assert prompt.eos_token_ids == (Tokenizer_id(folder, "<|im_end|>"),)
+    assert prompt.eos_token_ids == (id_of(folder, "<|im_end|>"),)
     assert described["max_tiles"] == 1
 
 
@@ -285,30 +286,38 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(folder: Path, tmp_path: Pat
         checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
 
 
-def test_a_qwen2_decoder_keeps_its_names(randomise: Any, tmp_path: Path) -> None:
-    """InternVL 2.5 and 3 with Qwen2: the same weights give the same model in both layouts."""
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_other_decoders_keep_their_names(kind: str, randomise: Any, tmp_path: Path) -> None:
+    """InternVL 2.5, 3 (Qwen2) and 3.5 (Qwen3), whose decoders have transformers' names already."""
+    architecture = kind.capitalize() + "ForCausalLM"
     found = config(64)
-    text = found["llm_config"] | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
-    sizes |= {"num_attention_heads": HEADS}
-    own = InternVLForConditionalGeneration(
-        InternVLConfig(
-            vision_config=InternVLVisionConfig(**sizes, image_size=TILE, patch_size=PATCH, attention_bias=True),
-            text_config=Qwen2Config(**sizes, num_key_value_heads=KV_HEADS, vocab_size=64, tie_word_embeddings=False),
-            tie_word_embeddings=False,
+    found["llm_config"] |= {"architectures": [architecture], "model_type": kind, "head_dim": 16}
+    sizes = {name: found["llm_config"][name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    own = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            kind, **sizes, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, vocab_size=64, head_dim=16
         )
     )
     randomise(own, 0)
     weights = {name: weight for name, weight in tensors(64).items() if not name.startswith("language_model")}
-    for name, weight in own.state_dict().items():
-        if name.startswith("model.language_model.") or name.startswith("lm_head."):
-            name = name.replace("model.language_model.", "language_model.model.")
-            weights[name.replace("lm_head.", "language_model.lm_head.")] = weight.clone()
+    weights |= {f"language_model.{name}": weight for name, weight in own.state_dict().items()}
     save_file(weights, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(found | {"llm_config": text}))
+    (tmp_path / "config.json").write_text(json.dumps(found))
     loaded: Any = family_for("internvl_chat", "here").load(tmp_path)
-    assert type(loaded.model.language_model).__name__ == "Qwen2Model"
-    expected = own.model.language_model.state_dict()
-    for name, weight in loaded.model.language_model.state_dict().items():
-        assert torch.equal(weight, expected[name])
-    assert torch.equal(loaded.lm_head.weight, own.lm_head.weight)
+    assert type(loaded.model.language_model).__name__.lower() == f"{kind}model"
+    decoder = loaded.model.language_model.state_dict() | {"lm_head.weight": loaded.lm_head.weight}
+    for name, weight in own.state_dict().items():
+        assert torch.equal(decoder[name.removeprefix("model.")], weight)
+
+
+def test_qwens_tokenizer_is_transformers_own(folder: Path, tmp_path: Path) -> None:
+    text = json.loads((folder / "config.json").read_text())["llm_config"] | {"architectures": ["Qwen2ForCausalLM"]}
+    change(folder, tmp_path, llm_config=text, template="internvl2_5")
+    (tmp_path / "tokenizer.model").unlink()
+    vocab = {token: id for id, token in enumerate([*ADDED, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ADDED})
+    tokenizer.save_pretrained(tmp_path)
+    _, prompt = describe(tmp_path)
+    assert prompt.text_only.startswith("<|im_start|>system\n")
+    assert prompt.eos_token_ids == (vocab["<|im_end|>"],)
