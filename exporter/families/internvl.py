@@ -39,7 +39,7 @@ class VisionEncoder(nn.Module):
         """(tiles, side², width) → (tiles, (side / block)², block² · width): a block's patches, row by row, as one."""
         blocks, width = self.side // self.block, patches.shape[-1]
         grid = patches.reshape(-1, blocks, self.block, blocks, self.block, width)
-        return grid.permute(0, 3, 1, 2, 4, 5).reshape(-1, blocks * blocks, self.block * self.block * width)
+        return grid.permute(0, 1, 3, 2, 4, 5).reshape(-1, blocks * blocks, self.block * self.block * width)
 
 
 class InternVl(Family):

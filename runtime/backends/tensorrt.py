@@ -20,7 +20,7 @@ from ..cuda import Gpu, architecture
 from ..kernels import PTX
 from ..runner import Array, Decoder, Runner
 
-NAME = "TensorRT"
+TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 ENGINE = "engine.trt"  # the file of an engine in its folder
 STRIDE = 8  # tokens that decode() likes to make before the host looks
 THREADS = 128  # of a block of the kernels
@@ -39,14 +39,23 @@ def unavailable() -> str:
 def load_runner(spec: EngineSpec, path: Path, threads: int) -> Runner:
     import tensorrt
 
-    return TensorrtRunner(Engine(tensorrt, Gpu(), spec, path))
+    return runner(tensorrt, spec, path)
 
 
 def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> Decoder:
     import tensorrt
 
+    return decoder(tensorrt, spec, path)
+
+
+def runner(trt: Any, spec: EngineSpec, path: Path) -> TensorrtRunner:
+    """`trt` is the module `tensorrt`, or one with its API."""
+    return TensorrtRunner(Engine(trt, Gpu(), spec, path))
+
+
+def decoder(trt: Any, spec: EngineSpec, path: Path) -> TensorrtDecoder:
     assert spec.kv is not None
-    return TensorrtDecoder(Engine(tensorrt, Gpu(), spec, path), spec.kv)
+    return TensorrtDecoder(Engine(trt, Gpu(), spec, path), spec.kv)
 
 
 def make_logger(trt: Any) -> Any:
@@ -69,13 +78,14 @@ class Engine:
 
     def __init__(self, trt: Any, gpu: Gpu, spec: EngineSpec, path: Path) -> None:
         self.gpu, self._trt = gpu, trt
+        title = TITLES[trt.__name__]
         self._check(spec, path)
         self._logger = make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise VlmcError(
-                f"{NAME} {trt.__version__} cannot load {path}",
+                f"{title} {trt.__version__} cannot load {path}",
                 found="; ".join(self._logger.messages[-2:]) or "no message",
                 fix="build the engine again on this machine; if memory is short, end what else runs on the GPU",
             )
@@ -90,7 +100,7 @@ class Engine:
     def _check(self, spec: EngineSpec, path: Path) -> None:
         """Refuses an engine of another TensorRT or another kind of GPU by name: loading it would fail without one."""
         here = {"version": str(self._trt.__version__), "sm": architecture()}
-        for what, name in (("version", f"version of {NAME}"), ("sm", "GPU architecture (SM)")):
+        for what, name in (("version", f"version of {TITLES[self._trt.__name__]}"), ("sm", "GPU architecture (SM)")):
             if spec.settings.get(what) != here[what]:
                 raise VlmcError(
                     f"The engine {path} was built for another {name}",

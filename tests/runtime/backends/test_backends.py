@@ -27,7 +27,7 @@ def test_a_backend_is_found_by_its_file_and_can_tell_whether_it_runs() -> None:
     for name in backends.names():
         assert isinstance(backends.unavailable(name), str)
     assert backends.unavailable("onnxruntime") == ""
-    with pytest.raises(VlmcError, match=r"no backend 'tensorflow'. Expected: one of handover, onnxruntime"):
+    with pytest.raises(VlmcError, match=r"no backend 'tensorflow'. Expected: one of handover, numpy, onnxruntime"):
         backends.unavailable("tensorflow")
 
 

@@ -205,6 +205,7 @@ def fake_trt(load: Callable[[bytes], FakeEngine | None]) -> Any:
             return engine
 
     return SimpleNamespace(
+        __name__="tensorrt",
         __version__="8.6.0",
         ILogger=ILogger,
         Runtime=Runtime,

@@ -1,0 +1,126 @@
+"""What the builder for TensorRT decides before TensorRT is there: dialect, shapes, what stays float32, what was run.
+
+The rest is seen on a GPU (benchmarks/tensorrt_host.sh).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from vlmc.artifact import Artifact, KvSpec
+from vlmc.calibration.plan import read_plan
+from vlmc.engines import builders
+from vlmc.engines.builders import tensorrt as builder
+from vlmc.engines.passes import quantize
+from vlmc.profiles.device import load_device
+
+ORIN = load_device("orin")
+KV = KvSpec(layers=2, kv_heads=2, head_dim=16, capacity=128)
+
+
+def lowered(artifact: Artifact, component: str, tensorrt: str, folder: Path) -> tuple[ir.Model, str]:
+    model = ir.load(artifact.graph(component))
+    quantize.apply(model, read_plan(artifact, "int8"), component)
+    device = replace(ORIN, tensorrt=tensorrt)
+    embed = ir.load(artifact.graph("embed_tokens"))
+    job = builders.Job(
+        component, "int8", device, artifact.manifest.kv, folder, lambda: embed, 1, folder / "timing.cache"
+    )
+    return model, builder.lower(model, job)
+
+
+@pytest.mark.parametrize(
+    ("version", "opset", "form", "half"),
+    [
+        ("8.6", 17, "append", False),
+        ("10.3", 17, "append", False),
+        ("10.13", 17, "append", True),
+        ("10.16", 24, "shared", True),
+    ],
+)
+def test_the_graph_speaks_the_devices_tensorrt(
+    version: str, opset: int, form: str, half: bool, planned: Artifact, tmp_path: Path
+) -> None:
+    model, found = lowered(planned, "decoder", version, tmp_path)
+    assert (dict(model.opset_imports)[""], found) == (opset, form)
+    weights = {value.dtype for value in model.graph.initializers.values() if "norm" in str(value.name)}
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    assert all(node.outputs[0].dtype == (ir.DataType.FLOAT16 if half else node.outputs[0].dtype) for node in products)
+    assert weights
+    past = next(value for value in model.graph.inputs if value.name == "past_key_values.0.key")
+    assert list(past.shape or ()) == [1, 2, planned.manifest.kv.capacity, 16]
+    assert past.dtype == (ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)  # else the builder types it
+    assert {"input_ids", "inputs_embeds"} <= {str(value.name) for value in model.graph.inputs}
+
+
+def test_a_decoder_has_a_profile_for_the_step_and_prompts_by_length(planned: Artifact, tmp_path: Path) -> None:
+    model, _ = lowered(planned, "decoder", "8.6", tmp_path)
+    step, prompt = builder.profiles(model, KV, tiles=1)
+    assert step["inputs_embeds"] == ((1, 1, 64),) * 3
+    assert prompt["position_ids"] == ((1, 1), (1, 128), (1, 128))
+    lengths = [p["input_ids"][2][1] for p in builder.profiles(model, replace(KV, capacity=2048), tiles=1)]
+    assert lengths == [1, 256, 2048]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "ranges"), [(1, [(1, 1, 1)]), (5, [(1, 1, 1), (2, 5, 8)]), (17, [(1, 1, 1), (2, 8, 8)])]
+)
+def test_vision_has_a_profile_for_one_tile_and_one_for_more(
+    tiles: int, ranges: list[tuple[int, ...]], planned: Artifact, tmp_path: Path
+) -> None:
+    model, form = lowered(planned, "vision_encoder", "8.6", tmp_path)
+    assert form == ""
+    found = [tuple(shape[0] for shape in p["pixel_values"]) for p in builder.profiles(model, KV, tiles)]
+    assert found == ranges
+
+
+def test_what_a_version_cannot_do_is_said_before_anything_is_built() -> None:
+    assert builder.refuses("decoder", "int8", ORIN) == ""
+    assert builder.refuses("embed_tokens", "fp16", ORIN)
+    assert "TensorRT 10.15" in builder.refuses("decoder", "w4", ORIN)
+    assert builder.refuses("decoder", "w4", replace(ORIN, tensorrt="10.16")) == ""
+
+
+def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
+    class Layer:
+        def __init__(self, name: str) -> None:
+            self.name, self.precision, self.output = name, "", ""
+
+        def set_output_type(self, index: int, kind: str) -> None:
+            self.output = kind
+
+    layers = [Layer("layers.0.norm.square"), Layer("layers.0.mlp.up_proj"), Layer("layers.0.norm.normal")]
+    inputs = [SimpleNamespace(name=name, dtype="f32") for name in ("inputs_embeds", "past_key_values.0.key")]
+    outputs = [SimpleNamespace(name=name, dtype="f32") for name in ("logits", "present.0.key")]
+    network = SimpleNamespace(
+        num_layers=3,
+        get_layer=layers.__getitem__,
+        num_inputs=2,
+        get_input=inputs.__getitem__,
+        num_outputs=2,
+        get_output=outputs.__getitem__,
+    )
+    parsed: Any = SimpleNamespace(network=network)
+    builder._type_weakly(SimpleNamespace(float32="f32", float16="f16"), parsed)
+    assert [layer.precision for layer in layers] == ["f32", "", "f32"]
+    assert [tensor.dtype for tensor in inputs + outputs] == ["f32", "f16", "f32", "f16"]
+
+
+def test_products_are_the_inspectors_where_it_shows_layers() -> None:
+    layers = [
+        {"LayerType": "CaskGemm", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]},
+        {"LayerType": "gemm", "Inputs": [{"Format/Datatype": "Row major linear FP16 format"}]},
+        {"LayerType": "PointWise", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]},
+    ]
+    assert builder.executed(layers, {"int8": 9}) == {"int8": 1, "float16": 1}
+
+
+def test_a_fused_region_shows_none_and_the_report_says_so() -> None:
+    counts = builder.executed([{"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin"}], {"int8": 9, "float32": 2})
+    assert counts == {f"int8 {builder.REGION}": 9, f"float32 {builder.REGION}": 2}
+    assert "no kernel" in builder.REGION
