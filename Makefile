@@ -47,5 +47,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --constraint constraints.txt setuptools
 	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \
-		--editable '.[export,openvino,report,dev]'
+		--editable '.[export,openvino,report,rtx,dev]'
 	touch $@

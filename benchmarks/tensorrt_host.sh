@@ -9,7 +9,10 @@ set -u
 data=/tmp/gpu/data logs=/tmp/gpu/logs
 mkdir -p $logs
 start() {
+  resource=$(mktemp)
+  cat /tmp/gpu/parts/res.xz.* | xz -dc -T0 > "$resource" & # by far the largest library, packed on its own
   bash /tmp/gpu/parts/unpack.sh all
+  wait && mv "$resource" /tmp/gpu/py310/lib/python3.10/site-packages/tensorrt/libnvinfer_builder_resource.so.8.6.0
   ln -sfn "$PWD" /tmp/gpu/vlmc
   printf '#!/bin/sh\nunset PYTHONHOME LD_LIBRARY_PATH\nexport PYTHONPATH=/tmp/gpu\nexec %s "$@"\n' "$(command -v python3)" > /tmp/gpu/torch-python
   chmod +x /tmp/gpu/torch-python
@@ -38,7 +41,7 @@ export -f engine behind
 export data logs
 case $1 in
   start)
-    date +%T; vlmc doctor | sed -n 1,30p
+    date +%T
     for part in vision_encoder decoder; do for p in fp16 int8; do engine $data/demo $part $p & done; done
     wait; date +%T
     PYTHONPATH=/tmp/gpu setsid nohup bash -c behind > $logs/behind.log 2>&1 &

@@ -129,7 +129,7 @@ def build(folder: Path, name: str) -> None:
     """Builds NAME.trt and writes NAME.json: seconds, and what the inspector shows."""
     import tensorrt as trt
     from vlmc.engines import tensorrt_network
-    from vlmc.runtime.backends.tensorrt import make_logger
+    from vlmc.runtime.backends.tensorrt import logger
 
     start, form = time.perf_counter(), FORMS[name]
     parsed = tensorrt_network.parse(trt, folder / "onnx" / f"{name}.onnx", name, ("EXPLICIT_BATCH",))
@@ -143,7 +143,7 @@ def build(folder: Path, name: str) -> None:
     shape = (1, 3, 512, 512)
     engine = tensorrt_network.serialise(parsed, [{"pixel_values": (shape, shape, shape)}], configure)
     (folder / f"{name}.trt").write_bytes(engine)
-    loaded = trt.Runtime(make_logger(trt)).deserialize_cuda_engine(engine)
+    loaded = trt.Runtime(logger(trt)).deserialize_cuda_engine(engine)
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(text, strict=False).get("Layers", [])
     record = {

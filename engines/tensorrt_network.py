@@ -15,8 +15,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ..errors import VlmcError
+from ..runtime.backends.tensorrt import TITLES, logger
 
-TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # the smallest, usual and largest shape of inputs that vary
 WEIGHT_ONLY = {"INT4": "w4", "INT8": "w8"}
@@ -76,13 +76,14 @@ def parse(trt: Any, path: Path, what: str, flags: Sequence[str] = ("STRONGLY_TYP
     """The network of an ONNX file whose weights lie beside it. `what` names it in errors, which name the nodes that the
     parser refuses (it stops at the first). `flags` are names of NetworkDefinitionCreationFlag; those that this version
     of TensorRT does not have are left out."""
+    log = logger(trt)
     errors: list[str] = []
     warnings: list[str] = []
-    logger = _logger(trt, errors, warnings)
-    builder = trt.Builder(logger)
+    log.errors, log.warnings = errors, warnings
+    builder = trt.Builder(log)
     known = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(sum(1 << int(getattr(known, flag)) for flag in flags if hasattr(known, flag)))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
         refused = [_refusal(parser.get_error(index)) for index in range(parser.num_errors)] or _sentences(errors)
         raise VlmcError(
@@ -129,22 +130,6 @@ def serialise(parsed: Parsed, profiles: Sequence[Profile], configure: Callable[[
             fix="build it for another backend or with another recipe",
         )
     return engine
-
-
-def _logger(trt: Any, errors: list[str], warnings: list[str]) -> Any:
-    """Keeps what TensorRT would print."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.ERROR):
-                errors.append(message)
-            elif int(severity) == int(trt.ILogger.WARNING):
-                warnings.append(message)
-
-    return Logger()
 
 
 def _layers(parsed: Parsed) -> Iterator[Any]:

@@ -78,7 +78,7 @@ def _own(folder: Path) -> OwnProcessor | None:
     family = all_families().get(str(config.get("model_type"))) if isinstance(config, dict) else None
     if family is None:
         return None
-    with _reading("tokenizer", folder):
+    with _reading("config or tokenizer", folder):
         return family.own_processor(folder)
 
 

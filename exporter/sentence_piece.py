@@ -53,10 +53,7 @@ def fast_tokenizer(path: Path, added: Mapping[int, str], **tokens: str) -> Any:
 def _read(path: Path) -> tuple[list[tuple[str, int]], bool]:
     """The pieces as text and type, and whether a space is put before a text."""
     if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-        raise VlmcError(
-            f"{path} is missing or too large",
-            fix="download the checkpoint again, or put a tokenizer.json beside it",
-        )
+        raise VlmcError(f"{path} is missing or too large", fix="download the checkpoint again")
     pieces, prefix = [], True
     try:
         for field, value in _fields(path.read_bytes()):

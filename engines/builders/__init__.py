@@ -5,7 +5,7 @@ Each module has
 - `FLOAT`: the name of its float precision, `fp32` or `fp16`, which a recipe leaves what it does not quantise;
 - `unavailable() -> str`: why it cannot build here, empty where it can;
 - `refuses(component, precision, device) -> str`: why it does not offer that, empty where it does;
-- `build(model, job) -> Built`: lowers the canonical graph, in which the recipe's Q/DQ is already, and writes the engine;
+- `build(model, job) -> Built`: lowers the canonical graph, which has the recipe's Q/DQ, and writes the engine;
 - `products(path, settings) -> dict`: the matrix products by precision as the backend really runs them.
 """
 

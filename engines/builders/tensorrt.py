@@ -25,7 +25,7 @@ from ...runtime.backends import tensorrt as backend
 from ...runtime.backends.tensorrt import ENGINE
 from .. import tensorrt_network
 from ..passes import half_precision, opset17, patches_as_matmul, token_loop, two_segment_attention
-from ..tensorrt_network import Parsed, Profile, Shape
+from ..tensorrt_network import Parsed, Profile, profile
 from . import Built, Job
 
 PACKAGES = ("tensorrt",)
@@ -87,25 +87,15 @@ def lower(model: ir.Model, job: Job) -> str:
 
 
 def profiles(model: ir.Model, kv: KvSpec, tiles: int) -> list[Profile]:
-    """The shapes that an engine is made for, from the inputs' free axes: of vision one tile, and several; of a decoder a
-    step, then prompts by length."""
+    """The shapes that an engine is made for: of vision one tile, and several; of a decoder a step, then prompts by
+    length."""
     if any(value.name == "inputs_embeds" for value in model.graph.inputs):
         lengths = [length for length in PROMPTS if length < kv.capacity] + [kv.capacity]
         ranges = [(1, 1, 1), *((1, length, length) for length in lengths)]
     else:
         most = min(max(tiles, 1), MOST_TILES)
         ranges = [(1, 1, 1)] + ([(2, most, MOST_TILES)] if tiles > 1 else [])
-    free = {
-        str(value.name): [d if isinstance(d, int) else None for d in value.shape or ()]
-        for value in model.graph.inputs
-        if any(not isinstance(d, int) for d in value.shape or ())
-    }
-    return [{name: _shapes(shape, sizes) for name, shape in free.items()} for sizes in ranges]
-
-
-def _shapes(shape: Sequence[int | None], sizes: tuple[int, int, int]) -> tuple[Shape, Shape, Shape]:
-    smallest, usual, largest = (tuple(d if d is not None else size for d in shape) for size in sizes)
-    return smallest, usual, largest
+    return [profile(model, *sizes) for sizes in ranges]
 
 
 def build(model: ir.Model, job: Job) -> Built:
@@ -184,7 +174,7 @@ class _TimingCache:
 def _inspected(trt: Any, parsed: Parsed, engine: Any) -> dict[str, Any]:
     """`products`, from the inspector where it shows layers; a region that Myelin fused shows none, so there what was
     asked for is counted and the key says so. `scratch_bytes`: device memory that the engine needs while it runs."""
-    loaded = trt.Runtime(backend.make_logger(trt)).deserialize_cuda_engine(engine)
+    loaded = trt.Runtime(backend.logger(trt)).deserialize_cuda_engine(engine)
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(text, strict=False).get("Layers", [])  # its strings may hold raw control characters
     return {

@@ -7,6 +7,7 @@ steps before it looks at the tokens, so it costs next to nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,21 @@ def decoder(trt: Any, spec: EngineSpec, path: Path) -> TensorrtDecoder:
     return TensorrtDecoder(Engine(trt, Gpu(), spec, path), spec.kv)
 
 
-def make_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps errors and warnings, the newest last, instead of printing them."""
+@functools.cache  # TensorRT keeps the process's first logger: where that was freed, a later builder hangs
+def logger(trt: Any) -> Any:
+    """Keeps what TensorRT would print: `errors` and `warnings`, the newest last, which are replaced to begin anew."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
-            super().__init__()
-            self.messages: list[str] = []
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.WARNING):
-                self.messages.append(message.strip())
+            if int(severity) <= int(trt.ILogger.ERROR):
+                self.errors.append(message.strip())
+            elif int(severity) == int(trt.ILogger.WARNING):
+                self.warnings.append(message.strip())
 
     return Logger()
 
@@ -80,13 +85,14 @@ class Engine:
         self.gpu, self._trt = gpu, trt
         title = TITLES[trt.__name__]
         self._check(spec, path)
-        self._logger = make_logger(trt)
-        self._runtime = trt.Runtime(self._logger)
+        log = logger(trt)
+        log.errors = []
+        self._runtime = trt.Runtime(log)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise VlmcError(
                 f"{title} {trt.__version__} cannot load {path}",
-                found="; ".join(self._logger.messages[-2:]) or "no message",
+                found="; ".join(log.errors[-2:]) or "no message",
                 fix="build the engine again on this machine; if memory is short, end what else runs on the GPU",
             )
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]

@@ -103,6 +103,7 @@ def test_what_it_builds_computes_what_pytorch_does(planned: Artifact, load: Any,
 def test_each_kind_of_card_gets_an_engine_of_its_own(device: str, planned: Artifact, tmp_path: Path) -> None:
     built = build(planned, "vision_encoder", "int8", tmp_path, device)
     assert built.settings["sm"] == load_device(device).sm
+    assert f"sm{load_device(device).sm}".encode() in (tmp_path / built.file).read_bytes()
 
 
 def test_every_device_that_names_it_can_be_built_for() -> None:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor
@@ -20,6 +22,7 @@ from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint
 from vlmc.exporter.family import family_for
 from vlmc.exporter.processor import describe
+from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -236,6 +239,17 @@ def test_the_pictures_are_cut_as_the_config_says(folder: Path) -> None:
     assert {name: described[name] for name in wanted} == wanted
 
 
+def test_the_values_of_the_pixels_are_the_model_cards(folder: Path, make_picture: Any) -> None:
+    """Its torchvision transforms divide by 255 in float32, transformers multiplies in float64: hence the tolerance."""
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    prepare = preprocessing.load(describe(folder)[0])
+    for size in ((28, 28), (90, 31), (17, 60)):
+        small = make_picture(*size).resize((TILE, TILE), Image.Resampling.BICUBIC)
+        expected = (np.asarray(small).astype(np.float32) / np.float32(255) - mean) / std
+        whole = prepare([make_picture(*size)]).pixel_values[-1]  # the only tile, or the one that shows the whole
+        np.testing.assert_allclose(whole, expected.transpose(2, 0, 1), atol=1e-6, rtol=0)
+
+
 def change(folder: Path, target: Path, **changes: Any) -> Path:
     """A copy of the checkpoint without weights, with another config.json."""
     for path in folder.iterdir():
@@ -284,6 +298,14 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(folder: Path, tmp_path: Pat
     save_file(weights, change(folder, tmp_path) / "model.safetensors")
     with pytest.raises(VlmcError, match=r"lacks 3 weights.*k_proj"):
         checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
+
+
+def test_weights_in_bfloat16_are_computed_with_in_float32(folder: Path, tmp_path: Path) -> None:
+    weights = {name: weight.bfloat16() for name, weight in original(folder).items()}
+    save_file(weights, change(folder, tmp_path) / "model.safetensors")
+    model = checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert torch.equal(model.lm_head.weight, weights["language_model.output.weight"].float())
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])

@@ -278,6 +278,14 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(name: str, folder: Path, tm
         checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
 
 
+def test_weights_in_float16_are_computed_with_in_float32(folder: Path, tmp_path: Path) -> None:
+    weights = {name: weight.half() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, change(folder, tmp_path) / "model.safetensors")
+    model = checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert torch.equal(model.peg.weight, weights["model.mm_projector.peg.peg.0.weight"].float())
+
+
 def test_random_weights_depend_on_the_seed_alone(folder: Path, tmp_path: Path) -> None:
     change(folder, tmp_path)
     first, again, other = (

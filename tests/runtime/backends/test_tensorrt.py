@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,7 +192,7 @@ class Made:
 
 def fake_trt(load: Callable[[bytes], FakeEngine | None]) -> Any:
     class ILogger:
-        WARNING = 2
+        ERROR, WARNING = 1, 2
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -204,14 +204,10 @@ def fake_trt(load: Callable[[bytes], FakeEngine | None]) -> Any:
                 self._logger.log(1, "Magic tag does not match")
             return engine
 
-    return SimpleNamespace(
-        __name__="tensorrt",
-        __version__="8.6.0",
-        ILogger=ILogger,
-        Runtime=Runtime,
-        TensorIOMode=SimpleNamespace(INPUT="in"),
-        nptype=lambda dtype: dtype,
-    )
+    trt: Any = ModuleType("tensorrt")
+    trt.__version__, trt.ILogger, trt.Runtime = "8.6.0", ILogger, Runtime
+    trt.TensorIOMode, trt.nptype = SimpleNamespace(INPUT="in"), lambda dtype: dtype
+    return trt
 
 
 def spec(**settings: Any) -> EngineSpec:
