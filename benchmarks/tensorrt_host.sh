@@ -21,9 +21,9 @@ start() {
 . /tmp/gpu/env.sh
 export PY310PATH=/tmp/gpu CUDA_MODULE_LOADING=LAZY PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=/tmp/gpu/inductor COLUMNS=100
 vlmc() { py310 -m vlmc "$@"; }
-engine() { # ARTEFACT COMPONENT PRECISION: built ahead, so that several are at once
+engine() { # ARTEFACT COMPONENT PRECISION [BACKEND]: built ahead, so that several are at once
   py310 -c 'import sys; from pathlib import Path; from vlmc.artifact import Artifact; from vlmc.engines.candidate import *
-build(Artifact(Path(sys.argv[1])), Candidate("h100", sys.argv[2], "tensorrt", sys.argv[3]))' "$@" > "$logs/$(basename "$1")-$2-$3.log" 2>&1 ||
+build(Artifact(Path(sys.argv[1])), Candidate("h100", sys.argv[2], (sys.argv[4:] or ["tensorrt"])[0], sys.argv[3]))' "$@" > "$logs/$(basename "$1")-$2-$3.log" 2>&1 ||
     { echo "FAILED $*"; tail -3 "$logs/$(basename "$1")-$2-$3.log"; }
 }
 behind() { # the true size and the forms, while the demo is looked at
@@ -43,10 +43,13 @@ case $1 in
   start)
     date +%T
     for part in vision_encoder decoder; do for p in fp16 int8; do engine $data/demo $part $p & done; done
+    engine $data/demo embed_tokens fp32 numpy
     wait; date +%T
     PYTHONPATH=/tmp/gpu setsid nohup bash -c behind > $logs/behind.log 2>&1 &
-    vlmc build $data/demo --device h100 --int8 2>&1; date +%T
-    vlmc run $data/demo $data/demo/golden/00.png --device h100 --prompt "Describe the picture briefly." 2>&1; date +%T
+    py310 -c 'import sys; from pathlib import Path; from vlmc.artifact import Artifact; from vlmc.engines.trial import try_component
+for part in ("vision_encoder", "decoder"):  # right or wrong; the times are those of a busy GPU and are not kept
+    print(part, try_component(Artifact(Path(sys.argv[1])), "h100", part, ["tensorrt-fp16", "tensorrt-int8"], "numpy-fp32"))' $data/demo 2>&1 | tail -8
+    date +%T
     ;;
   measure)
     limit=${2:-300}; begin=$SECONDS
@@ -54,7 +57,8 @@ case $1 in
     date +%T; ls /tmp/gpu/behind.done; cat $logs/behind.log; tail -n 2 $logs/*.log | cut -c1-300 | tail -60
     left() { echo $((limit - (SECONDS - begin))); }
     timeout "$(left)" bash -c "py310 benchmarks/tensorrt_variants.py time $data/vit2" | tee "$OUT/vit2.json"; date +%T
-    timeout "$(left)" bash -c "py310 -m vlmc build $data/256m --device h100 --int8" 2>&1; date +%T
+    for name in 256m demo; do timeout "$(left)" bash -c "py310 -m vlmc build $data/$name --device h100 --int8" 2>&1; date +%T; done
+    timeout "$(left)" bash -c "py310 -m vlmc run $data/demo $data/demo/golden/00.png --device h100 --prompt 'Describe the picture briefly.'" 2>&1
     timeout "$(left)" bash -c "py310 -m vlmc profile $data/256m --device h100 --runs 12 --tokens 64 --torch-python /tmp/gpu/torch-python" 2>&1 | tail -60; date +%T
     timeout "$(left)" bash -c "py310 -m vlmc profile $data/demo --device h100 --runs 12 --samples 24 --torch-python /tmp/gpu/torch-python" 2>&1 | tail -60; date +%T
     nvidia-smi -q -d CLOCK,PERFORMANCE,POWER | head -80 > $logs/smi.txt
