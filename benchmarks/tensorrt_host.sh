@@ -17,7 +17,7 @@ start() {
   printf '#!/bin/sh\nunset PYTHONHOME LD_LIBRARY_PATH\nexport PYTHONPATH=/tmp/gpu\nexec %s "$@"\n' "$(command -v python3)" > /tmp/gpu/torch-python
   chmod +x /tmp/gpu/torch-python
 }
-[ "$1" = start ] && start
+[ "$1" = start ] && [ -e /tmp/gpu/parts/res.xz.00 ] && start && rm -f /tmp/gpu/parts/res.xz.*
 . /tmp/gpu/env.sh
 export PY310PATH=/tmp/gpu CUDA_MODULE_LOADING=LAZY PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=/tmp/gpu/inductor COLUMNS=100
 vlmc() { py310 -m vlmc "$@"; }

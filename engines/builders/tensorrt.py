@@ -24,7 +24,7 @@ from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
 from ...runtime.backends.tensorrt import ENGINE
 from .. import tensorrt_network
-from ..passes import half_precision, opset17, patches_as_matmul, token_loop, two_segment_attention
+from ..passes import float_weights, half_precision, opset17, patches_as_matmul, token_loop, two_segment_attention
 from ..tensorrt_network import Parsed, Profile, profile
 from . import Built, Job
 
@@ -32,6 +32,7 @@ PACKAGES = ("tensorrt",)
 FLOAT = "fp16"
 NATIVE = (10, 15)  # RotaryEmbedding, RMSNormalization and TensorScatter; Attention came with 10.14
 STRONG = (10, 12)
+INTEGER_WEIGHTS = (10, 0)
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST_TILES = 8  # pictures of more run in parts
 STATES = ("past_key_values.", "present.")
@@ -80,6 +81,8 @@ def lower(model: ir.Model, job: Job) -> str:
         patches_as_matmul.apply(model)
     if version(job.device) < NATIVE:
         opset17.apply(model)
+    if version(job.device) < INTEGER_WEIGHTS:
+        float_weights.apply(model)
     if version(job.device) >= STRONG:
         half_precision.apply(model)
     tensorrt_network.fix_dimension(model, "capacity", job.kv.capacity)
