@@ -102,7 +102,7 @@ def models(as_json: bool) -> None:
     table = Table("family", "model types", "presets (--random-weights)")
     for name in families:
         table.add_row(
-            name, ", ".join(types[name]), ", ".join(p for p in checkpoint.preset_names() if p.startswith(name))
+            name, ", ".join(types[name]), ", ".join(p for p in checkpoint.preset_names() if p.startswith(f"{name}-"))
         )
     console.output().print(table)
     console.output().print("Bundled with trained weights: demo. Any hub id or folder of these types works.")

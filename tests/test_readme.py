@@ -10,7 +10,6 @@ import click
 import pytest
 from vlmc.calibration import recipes
 from vlmc.cli import COMMANDS, vlmc
-from vlmc.engines import builders
 from vlmc.exporter import checkpoint, family
 from vlmc.profiles.device import device_names, load_device
 
@@ -70,7 +69,7 @@ def test_the_table_of_models_is_what_vlmc_models_lists() -> None:
     for model_type, found in family.all_families().items():
         by_family.setdefault(type(found).__module__.rpartition(".")[2], []).append(model_type)
     for file, types in by_family.items():
-        own = ", ".join(preset for preset in presets if preset.startswith(file))
+        own = ", ".join(preset for preset in presets if preset.startswith(f"{file}-"))
         rows.append(f"| `{file}` | {', '.join(types)} | {own} |")
     assert [row for row in rows if row not in text_of(README)] == []
 
@@ -78,7 +77,7 @@ def test_the_table_of_models_is_what_vlmc_models_lists() -> None:
 def test_the_table_of_devices_is_that_of_the_device_files() -> None:
     rows = []
     for device in map(load_device, device_names()):
-        gives = "engines" if device.backends[0] in builders.names() else "graph"
+        gives = "engines" if device.ahead_of_time else "lowered graphs here, engines there"
         rows.append(f"| `{device.name}` | {device.title} | {', '.join(device.backends)} | {gives} |")
     table = text_of(README).partition("<!-- devices:")[2].partition("\n\n")[0].splitlines()
     assert table[3:] == rows

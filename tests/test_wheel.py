@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # What the packages need besides code; each pattern stands in pyproject.toml, [tool.setuptools.package-data].
 DATA = ("demo/atlas/*", "demo/model/*", "exporter/presets/*.json", "profiles/devices/*.toml", "reports/*.jinja")
+DATA += ("runtime/kernels.cu", "runtime/kernels.ptx")
 
 
 def packages() -> list[Path]:
