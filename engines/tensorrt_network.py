@@ -80,7 +80,14 @@ def parse(trt: Any, path: Path, what: str, flags: Sequence[str] = ("STRONGLY_TYP
     errors: list[str] = []
     warnings: list[str] = []
     log.errors, log.warnings = errors, warnings
-    builder = trt.Builder(log)
+    try:
+        builder = trt.Builder(log)
+    except TypeError:  # pybind11's word for a constructor that returned nothing
+        raise VlmcError(
+            f"{title(trt)} does not start",
+            found="; ".join(_sentences(errors + warnings)) or "no message",
+            fix="see `nvidia-smi` for the driver and the GPU; a damaged installation of TensorRT has to be made again",
+        ) from None
     known = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(sum(1 << int(getattr(known, flag)) for flag in flags if hasattr(known, flag)))
     parser = trt.OnnxParser(network, log)

@@ -78,14 +78,12 @@ def lower(model: ir.Model, job: Job) -> None:
 
 
 def profiles(model: ir.Model, job: Job) -> list[Profile]:
-    """The shapes that the lowered graph is compiled for. Vision: up to a picture's tiles. Decoder: a step, of fixed
-    shapes, so that nothing is left to compile when its CUDA graph is captured; then prompts."""
+    """The shapes that the lowered graph is compiled for. Vision: up to a picture's tiles. Decoder: steps and prompts in
+    one, best for steps; a profile for each packs the weights twice (docs/experiments.md)."""
     if job.component == "vision_encoder":
         return [profile(model, 1, max(1, job.tiles), max(MOST_TILES, job.tiles))]
     capacity = job.kv.capacity
-    if job.component == "embed_tokens":
-        return [profile(model, 1, 1, capacity)]
-    return [profile(model, 1, 1, 1), profile(model, 1, max(1, capacity // 2), capacity)]
+    return [profile(model, 1, 1, capacity)]
 
 
 def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:

@@ -125,7 +125,8 @@ class Engine:
 
     def smallest(self, name: str, profile: int) -> tuple[int, ...]:
         """The input's smallest shape in the profile."""
-        return tuple(self._engine.get_tensor_profile_shape(name, profile)[0])
+        fixed = tuple(self._engine.get_tensor_shape(name))
+        return tuple(self._engine.get_tensor_profile_shape(name, profile)[0]) if -1 in fixed else fixed
 
     def context(self) -> Context:
         """An execution context. All use the same scratch memory, so only one may run at a time."""
@@ -221,7 +222,8 @@ class TensorrtDecoder:
     """A decoder whose engine looks tokens up and chooses them (passes/token_loop.py), with its KV cache on the GPU.
 
     Its forms are `append` (the engine returns new keys and values, the kernel writes them) and `shared` (the engine
-    writes them itself). Profile 0 is the decode step; the others are ranges of prompt lengths.
+    writes them itself). Profile 0 has the decode step; further ones are ranges of prompt lengths. An engine with one
+    profile uses it for both, which TensorRT allows from version 10 on.
     """
 
     stride = STRIDE
@@ -254,8 +256,7 @@ class TensorrtDecoder:
         for address, array in uploads.items():
             gpu.upload(address, array)
         shapes = {name: self._at_length(name, length) for name in self._engine.inputs}
-        fits = (i for i, largest in enumerate(self._engine.profiles) if i and largest["inputs_embeds"][1] >= length)
-        self._prefill.use_profile(next(fits), shapes)
+        self._prefill.use_profile(self._profile_for(length), shapes)
         self._prefill.enqueue()
         self._after(length)
         self._kept, self._position = 0, length
@@ -313,7 +314,7 @@ class TensorrtDecoder:
     def _capture_step(self) -> Any:
         """The decode step as one CUDA graph. It reads token and position where the kernel before left them."""
         step = {"input_ids": self._state + SLOT, "position_ids": self._state, "write_index": self._state}
-        self._step.use_profile(0, self._engine.profiles[0])
+        self._step.use_profile(0, {name: self._at_length(name, 1) for name in self._engine.inputs})
         self._step.bind(self._addresses | step | {"logits_index": self._zero})
 
         def enqueue() -> None:
@@ -324,9 +325,14 @@ class TensorrtDecoder:
         self._gpu.wait()
         return self._gpu.capture(enqueue)
 
+    def _profile_for(self, length: int) -> int:
+        """The first whose range of prompts holds the length; the step's own is taken by its context."""
+        lengths = [largest["inputs_embeds"][1] for largest in self._engine.profiles]
+        return next(i for i, most in enumerate(lengths) if most >= length and (i or len(lengths) == 1))
+
     def _at_length(self, name: str, length: int) -> tuple[int, ...]:
         """The input's shape for that many positions: an axis that is 1 in a step and more in a prompt is the length."""
-        step, prompt = self._engine.profiles[0][name], self._engine.profiles[-1][name]
+        step, prompt = self._engine.smallest(name, 0), self._engine.profiles[-1][name]
         return tuple(length if one != many else one for one, many in zip(step, prompt, strict=True))
 
     def _shape_of(self, name: str) -> tuple[int, ...]:

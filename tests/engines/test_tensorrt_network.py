@@ -182,6 +182,48 @@ def test_a_parser_that_knows_a_nodes_number_only() -> None:
     assert old.created == [1]
 
 
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [  # both as TensorRT 8.6.0 wrote them: without a driver, and with a library that was tampered with (H100)
+        (
+            "CUDA initialization failure with error: 35. Please check your CUDA installation:  http://docs.nvidia.com/cuda",
+            "CUDA initialization failure with error: 35",
+        ),
+        (
+            "2: [builder.cpp::createCaskKernelLibraryImpl::182] Error Code 2: Internal Error (Assertion "
+            "validateCaskKLibDigest(sha256sum) failed. )",
+            "validateCaskKLibDigest",
+        ),
+    ],
+)
+def test_a_tensorrt_that_does_not_start_is_a_sentence(said: str, found: str) -> None:
+    class Broken:
+        __name__, __version__ = "tensorrt", "8.6.0"
+        ILogger = type("ILogger", (), {"ERROR": 1, "WARNING": 2})
+
+        def Builder(self, logger: Any) -> Any:
+            logger.log(1, said)
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    with pytest.raises(VlmcError, match=r"TensorRT 8\.6\.0 does not start") as caught:
+        tensorrt_network.parse(Broken(), Path("model.onnx"), "decoder")
+    assert found in caught.value.found
+
+
+def test_a_build_that_fails_repeats_what_tensorrt_said() -> None:
+    """The words of TensorRT 8.6.0 on an H100 for int8 constants behind DequantizeLinear."""
+    said = (
+        "2: [graphOptimizer.cpp::convertMyelinWeightsToFp32::7903] Error Code 2: Internal Error (Assertion "
+        "params.weights.type() != DataType::kINT8 failed. )"
+    )
+    old: Any = SimpleNamespace(__name__="tensorrt", __version__="8.6.0")
+    failing = SimpleNamespace(create_builder_config=lambda: None, build_serialized_network=lambda network, config: None)
+    parsed = tensorrt_network.Parsed(old, "vision_encoder", failing, None, None, errors=[said])
+    with pytest.raises(VlmcError, match=r"TensorRT 8\.6\.0 does not build the vision_encoder") as caught:
+        tensorrt_network.serialise(parsed, [], lambda config: None)
+    assert "DataType::kINT8" in caught.value.found
+
+
 def test_attention_builds_in_float16_and_says_in_a_sentence_why_not_in_float32(parse: Parse) -> None:
     shapes = dict.fromkeys(("q", "k", "v"), ((1, 2, 1, 64), (1, 2, 8, 64), (1, 2, 16, 64)))
     engine = tensorrt_network.serialise(parse(attention(ir.DataType.FLOAT16)), [shapes], target)

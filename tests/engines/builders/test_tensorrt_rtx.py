@@ -124,13 +124,13 @@ def test_a_gpu_that_it_does_not_build_for_is_refused_in_a_sentence(planned: Arti
     assert list(tmp_path.iterdir()) == []
 
 
-def test_profiles_are_a_step_then_prompts_that_fill_the_cache(planned: Artifact, tmp_path: Path) -> None:
+def test_one_profile_holds_steps_and_prompts_that_fill_the_cache(planned: Artifact, tmp_path: Path) -> None:
     model, decoder = graph(planned, "decoder", "fp16"), job(planned, "decoder", "fp16", tmp_path)
     tensorrt_rtx.lower(model, decoder)
-    step, prompts = tensorrt_rtx.profiles(model, decoder)
-    assert step.keys() == prompts.keys() == {"inputs_embeds", "position_ids", "input_ids"}
-    assert step["inputs_embeds"] == ((1, 1, 64),) * 3
-    assert prompts["input_ids"] == ((1, 1), (1, 64), (1, 128))
+    (shapes,) = tensorrt_rtx.profiles(model, decoder)
+    assert shapes.keys() == {"inputs_embeds", "position_ids", "input_ids"}
+    assert shapes["inputs_embeds"] == ((1, 1, 64), (1, 1, 64), (1, 128, 64))
+    assert shapes["input_ids"] == ((1, 1), (1, 1), (1, 128))
 
 
 def test_vision_takes_what_the_golden_pictures_have_and_more(planned: Artifact, tmp_path: Path) -> None:

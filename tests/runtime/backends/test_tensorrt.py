@@ -164,7 +164,7 @@ class FakeContext:
 class Made:
     """A lowered component, loaded as an engine."""
 
-    def __init__(self, artifact: Artifact, component: str, recipe: str, folder: Path) -> None:
+    def __init__(self, artifact: Artifact, component: str, recipe: str, folder: Path, profiles: int = 0) -> None:
         model = ir.load(artifact.graph(component))
         if recipe != "fp16":
             quantize.apply(model, read_plan(artifact, recipe), component)
@@ -173,7 +173,7 @@ class Made:
         device = load_device("h100")
         job = builders.Job(component, recipe, device, self.kv, folder, lambda: embed, 3, folder / "timing.cache")
         self.form = builder.lower(model, job)
-        self.shapes = builder.profiles(model, self.kv, tiles=3)
+        self.shapes = builder.profiles(model, self.kv, tiles=3)[-profiles:]
         self.path = folder / "model.onnx"
         ir.save(model, self.path, external_data="model.onnx.data")
         self.gpu = FakeGpu()
@@ -247,6 +247,13 @@ def test_tokens_are_those_of_pytorch(make: Callable[..., Made], planned: Artifac
             count = len(case["tokens"]) - 1
             assert [first, *decoder.decode(count)] == list(case["tokens"])
             assert [decoder.prefill(arrays[f"{index}.inputs_embeds"]), *decoder.decode(1)] == list(case["tokens"][:2])
+
+
+def test_one_profile_serves_steps_and_prompts(planned: Artifact, tmp_path: Path) -> None:
+    decoder = Made(planned, "decoder", "fp16", tmp_path, profiles=1).decoder()
+    cases, arrays = golden.read(planned)
+    first = decoder.prefill(arrays["0.inputs_embeds"])
+    assert [first, *decoder.decode(len(cases[0]["tokens"]) - 1)] == cases[0]["tokens"]
 
 
 def test_feeding_a_token_replaces_the_chosen_one(make: Callable[..., Made], planned: Artifact) -> None:

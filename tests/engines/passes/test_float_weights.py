@@ -1,0 +1,49 @@
+"""Weights as floats behind Q/DQ: no int8 constant is left, and no number changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from vlmc.artifact import Artifact
+from vlmc.calibration.plan import read_plan
+from vlmc.engines.passes import float_weights, opset17, patches_as_matmul, quantize
+from vlmc.exporter import golden
+
+
+def features(model: ir.Model, folder: Path, pixels: np.ndarray) -> np.ndarray:
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused kernels round otherwise
+    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"pixel_values": pixels})[0])
+
+
+@pytest.fixture
+def quantised(planned: Artifact) -> ir.Model:
+    model = ir.load(planned.graph("vision_encoder"))
+    quantize.apply(model, read_plan(planned, "int8"), "vision_encoder")
+    patches_as_matmul.apply(model)
+    opset17.apply(model)
+    return model
+
+
+def test_no_int8_constant_is_left_but_zero_points(quantised: ir.Model) -> None:
+    weights = [node for node in quantised.graph if node.op_type == "DequantizeLinear"]
+    constants = [node for node in weights if node.inputs[0] is not None and node.inputs[0].const_value is not None]
+    assert float_weights.apply(quantised) == len(constants) > 0
+    for value in quantised.graph.initializers.values():
+        if value.dtype == ir.DataType.INT8:
+            assert value.const_value is not None
+            assert not value.const_value.numpy().any(), f"{value.name} is no zero point"
+    assert float_weights.apply(quantised) == 0
+
+
+def test_the_numbers_stay_the_same(quantised: ir.Model, planned: Artifact, tmp_path: Path) -> None:
+    pixels = golden.read(planned)[1]["0.pixel_values"]
+    before = features(quantised, tmp_path, pixels)
+    float_weights.apply(quantised)
+    np.testing.assert_array_equal(features(quantised, tmp_path, pixels), before)
