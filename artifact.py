@@ -25,11 +25,12 @@ from .errors import VlmcError
 from .files import inside, read_json, sha256_of, write_json
 
 SCHEMA = 1
-COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")
+COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")  # that every artefact has; see Artifact.components
 FLOATS = ("fp32", "fp16")  # the precisions that need no plan; every other one is the name of a recipe
 GRAPH_FILES = {  # transformers.js' names, so that other tools find what they look for
     "vision_encoder": "onnx/vision_encoder.onnx",
     "embed_tokens": "onnx/embed_tokens.onnx",
+    "fusion": "onnx/fusion.onnx",  # in few models: what pictures and text make of one another before the decoder
     "decoder": "onnx/decoder_model_merged.onnx",
 }
 
@@ -51,6 +52,20 @@ class ComponentSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     parameters: int
+
+    def further_inputs(self) -> tuple[str, ...]:
+        """Of a decoder, what it takes that not every decoder does, `position_ids` among them where a token has several
+        positions. An engine that keeps a step on the device has no place for these."""
+        return tuple(
+            tensor.name
+            for tensor in self.inputs
+            if not tensor.name.startswith("past_key_values.")
+            and (tensor.name not in DECODER_INPUTS or (tensor.name == "position_ids" and len(tensor.shape) != 2))
+        )
+
+
+# What every decoder takes beside its cache; what another one takes further is in its ComponentSpec.
+DECODER_INPUTS = ("inputs_embeds", "position_ids", "write_index", "logits_index")
 
 
 @dataclass(frozen=True)
@@ -276,6 +291,11 @@ class Artifact:
             )
         self.manifest = read_record(Manifest, root / "manifest.json")
         self._checked: set[tuple[Path, str]] = set()
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the artefact's components, in the order in which a question passes them."""
+        return tuple(name for name in GRAPH_FILES if name in self.manifest.components)
 
     def path_of(self, relative: str) -> Path:
         """The file's path, once its size and sha256 agree with the manifest."""

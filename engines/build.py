@@ -45,8 +45,10 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
     for component in COMPONENTS:
         own = {c: s for c, s in specs.items() if c.component == component}
         if here:
-            own_backend = [c for c in own if c.backend == next(iter(own)).backend]
-            choices[component] = verdict.unmeasured(own_backend[-1].engine, here)
+            preferred = [candidate.engine for candidate in own if candidate.backend == next(iter(own)).backend]
+            why = builders.load(next(iter(own)).backend).refuses(component, recipe, device)
+            refused = f"; {recipe} is not offered: {why}" if why and quantises(artifact, component, recipe) else ""
+            choices[component] = verdict.unmeasured(preferred[-1], here + refused, [c.engine for c in own])
         elif len(own) == 1:
             choices[component] = Choice(next(iter(own)).engine, "nothing else is offered for it", {})
         else:
@@ -78,7 +80,6 @@ def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Cand
         del known[device.backends[0]]
         known = {"handover": builders.load("handover")} | known  # TensorRT builds on the device
     usable = {name: builder for name, builder in known.items() if not builder.unavailable()}
-    plan = None if recipe == "fp32" else read_plan(artifact, recipe)
     for component in COMPONENTS:
         floats = {n: b.FLOAT for n, b in usable.items() if not b.refuses(component, b.FLOAT, device)}
         if not floats:
@@ -86,9 +87,15 @@ def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Cand
             what = f"No backend of the device {device.name!r} can build the {component} here"
             raise VlmcError(what, found="; ".join(reasons), fix="see `vlmc doctor`")
         yield from (Candidate(device.name, component, name, precision) for name, precision in floats.items())
-        if plan is not None and any(path.startswith(f"{component}/") for path in plan.modules):
+        if quantises(artifact, component, recipe):
             quantising = [name for name in floats if not usable[name].refuses(component, recipe, device)]
             yield from (Candidate(device.name, component, name, recipe) for name in quantising)
+
+
+def quantises(artifact: Artifact, component: str, recipe: str) -> bool:
+    """Whether the recipe's plan names anything of the component."""
+    modules = {} if recipe in FLOATS else read_plan(artifact, recipe).modules
+    return any(path.startswith(f"{component}/") for path in modules)
 
 
 def reason_not_here(device: Device) -> str:

@@ -60,6 +60,7 @@ def _ensure_plan(artifact: Artifact, recipe: str, set_file: Path | None) -> None
 
 def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> None:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     output = console.output()
@@ -84,10 +85,10 @@ def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> No
         )
     output.print(table)
     for component, choice in record.choices.items():
-        output.print(f"[bold]{component}[/bold]: {choice.engine}, {choice.reason}.")
+        output.print(f"[bold]{component}[/bold]: {escape(f'{choice.engine}, {choice.reason}.')}")
     if hits:
         output.print(f"Unchanged since an earlier build: {', '.join(hits)}.")
     if record.remaining:
-        output.print(record.remaining)
+        output.print(record.remaining, markup=False)
     else:
         output.print("Next: vlmc profile, or vlmc run ARTEFACT PICTURE --prompt QUESTION.")

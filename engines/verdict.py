@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..artifact import FLOATS, BuildReport, Choice
 from ..errors import VlmcError
@@ -51,6 +51,6 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
     return Choice(kept, why, candidates)
 
 
-def unmeasured(engine: str, why: str) -> Choice:
-    """The recipe's own engine, for a device that is not this machine."""
-    return Choice(engine, f"not measured here: {why}", {engine: {}})
+def unmeasured(engine: str, why: str, engines: Sequence[str]) -> Choice:
+    """The recipe's own engine of those that were built, for a device that is not this machine."""
+    return Choice(engine, f"not measured here: {why}", {name: {} for name in engines})

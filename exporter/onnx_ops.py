@@ -53,10 +53,11 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     halves are equal. Stands in for transformers' apply_rotary_pos_emb (RoFormer, arXiv:2104.09864, half-split form)."""
     half = cos.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half]
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    return rotary(q, cos, sin), rotary(k, cos, sin)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RotaryEmbedding-23 on x (batch, heads, length, dim), turned by cos and sin (batch, length, dim / 2)."""
     if torch.compiler.is_exporting():
         return _emit("RotaryEmbedding", [x, cos, sin], {}, x, 23)
     first, second = x.chunk(2, dim=-1)
@@ -131,12 +132,25 @@ def static_cache(past: list[Tensor], write_index: Tensor, length: int) -> Cache:
     return Cache(layers=[StaticLayer(key, value, write_index, length) for key, value in pairs])
 
 
-def causal_mask(write_index: Tensor, length: int, past: Tensor) -> Tensor:
+def causal_mask(
+    write_index: Tensor, length: int, past: Tensor, prefix_length: Tensor | None = None, window: int = 0
+) -> Tensor:
     """Boolean (1, 1, length, keys): query i, at position write_index + i, sees the keys up to itself. keys is the
-    capacity of `past` (1, kv_heads, capacity, dim) with fixed shapes and the filled part otherwise."""
+    capacity of `past` (1, kv_heads, capacity, dim) with fixed shapes and the filled part otherwise.
+
+    prefix_length (1,): the keys before it are seen by every query. window: how many keys a query sees, itself
+    included; 0 means all."""
     keys = past.shape[2] if fixed_shapes(past) else int(write_index) + length
     query = write_index[:, None] + torch.arange(length, device=write_index.device)
-    return (torch.arange(keys, device=write_index.device)[None, None] <= query[:, :, None])[:, None]
+    if prefix_length is None and not window:
+        return (torch.arange(keys, device=write_index.device)[None, None] <= query[:, :, None])[:, None]
+    key, query = torch.arange(keys, device=write_index.device)[None, None], query[:, :, None]
+    seen = key <= query
+    if window:
+        seen = seen & (key > query - window)
+    if prefix_length is not None:
+        seen = seen | (key < prefix_length)
+    return seen[:, None]
 
 
 AttentionInterface.register(IMPLEMENTATION, attention)

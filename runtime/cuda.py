@@ -22,7 +22,7 @@ def architecture() -> int | str:
     try:
         driver, device = _open()
     except VlmcError as error:
-        return str(error)
+        return error.what
     names = driver.CUdevice_attribute
     major, minor = (
         _checked(driver.cuDeviceGetAttribute(attribute, device))
@@ -39,13 +39,14 @@ def _open() -> tuple[Any, Any]:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        what = f"cuda-bindings is not installed ({error})"
-        raise VlmcError(what, fix="pip install 'vlm-compile[tensorrt]'") from None
+        raise VlmcError(f"cuda-bindings is not installed ({error}); pip install 'vlm-compile[tensorrt]'") from None
     try:
         _checked(driver.cuInit(0))
         return driver, _checked(driver.cuDeviceGet(0))
-    except (RuntimeError, VlmcError) as error:  # cuda-bindings raises where libcuda.so.1 is not there
-        raise VlmcError("no NVIDIA GPU is usable", found=str(error).splitlines()[0]) from None
+    except RuntimeError:  # cuda-bindings' word for a libcuda.so.1 that is not there
+        raise VlmcError("no NVIDIA driver is installed") from None
+    except VlmcError as error:
+        raise VlmcError(f"the NVIDIA driver shows no usable GPU: {error.found}") from None
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -13,7 +13,7 @@ Array = NDArray[Any]
 
 
 class Runner(Protocol):
-    """One loaded component without state: `vision_encoder` or `embed_tokens`."""
+    """One loaded component without state: any but the decoder."""
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name for inputs by name; shapes and dtypes as in the component's TensorSpecs."""
@@ -29,8 +29,9 @@ class Decoder(Protocol):
     capacity: int
     stride: int
 
-    def prefill(self, inputs_embeds: NDArray[np.float32]) -> int:
-        """Forgets all, reads the prompt's embeddings (1, length, hidden) and returns the first token's id."""
+    def prefill(self, inputs_embeds: NDArray[np.float32], **further: Array) -> int:
+        """Forgets all, reads the prompt's embeddings (1, length, hidden) and returns the first token's id. `further`:
+        what this decoder takes that not every one does, by the names of its graph's inputs (`Session.embed_prompt`)."""
 
     def decode(self, count: int) -> list[int]:
         """The next `count` token ids, each fed back in turn; the token before them is the last one returned."""
@@ -52,26 +53,45 @@ class HostDecoder(ABC):
         self._embed = embed
         self._position, self._token = 0, 0
         self._logits: NDArray[np.float32] = np.empty(0, np.float32)
+        self._rows, self._ahead = 0, 0  # positions a token has, where not one, and how far they are ahead of its place
+        self._prefixed = False
 
     @abstractmethod
-    def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        """Appends the positions start, start + 1, … (1, length, hidden) to the cache; the last one's logits."""
+    def forward(self, inputs_embeds: NDArray[np.float32], start: int, **further: Array) -> NDArray[np.float32]:
+        """Appends the places start, start + 1, … (1, length, hidden) to the cache; the last one's logits. `further` is
+        by name what the decoder takes beside them; without `position_ids` positions are places."""
 
-    def prefill(self, inputs_embeds: NDArray[np.float32]) -> int:
-        self._position = 0
-        return self._advance(inputs_embeds)
+    def prefill(self, inputs_embeds: NDArray[np.float32], **further: Array) -> int:
+        positions = further.get("position_ids")
+        self._rows = 0 if positions is None else len(positions)
+        self._ahead = 0 if positions is None else int(positions.max()) + 1 - inputs_embeds.shape[1]
+        self._prefixed = "prefix_length" in further
+        self._position = inputs_embeds.shape[1]
+        return self._choose(self.forward(inputs_embeds, 0, **further))
 
     def decode(self, count: int) -> list[int]:
         return [self.feed(self._token) for _ in range(count)]
 
     def feed(self, token: int) -> int:
-        return self._advance(self._embed.run({"input_ids": np.array([[token]], np.int64)})["inputs_embeds"])
+        logits = self.read(np.array([token], np.int64), self._position)
+        self._position += 1
+        return self._choose(logits)
+
+    def read(self, ids: NDArray[np.int64], start: int) -> NDArray[np.float32]:
+        """Appends the tokens (length,), which stand behind the prompt, at the places from `start` on; the last one's
+        logits."""
+        further = dict(self._embed.run({"input_ids": ids[None]}))
+        embeds = further.pop("inputs_embeds")
+        if self._rows:
+            places = np.arange(start, start + len(ids), dtype=np.int64)
+            further["position_ids"] = np.tile(places + self._ahead, (self._rows, 1, 1))
+        if self._prefixed:
+            further["prefix_length"] = np.zeros(1, np.int64)  # a new token sees all before it anyway
+        return self.forward(embeds, start, **further)
 
     def logits(self) -> NDArray[np.float32]:
         return self._logits
 
-    def _advance(self, embeds: NDArray[np.float32]) -> int:
-        self._logits = self.forward(embeds, self._position)
-        self._position += embeds.shape[1]
-        self._token = int(self._logits.argmax())
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        self._logits, self._token = logits, int(logits.argmax())
         return self._token

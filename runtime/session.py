@@ -16,21 +16,25 @@ from PIL import Image
 from ..artifact import Artifact
 from ..errors import VlmcError
 from . import backends, preprocessing, prompt
-from .runner import Decoder, Runner
+from .runner import Array, Decoder, Runner
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the engines take: pixel_values float32 (tiles, 3, height, width), or None without a picture, and
-    input_ids int64 (length,), in which one id stands for each row of image features."""
+    """What the engines take: `vision` by name, empty without a picture; input_ids int64 (length,), in which one id
+    stands for each row of image features; `rows`: which these are (`Prepared.rows`); `further`: what the decoder takes
+    beside embeddings, by name."""
 
-    pixel_values: NDArray[np.float32] | None
+    vision: Mapping[str, Array]
     input_ids: NDArray[np.int64]
+    rows: NDArray[np.int64] | None = None
+    further: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass
 class Timings:
-    """Seconds of the last call. `first_token` is vision and prefill; `decode` has one entry a further token."""
+    """Seconds of the last call. `first_token` is vision and prefill, which fusion and the prompt's embeddings count to;
+    `decode` has one entry a further token."""
 
     preprocess: float = 0.0
     vision: float = 0.0
@@ -46,21 +50,29 @@ class Timings:
 class Session:
     """The components of one artefact, each on its backend."""
 
-    def __init__(self, artifact: Artifact, vision: Runner, embed: Runner, decoder: Decoder) -> None:
+    def __init__(
+        self, artifact: Artifact, vision: Runner, embed: Runner, decoder: Decoder, fusion: Runner | None = None
+    ) -> None:
         self.artifact, self.vision, self.embed, self.decoder = artifact, vision, embed, decoder
+        self.fusion = fusion
         self.timings = Timings()
         self.tokenizer = prompt.Tokenizer(artifact.path_of("tokenizer.json"))
         self.preprocess = preprocessing.load(artifact.manifest.preprocessing)
         self._image_token_id = self.tokenizer.token_id(artifact.manifest.prompt.image_token)
 
     def prepare(self, images: Sequence[Image.Image], text: str) -> Inputs:
-        """Pixels and token ids for RGB pictures and a question; timed as `preprocess`."""
+        """What the engines take for RGB pictures and a question; timed as `preprocess`."""
         start = perf_counter()
         prepared = self.preprocess(images) if images else None
         image_texts = prepared.image_texts if prepared else ()
         ids = self.tokenizer.encode(prompt.render(self.artifact.manifest.prompt, text, image_texts))
+        places, further = ids == self._image_token_id, dict[str, Array]()
+        if isinstance(self.preprocess, preprocessing.Positions):
+            further["position_ids"] = self.preprocess.positions(places, prepared)[:, None]
+        if isinstance(self.preprocess, preprocessing.Prefix):
+            further["prefix_length"] = np.array([self.preprocess.prefix_length(places, prepared)], np.int64)
         self.timings = Timings(preprocess=perf_counter() - start)
-        return Inputs(prepared.pixel_values if prepared else None, ids)
+        return Inputs(prepared.vision if prepared else {}, ids, prepared.rows if prepared else None, further)
 
     def generate(self, inputs: Inputs, max_new_tokens: int = 128, ignore_eos: bool = False) -> Iterator[int]:
         """Greedy tokens up to the end of text (not given out), `max_new_tokens`, or a full KV cache."""
@@ -69,11 +81,10 @@ class Session:
         timings = self.timings = Timings(preprocess=self.timings.preprocess)
         self.check_length(inputs)
         start = perf_counter()
-        features = self.vision.run({"pixel_values": inputs.pixel_values}) if inputs.pixel_values is not None else {}
+        features = self.vision.run(inputs.vision) if inputs.vision else {}
         timings.vision = perf_counter() - start
         start = perf_counter()
-        embeds = self.embed_prompt(inputs.input_ids, features.get("image_features"))
-        token = self.decoder.prefill(embeds)
+        token = self.decoder.prefill(**self.embed_prompt(inputs, features.get("image_features")))
         timings.prefill = perf_counter() - start
         room = self.decoder.capacity - len(inputs.input_ids)
         end = () if ignore_eos else self.artifact.manifest.prompt.eos_token_ids
@@ -107,29 +118,53 @@ class Session:
                 fix="ask with fewer words or a smaller picture, or export with a larger --capacity",
             )
 
-    def embed_prompt(self, ids: NDArray[np.int64], features: NDArray[np.float32] | None) -> NDArray[np.float32]:
-        """Embeddings (1, length, hidden), with image features in the places of the image token."""
-        embeds = self.embed.run({"input_ids": ids[None]})["inputs_embeds"]
-        places = np.flatnonzero(ids == self._image_token_id)
-        rows = 0 if features is None else features.shape[0] * features.shape[1]
-        if len(places) != rows:
+    def embed_prompt(self, inputs: Inputs, features: NDArray[np.float32] | None) -> dict[str, Array]:
+        """What `Decoder.prefill` takes: inputs_embeds (1, length, hidden), with image features (…, hidden) in the places
+        of the image token, and what further there is."""
+        made = dict(self.embed.run({"input_ids": inputs.input_ids[None]}))
+        embeds = made["inputs_embeds"]
+        if features is not None:
+            embeds = made["inputs_embeds"] = np.array(embeds)
+            if self.fusion is not None:
+                features = self._fuse(inputs, embeds, features)
+        rows = np.empty((0, 0)) if features is None else features.reshape(-1, features.shape[-1])
+        if inputs.rows is not None:
+            rows = rows[inputs.rows]
+        places = self.image_places(inputs)
+        if (count := int(places.sum())) != len(rows):
             raise VlmcError(
                 "The prompt holds another number of image tokens than the pictures have features",
-                found=f"{len(places)} image tokens, {rows} features",
+                found=f"{count} image tokens, {len(rows)} features",
                 fix=f"take {self.artifact.manifest.prompt.image_token!r} out of the question",
             )
         if features is not None:
-            embeds = np.array(embeds)
-            embeds[0, places] = features.reshape(rows, -1)
-        return embeds
+            embeds[0, places] = rows
+        return {**made, **inputs.further}
+
+    def image_places(self, inputs: Inputs) -> NDArray[np.bool_]:
+        """Where in the prompt (length,) the image tokens are."""
+        return np.asarray(inputs.input_ids == self._image_token_id)
+
+    def _fuse(self, inputs: Inputs, embeds: Array, features: Array) -> Array:
+        """Pictures and text through the fusion: puts the text's new embeddings into their places and returns the new
+        image features."""
+        assert self.fusion is not None
+        texts = ~self.image_places(inputs)
+        fused = self.fusion.run({"image_features": features, "text_embeds": embeds[:, texts]})
+        embeds[:, texts] = fused["fused_text_embeds"]
+        return fused["fused_image_features"]
 
 
 def open_session(artifact: Artifact, device: str, engines: Mapping[str, str], threads: int = 0) -> Session:
     """Loads the named engine (BACKEND-PRECISION) of every component; `threads` 0 means as many as there are cores."""
     embed = backends.load_runner(artifact, device, "embed_tokens", engines["embed_tokens"], threads=1)  # a look-up
+    fusion = None
+    if "fusion" in artifact.components:
+        fusion = backends.load_runner(artifact, device, "fusion", engines["fusion"], threads)
     return Session(
         artifact,
         vision=backends.load_runner(artifact, device, "vision_encoder", engines["vision_encoder"], threads),
         embed=embed,
         decoder=backends.load_decoder(artifact, device, engines["decoder"], embed, threads),
+        fusion=fusion,
     )

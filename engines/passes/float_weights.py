@@ -5,6 +5,8 @@ Nothing changes in value: q · scale is quantised to q again.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -23,7 +25,7 @@ def apply(model: ir.Model) -> int:
         shape = [-1 if position == axis else 1 for position in range(values.ndim)] if scales.ndim else []
         floats = constant(graph, f"{integers.name}.float", values.astype(np.float32) * scales.reshape(shape))
         zero = constant(graph, f"{integers.name}.zero", np.zeros(scales.shape, np.int8))
-        attributes = {"axis": axis} if scales.ndim else {}
+        attributes: dict[str, Any] = {"axis": axis} if scales.ndim else {}
         quantize = insert(node, "QuantizeLinear", [floats, scale, zero], f"{node.name}.quantize", **attributes)
         node.replace_input_with(0, quantize.outputs[0])
         changed += 1

@@ -99,7 +99,7 @@ class OnnxDecoder(HostDecoder):
         self._binding.bind_output("logits", "cpu")
         self._wanted = {value.name for value in session.get_inputs()}
 
-    def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+    def forward(self, inputs_embeds: NDArray[np.float32], start: int, **further: Array) -> NDArray[np.float32]:
         length = inputs_embeds.shape[1]
         total = start + length
         feeds = {
@@ -109,9 +109,10 @@ class OnnxDecoder(HostDecoder):
             "write_index": np.array([start], np.int64),
             "seqlens_k": np.array([total - 1], np.int32),  # GroupQueryAttention wants the last position, not the count
             "total_sequence_length": np.array(total, np.int32),
+            **further,
         }
         for name in self._wanted & feeds.keys():
-            self._binding.bind_cpu_input(name, feeds[name])
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name]))
         self._session.run_with_iobinding(self._binding)
         logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[0]
         return logits.copy()  # the binding's own buffer is written again by the next step

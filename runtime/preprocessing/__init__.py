@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,36 @@ from ...errors import VlmcError
 
 @dataclass(frozen=True)
 class Prepared:
-    """`pixel_values`: float32 (tiles, 3, height, width), all pictures' tiles in order; every pixel counts, there is no
-    padding. `image_texts[i]` replaces the i-th `{image}` of the prompt."""
+    """`vision`: what the vision encoder takes, by name; mostly `pixel_values`, float32 (tiles, 3, height, width), all
+    pictures' tiles in order, of which every pixel counts. `image_texts[i]` replaces the i-th `{image}` of the prompt.
+    `rows` (image tokens,): which row of the image features, flattened to (…, hidden), stands at each image token;
+    None is all of them in order."""
 
-    pixel_values: NDArray[np.float32]
+    vision: dict[str, NDArray[Any]]
     image_texts: tuple[str, ...]
+    rows: NDArray[np.int64] | None = None
 
 
 class Preprocessor(Protocol):
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         """The pictures (any number, any size) prepared."""
+
+
+@runtime_checkable
+class Positions(Protocol):
+    """A preprocessor of a model whose tokens have other positions than 0, 1, 2, …"""
+
+    def positions(self, places: NDArray[np.bool_], prepared: Prepared | None) -> NDArray[np.int64]:
+        """(k, length) for a prompt in which `places` (length,) says where the image tokens are. Behind it all k go on
+        together, from the greatest."""
+
+
+@runtime_checkable
+class Prefix(Protocol):
+    """A preprocessor of a model in which the first positions of a prompt see one another."""
+
+    def prefix_length(self, places: NDArray[np.bool_], prepared: Prepared | None) -> int:
+        """How many positions, for a prompt in which `places` (length,) says where the image tokens are."""
 
 
 class Normalise:

@@ -70,7 +70,7 @@ class Clip:
                 square = self._pad(square)
             target[:] = _middle(self._resize(square), config.tile)
         text = config.image_token * config.image_seq_len + config.after_image
-        return Prepared(self._normalise(pixels), (text,) * len(images))
+        return Prepared({"pixel_values": self._normalise(pixels)}, (text,) * len(images))
 
     def _pad(self, image: Image.Image) -> Image.Image:
         side = max(image.size)

@@ -71,7 +71,7 @@ class Idefics3:
             tiles, rows, columns = self._cut(to_rgb(image))
             pixels += tiles
             texts.append(self._text(rows, columns))
-        return Prepared(self._normalise(np.concatenate(pixels)), tuple(texts))
+        return Prepared({"pixel_values": self._normalise(np.concatenate(pixels))}, tuple(texts))
 
     def _cut(self, image: Image.Image) -> tuple[list[NDArray[np.uint8]], int, int]:
         """Arrays (tiles, tile, tile, 3) of the tiles row by row and of the whole, and the grid: 0 × 0 if only whole."""

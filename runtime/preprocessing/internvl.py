@@ -77,7 +77,7 @@ class InternVl:
             pixels.append(tiles)
             tokens = config.image_token * (config.image_seq_len * len(tiles))
             texts.append(config.start_token + tokens + config.end_token + config.after_image)
-        return Prepared(self._normalise(np.concatenate(pixels)), tuple(texts))
+        return Prepared({"pixel_values": self._normalise(np.concatenate(pixels))}, tuple(texts))
 
     def _cut(self, image: Image.Image) -> NDArray[np.uint8]:
         """(tiles, tile, tile, 3), row by row, the whole last."""

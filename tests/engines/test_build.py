@@ -223,3 +223,22 @@ def test_without_a_plan_nothing_is_built(artifact: Artifact, in_process: list[tu
     with pytest.raises(VlmcError, match=r"no plan for the recipe 'int8'.*vlmc calibrate"):
         run(artifact, "cpu", "int8")
     assert not (artifact.root / "engines").exists()
+
+
+def test_a_recipe_that_the_device_cannot_do_is_said_where_it_matters(
+    artifact: Artifact, in_process: list[tuple[str, ...]]
+) -> None:
+    record, _ = run(artifact, "orin", "w4")
+    assert record.choices["decoder"].engine == "handover-fp16"
+    assert "; w4 is not offered: weights in blocks need TensorRT 10.15" in record.choices["decoder"].reason
+    assert "w4" not in record.choices["vision_encoder"].reason  # the recipe leaves it alone anyway
+
+
+def test_an_engine_for_a_gb10_is_made_on_a_machine_without_a_gpu(
+    artifact: Artifact, in_process: list[tuple[str, ...]]
+) -> None:
+    record, _ = run(artifact, "gb10", "int8")
+    spec, path = artifact.engine("gb10", "decoder", "tensorrt_rtx-int8")
+    assert record.choices["decoder"].engine == "tensorrt_rtx-int8"
+    assert (spec.settings["sm"], path.name) == (121, "engine.trt")
+    assert spec.report.products["int8"] > 0

@@ -64,6 +64,6 @@ def test_where_no_float_engine_is_right_nothing_is_chosen() -> None:
 
 
 def test_elsewhere_nothing_is_claimed() -> None:
-    choice = unmeasured("a-int8", "this machine is x86_64")
+    choice = unmeasured("a-int8", "this machine is x86_64", ["a-fp32", "a-int8"])
     assert (choice.engine, choice.reason) == ("a-int8", "not measured here: this machine is x86_64")
-    assert choice.candidates == {"a-int8": {}}
+    assert choice.candidates == {"a-fp32": {}, "a-int8": {}}

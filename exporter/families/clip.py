@@ -1,0 +1,88 @@
+"""CLIP: a vision and a text transformer whose outputs are compared by their cosine.
+
+arXiv:2103.00020. A text's feature is that of its first end token, which has seen what is before it and nothing behind:
+the padding of a batch therefore needs no mask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..family import require_all
+from ..matching import Encoders, MatchingFamily
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values (tiles, 3, height, width) → image_features (tiles, dim), of length 1."""
+
+    def __init__(self, tower: Any, projection: nn.Module) -> None:
+        super().__init__()
+        self.embeddings, self.pre_layernorm = tower.embeddings, tower.pre_layrnorm
+        self.layers, self.post_layernorm = tower.encoder.layers, tower.post_layernorm
+        self.projection = projection
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        hidden = self.pre_layernorm(self.embeddings(pixel_values))
+        for layer in self.layers:
+            hidden = layer(hidden, None)
+        return functional.normalize(self.projection(self.post_layernorm(hidden[:, 0])), dim=-1)
+
+
+class TextEncoder(nn.Module):
+    """input_ids (texts, length) → text_features (texts, dim), of length 1.
+
+    `end` is the end token's id. OpenAI's configs say 2, which is wrong, and mean the largest id of the text."""
+
+    def __init__(self, tower: Any, projection: nn.Module, end: int) -> None:
+        super().__init__()
+        self.embeddings, self.layers = tower.embeddings, tower.encoder.layers
+        self.final_layer_norm, self.projection, self.end = tower.final_layer_norm, projection, end
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embeddings(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        causal = (positions[None] <= positions[:, None])[None, None]
+        for layer in self.layers:
+            hidden = layer(hidden, causal)
+        ends = (input_ids if self.end == 2 else (input_ids == self.end)).to(torch.int32).argmax(dim=-1)
+        last = hidden[torch.arange(hidden.shape[0], device=hidden.device), ends]
+        return functional.normalize(self.projection(self.final_layer_norm(last)), dim=-1)
+
+
+class Clip(MatchingFamily):
+    model_types: ClassVar[tuple[str, ...]] = ("clip",)
+
+    def load(self, folder: Path) -> nn.Module:
+        from transformers import CLIPModel
+
+        model, report = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        require_all(report, folder)
+        return model  # type: ignore[no-any-return]
+
+    def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
+        from transformers import CLIPConfig, CLIPModel
+
+        torch.manual_seed(seed)
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        return CLIPModel(CLIPConfig(**values))  # type: ignore[no-any-return]
+
+    def split(self, model: Any) -> Encoders:
+        text = model.config.text_config
+        return Encoders(
+            vision_encoder=VisionEncoder(model.vision_model, model.visual_projection),
+            text_encoder=TextEncoder(model.text_model, model.text_projection, text.eos_token_id),
+            logit_scale=float(model.logit_scale.exp()),
+            text_length=text.max_position_embeddings,
+            vocabulary=text.vocab_size,
+        )
+
+    def image_size(self, model: Any) -> tuple[int, int]:
+        size = model.config.vision_config.image_size
+        return size, size
