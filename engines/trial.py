@@ -37,7 +37,7 @@ def try_component(artifact: Artifact, device: str, component: str, engines: list
     agreement = dict.fromkeys(engines, 0.0)
     for _ in range(ROUNDS):
         for engine in engines:
-            trial = _decoder_trial if component == "decoder" else _vision_trial
+            trial = _decoder_trial if component == "decoder" else _runner_trial
             agreement[engine], timings = trial(artifact, device, component, engine, embed, golden)
             for name, values in timings.items():
                 samples[engine].setdefault(name, []).extend(values)
@@ -60,15 +60,15 @@ def cosine(left: NDArray[Any], right: NDArray[Any]) -> float:
 Outcome = tuple[float, dict[str, list[float]]]
 
 
-def _vision_trial(a: Artifact, device: str, component: str, engine: str, embed: str, golden: Arrays) -> Outcome:
-    runner = backends.load_runner(a, device, component, engine, threads=0)
-
-    def features(case: str) -> NDArray[Any]:
-        return runner.run({"pixel_values": golden[f"{case}.pixel_values"]})["image_features"]
-
+def _runner_trial(a: Artifact, device: str, component: str, engine: str, embed: str, golden: Arrays) -> Outcome:
+    runner, spec = backends.load_runner(a, device, component, engine, threads=0), a.manifest.components[component]
     cases = [name.split(".")[0] for name in golden if name.endswith(".image_features")]
-    near = min(cosine(golden[f"{case}.image_features"], features(case)) for case in cases)
-    return near, {"run": _timed(lambda: features(cases[0]))}
+    inputs = {case: {tensor.name: golden[f"{case}.{tensor.name}"] for tensor in spec.inputs} for case in cases}
+    near = 1.0
+    for case in cases:
+        found = runner.run(inputs[case])
+        near = min(near, *(cosine(golden[f"{case}.{tensor.name}"], found[tensor.name]) for tensor in spec.outputs))
+    return near, {"run": _timed(lambda: runner.run(inputs[cases[0]]))}
 
 
 def _decoder_trial(a: Artifact, device: str, component: str, engine: str, embed: str, golden: Arrays) -> Outcome:
@@ -78,17 +78,18 @@ def _decoder_trial(a: Artifact, device: str, component: str, engine: str, embed:
     for name in golden:
         if name.endswith(".prefill_logits"):
             case = name.split(".")[0]
-            decoder.prefill(golden[f"{case}.inputs_embeds"])
+            decoder.prefill(golden[f"{case}.inputs_embeds"], **_further(a, golden, case, decoder.capacity))
             near = min(near, cosine(golden[name], decoder.logits()))
             for token, logits in zip(golden[f"{case}.step_tokens"], golden[f"{case}.step_logits"], strict=True):
                 decoder.feed(int(token))
                 near = min(near, cosine(logits, decoder.logits()))
     prompt = golden["0.inputs_embeds"][:, : decoder.capacity - 1]  # a prompt may fill the cache, and leaves a step here
-    prefill = _timed(lambda: decoder.prefill(prompt))
+    further = _further(a, golden, "0", prompt.shape[1])
+    prefill = _timed(lambda: decoder.prefill(prompt, **further))
     room = min(ANSWER, decoder.capacity - prompt.shape[1])
 
     def answer() -> None:
-        decoder.prefill(prompt)
+        decoder.prefill(prompt, **further)
         start = time.perf_counter()
         decoder.decode(room)
         steps.append((time.perf_counter() - start) * 1000 / room)
@@ -96,6 +97,16 @@ def _decoder_trial(a: Artifact, device: str, component: str, engine: str, embed:
     steps: list[float] = []
     _timed(answer)
     return near, {"prefill": prefill, "decode": steps[1:]}
+
+
+def _further(a: Artifact, golden: Arrays, case: str, most: int) -> dict[str, NDArray[Any]]:
+    """What the decoder takes of the case's first `most` positions beside their embeddings."""
+    spec, found = a.manifest.components["decoder"], {}
+    for tensor in spec.inputs:
+        if tensor.name in spec.further_inputs():
+            axes = [slice(most) if size == "length" else slice(None) for size in tensor.shape]
+            found[tensor.name] = golden[f"{case}.{tensor.name}"][tuple(axes)]
+    return found
 
 
 def _timed(run: Callable[[], object]) -> list[float]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import ast
+import operator
+from collections.abc import Callable, Collection, Mapping
 from math import prod
+from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from ..artifact import KvSpec
+from ..artifact import ComponentSpec, KvSpec
 from .passes import weight_of
 
 FLOAT32 = 4
@@ -33,6 +37,17 @@ def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collec
     return total
 
 
+def free_sizes(spec: ComponentSpec, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """The component's free dimensions by name, as these inputs have them."""
+    return {
+        size: length
+        for tensor in spec.inputs
+        if tensor.name in inputs
+        for size, length in zip(tensor.shape, inputs[tensor.name].shape, strict=True)
+        if isinstance(size, str)
+    }
+
+
 def kv_bytes(kv: KvSpec, positions: int, itemsize: int = FLOAT32) -> float:
     """Bytes of keys and values that a decode step at that position reads."""
     return 2.0 * kv.layers * kv.kv_heads * kv.head_dim * positions * itemsize
@@ -45,4 +60,24 @@ def io_bytes(model: ir.Model, sizes: Mapping[str, int]) -> float:
 
 def _dims(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
     assert value is not None and value.shape is not None, "the exporter records every shape"
-    return [d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape]
+    return [d if isinstance(d, int) else _size(ast.parse(str(d.value), mode="eval").body, sizes) for d in value.shape]
+
+
+def _size(term: ast.expr, sizes: Mapping[str, int]) -> int:
+    """A size that the exporter wrote in terms of the free ones, say 4*tokens."""
+    match term:
+        case ast.Name(id=name):
+            return sizes[name]
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
+            return _OPERATORS[type(sign)](_size(left, sizes), _size(right, sizes))
+    raise AssertionError(f"no size: {ast.unparse(term)}")
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}

@@ -1,7 +1,8 @@
 """Engines for TensorRT 8.6 to 11, built on the GPU that will run them.
 
 One canonical graph, lowered as far as the device's TensorRT needs it:
-- before 10.15 attention, norms and rotary are spelt out in opset 17, and the decoder attends over two segments;
+- before 10.15 attention, norms and rotary are spelt out in opset 17 (21 where INT4 blocks are taken, from 10.0 on), and
+  the decoder attends over two segments;
 - up to 10.11 the graph stays float32 and builder flags allow FP16 and INT8 (weak typing); from 10.12 on precision is in
   the graph (strong typing).
 INT8 is explicit Q/DQ in both. The timing cache lies in the device's folder of the artefact, for all its engines.
@@ -32,7 +33,7 @@ PACKAGES = ("tensorrt",)
 FLOAT = "fp16"
 NATIVE = (10, 15)  # RotaryEmbedding, RMSNormalization and TensorScatter; Attention came with 10.14
 STRONG = (10, 12)
-INTEGER_WEIGHTS = (10, 0)
+INTEGER_WEIGHTS = INT4 = (10, 0)  # weights as int8 constants, and blocks of int4
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST_TILES = 8  # pictures of more run in parts
 STATES = ("past_key_values.", "present.")
@@ -57,8 +58,9 @@ def unavailable() -> str:
 def refuses(component: str, precision: str, device: Device) -> str:
     if component == "embed_tokens":
         return "a look-up needs no engine; NumPy does it"
-    if precision in ("w4", "w8") and version(device) < NATIVE:
-        return f"weights in blocks need TensorRT 10.15 here, and {device.title} has {device.tensorrt}"
+    if (precision == "w4" and version(device) < INT4) or (precision == "w8" and version(device) < NATIVE):
+        need = "10.0" if precision == "w4" else "10.15"
+        return f"its weights in blocks need TensorRT {need}, and {device.title} has {device.tensorrt}"
     return ""
 
 
@@ -80,7 +82,8 @@ def lower(model: ir.Model, job: Job) -> str:
         form = ""
         patches_as_matmul.apply(model)
     if version(job.device) < NATIVE:
-        opset17.apply(model)
+        float_weights.without_blocks(model)
+        opset17.apply(model, int4=version(job.device) >= INT4)
     if version(job.device) < INTEGER_WEIGHTS:
         float_weights.apply(model)
     if version(job.device) >= STRONG:

@@ -1,6 +1,7 @@
-"""Weights stored as int8 → float weights behind QuantizeLinear: TensorRT below 10 takes no int8 constants.
+"""Weights stored as int8 → float weights, where TensorRT takes no such constants; nothing changes in value.
 
-Nothing changes in value: q · scale is quantised to q again.
+TensorRT below 10 takes int8 weights as floats behind QuantizeLinear, which makes q of q · scale again (`apply`). Below
+10.15 it takes blocks of int4 and none of int8, so those become plain floats (`without_blocks`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,22 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from . import array_of, constant, insert, prune
+from . import array_of, constant, insert, prune, replace
+
+
+def without_blocks(model: ir.Model) -> int:
+    """Replaces every constant in blocks of int8 by the floats that it stands for."""
+    graph, changed = model.graph, 0
+    for node in list(graph):
+        integers, block = node.inputs[0] if node.inputs else None, node.attributes.get_int("block_size", 0)
+        if node.op_type == "DequantizeLinear" and block and integers is not None and integers.dtype == ir.DataType.INT8:
+            axis, values = node.attributes.get_int("axis", 1), array_of(integers)
+            scales = np.repeat(array_of(node.inputs[1]), block, axis)
+            scales = np.take(scales, range(values.shape[axis]), axis)  # the last block may be shorter
+            replace(node, constant(graph, f"{integers.name}.float", values.astype(np.float32) * scales))
+            changed += 1
+    prune(model)
+    return changed
 
 
 def apply(model: ir.Model) -> int:

@@ -15,22 +15,24 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...artifact import KvSpec
-from . import MICROSOFT, constant, insert, only_user, producer, prune, replace
+from . import MICROSOFT, causal, constant, insert, only_user, producer, prune, replace
 
 
 def apply(model: ir.Model, kv: KvSpec) -> int:
-    """Rewrites every Attention whose keys and values come from TensorScatter; other graphs stay as they are."""
+    """Rewrites every Attention whose keys and values come from TensorScatter; other graphs stay as they are, and so do
+    those that GroupQueryAttention cannot express."""
     graph = model.graph
-    attentions = [node for node in graph if node.op_type == "Attention" and producer(node.inputs[1], "TensorScatter")]
-    if not attentions:
+    attentions = causal.attentions(graph)
+    if not attentions or inexpressible(attentions, kv):
         return 0
-    rotary = _rotation(attentions[0])
+    rotary = _rotations(attentions[0])[0]
+    assert rotary is not None
     tables = [constant(graph, name, table) for name, table in _tables(model, rotary, kv.capacity).items()]
     lengths = [_input(graph, "seqlens_k", (1,)), _input(graph, "total_sequence_length", ())]
     for node in attentions:
         query, key, value = node.inputs[0], *(producer(v, "TensorScatter") for v in node.inputs[1:3])
         assert query is not None and key is not None and value is not None
-        rotated = producer(query, "RotaryEmbedding"), producer(key.inputs[1], "RotaryEmbedding")
+        rotated = _rotations(node)
         assert rotated[0] is not None and rotated[1] is not None
         heads = int(query.shape[1])  # type: ignore[index, arg-type]
         flat = [_unsplit(rotated[0].inputs[0]), _unsplit(rotated[1].inputs[0]), _unsplit(value.inputs[1])]
@@ -48,6 +50,40 @@ def apply(model: ir.Model, kv: KvSpec) -> int:
     for unused in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(unused)
     return len(attentions)
+
+
+def inexpressible(attentions: list[ir.Node], kv: KvSpec) -> str:
+    """Why these attentions over a cache are no GroupQueryAttention; empty where they are."""
+    if kv.head_dim % 16:
+        return f"keys of {kv.head_dim} channels, which are no multiple of 16"
+    if other := causal.other_than_causal(attentions, kv):
+        return other
+    tables = set()
+    for node in attentions:
+        rotations = _rotations(node)
+        if rotations[0] is None or rotations[1] is None:
+            return f"{node.name} turns its queries and keys otherwise than by RotaryEmbedding"
+        for rotary in (rotations[0], rotations[1]):
+            if len(rotary.inputs) != 3 or rotary.attributes:
+                return f"{node.name} turns but a part of its channels"
+            tables.add(tuple(value.name for value in rotary.inputs[1:] if value is not None))
+    if len(tables) > 1:
+        return "layers with rotary positions of their own"
+    if any(len(value.shape or ()) != 2 for value in _positions(attentions[0])):
+        return "several positions a token"
+    return ""
+
+
+def _rotations(attention: ir.Node) -> tuple[ir.Node | None, ir.Node | None]:
+    """What turns the queries, and what the new keys."""
+    key = producer(attention.inputs[1], "TensorScatter")
+    assert key is not None
+    return producer(attention.inputs[0], "RotaryEmbedding"), producer(key.inputs[1], "RotaryEmbedding")
+
+
+def _positions(attention: ir.Node) -> list[ir.Value]:
+    assert isinstance(attention.graph, ir.Graph)
+    return [value for value in attention.graph.inputs if value.name == "position_ids"]
 
 
 def _input(graph: ir.Graph, name: str, shape: tuple[int, ...]) -> ir.Value:
@@ -72,12 +108,6 @@ def _merged(attention: ir.Node) -> ir.Node:
     reshape = only_user(transpose.outputs[0], "Reshape") if transpose else None
     assert reshape is not None, "attention's output is merged by Transpose and Reshape"
     return reshape
-
-
-def _rotation(attention: ir.Node) -> ir.Node:
-    rotary = producer(attention.inputs[0], "RotaryEmbedding")
-    assert rotary is not None, "queries are rotated before attention"
-    return rotary
 
 
 def _tables(model: ir.Model, rotary: ir.Node, capacity: int) -> dict[str, NDArray[Any]]:

@@ -14,16 +14,19 @@ from . import array_of, constant, insert, integers, prune, replace
 from .decompositions import DECOMPOSITIONS, Made, refuse
 
 OPSET, IR_VERSION = 17, 8
+BLOCKS = 21, 10  # the opset and IR version that have weights in blocks
 REDUCTIONS = {  # whose axes became an input in opset 18
     f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 }
 
 
-def apply(model: ir.Model) -> int:
+def apply(model: ir.Model, int4: bool = False) -> int:
     """Returns how many nodes were decomposed or said in another way; raises VlmcError for what opset 17 cannot say.
 
-    Inputs and outputs stay float32 and those of int64 become int32."""
+    Inputs and outputs stay float32 and those of int64 become int32. With `int4` weights in blocks may stay: a graph
+    that has any is then of opset 21, and of opset 17's operators otherwise, as TensorRT 10.0 to 10.14 take it."""
     graph, made, changed = model.graph, Made(), 0
+    blocks = int4 and any(_in_blocks(node) for node in graph)
     graph.sort()
     canonical = graph.opset_imports[""]
     for node in list(graph):
@@ -31,12 +34,23 @@ def apply(model: ir.Model) -> int:
             replace(node, DECOMPOSITIONS[node.op_type](node, made))
             changed += 1
     for node in list(graph):
+        if blocks and _in_blocks(node):
+            continue
         changed += _rewrite(node)
         _check(node, canonical)
-    graph.opset_imports[""], model.ir_version = OPSET, IR_VERSION
+    graph.opset_imports[""], model.ir_version = BLOCKS if blocks else (OPSET, IR_VERSION)
+    for node in list(graph) if blocks else ():
+        if node.op_type in REDUCTIONS and (axes := node.attributes.pop("axes", None)) is not None:
+            listed = constant(graph, f"{node.name}.axes", np.array(axes.as_ints(), np.int64))
+            node.resize_inputs(2)
+            node.replace_input_with(1, listed)
     prune(model)
     integers.apply(model)
     return changed
+
+
+def _in_blocks(node: ir.Node) -> bool:
+    return node.op_type == "DequantizeLinear" and node.attributes.get_int("block_size", 0) > 0
 
 
 def _rewrite(node: ir.Node) -> bool:

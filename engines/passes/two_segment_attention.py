@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...artifact import KvSpec
 from ...errors import VlmcError
-from . import HIDDEN, constant, insert, producer, prune, replace, reshaped
+from . import HIDDEN, causal, constant, insert, producer, prune, replace, reshaped
 
 NEVER = np.iinfo(np.int32).max  # the place of a key that no query sees
 
@@ -20,17 +20,24 @@ def apply(model: ir.Model, kv: KvSpec) -> int:
     """Rewrites every Attention whose keys and values come from TensorScatter; other graphs stay as they are.
 
     past_key_values.{i}.* become (1, kv_heads, capacity, head_dim) and present.{i}.* the new (1, kv_heads, length,
-    head_dim). Any length and write_index are right, as are any finite numbers in the places from write_index on."""
+    head_dim). Any length and write_index are right, as are any finite numbers in the places from write_index on.
+    An attention that is not plain and causal is a VlmcError, for it would be lowered to another one."""
     graph = model.graph
-    attentions = [node for node in graph if node.op_type == "Attention" and producer(node.inputs[1], "TensorScatter")]
+    attentions = causal.attentions(graph)
     if not attentions:
         return 0
+    if other := causal.other_than_causal(attentions, kv):
+        raise VlmcError(
+            "The decoder's attention cannot be computed over two segments",
+            found=other,
+            expected="causal attention with a scale and nothing else",
+            fix="build it for onnxruntime, which runs any decoder",
+        )
     for value in graph.inputs:
         if str(value.name).startswith("past_key_values."):
             value.shape = ir.Shape((1, kv.kv_heads, kv.capacity, kv.head_dim))
     hidden: dict[int, ir.Value] = {}  # by the number of queries that share a key
     for node in attentions:
-        _check(node)
         keys, values = (producer(scattered, "TensorScatter") for scattered in node.inputs[1:3])
         assert keys is not None and values is not None
         group = _heads(node) // kv.kv_heads
@@ -43,15 +50,6 @@ def apply(model: ir.Model, kv: KvSpec) -> int:
             replace(scatter, new)
     prune(model)
     return len(attentions)
-
-
-def _check(node: ir.Node) -> None:
-    if others := sorted(node.attributes.keys() - {"scale"}):
-        raise VlmcError(
-            f"The attention {node.name} cannot be computed over two segments",
-            found=f"the attribute {others[0]}",
-            expected="causal attention with a scale and nothing else",
-        )
 
 
 def _heads(node: ir.Node) -> int:

@@ -90,3 +90,13 @@ def test_a_machine_twice_as_fast_has_half_the_limit(
     one, other = limit(counts, VISION, "int8", slow), limit(counts, VISION, "int8", fast)
     if one is not None and other is not None:
         assert other["limit_ms"] == pytest.approx(one["limit_ms"] / 2)
+
+
+def test_what_a_recipe_leaves_float_counts_at_the_narrowest_rate_that_is_known() -> None:
+    gpu = LIMITS | {"float16_gflop_per_s": 200.0}
+    mixed = limit(work(3e9, 0.0, int8_flops=2e9), VISION, "int8", gpu)
+    half = limit(work(3e9, 0.0), VISION, "fp16", gpu)
+    assert mixed is not None
+    assert half is not None
+    assert mixed["limit_ms"] == pytest.approx(2e9 / 400e9 * 1e3 + 1e9 / 200e9 * 1e3)
+    assert half["limit_ms"] == pytest.approx(15.0)

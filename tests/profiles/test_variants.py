@@ -96,3 +96,43 @@ def test_engines_that_were_deleted_are_no_variant(artifact: Artifact, build: Bui
     assert names(artifact, build, baselines=False) == ["ONNX Runtime float", "ONNX Runtime int8"]
     shutil.rmtree(artifact.engine_folder("cpu", "decoder", "onnxruntime-fp32"))
     assert names(artifact, build, baselines=False) == []
+
+
+@pytest.fixture
+def on_gpu(artifact: Artifact) -> BuildSpec:
+    """A build for the H100: TensorRT in float16 and int8, with the look-up of embeddings on NumPy."""
+    for component in ("vision_encoder", "decoder"):
+        for precision in ("fp16", "int8"):
+            add_engine(artifact, component, "tensorrt", precision, "h100")
+    add_engine(artifact, "embed_tokens", "numpy", "fp32", "h100")
+    tried = ["tensorrt-fp16", "tensorrt-int8"]
+    write_json(artifact.root / "plans" / "int8.json", {})
+    choices = {"vision_encoder": (tried[0], tried), "embed_tokens": ("numpy-fp32", []), "decoder": (tried[1], tried)}
+    return add_build(artifact, choices, device="h100")
+
+
+def test_on_a_gpu_the_baselines_are_the_best_that_pytorch_does_there(artifact: Artifact, on_gpu: BuildSpec) -> None:
+    found = {variant.name: variant for variant in variants(artifact, on_gpu, torch_python="/opt/torch/python").measured}
+    assert list(found) == [
+        "TensorRT float",
+        "TensorRT int8",
+        "Mixed backends (int8)",
+        "PyTorch eager FP16",
+        "PyTorch CUDA graph FP16",
+        "torch.compile FP16",
+        "PyTorch fake-quant int8",
+    ]
+    assert found["TensorRT int8"].engines["embed_tokens"] == "numpy-fp32"
+    graph = found["PyTorch CUDA graph FP16"]
+    assert graph.opener == "vlmc.calibration.cuda_baseline:open_session"
+    assert graph.arguments == {"recipe": "fp32", "threads": 0, "mode": "graph"}
+    assert {found[name].python for name in list(found)[:3]} == {""}
+    assert {found[name].python for name in list(found)[3:]} == {"/opt/torch/python"}
+
+
+def test_another_python_with_torch_needs_none_here(
+    artifact: Artifact, on_gpu: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not variants(artifact, on_gpu, torch_python="/opt/torch/python").skipped
+    assert len(variants(artifact, on_gpu).skipped) == 4

@@ -10,22 +10,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
+import tensorrt_rtx
 from vlmc.artifact import Artifact, KvSpec
 from vlmc.calibration.plan import read_plan
-from vlmc.engines import builders
+from vlmc.engines import builders, tensorrt_network
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.passes import quantize
+from vlmc.exporter import golden
 from vlmc.profiles.device import load_device
 
 ORIN = load_device("orin")
 KV = KvSpec(layers=2, kv_heads=2, head_dim=16, capacity=128)
 
 
-def lowered(artifact: Artifact, component: str, tensorrt: str, folder: Path) -> tuple[ir.Model, str]:
+def lowered(
+    artifact: Artifact, component: str, tensorrt: str, folder: Path, recipe: str = "int8"
+) -> tuple[ir.Model, str]:
     model = ir.load(artifact.graph(component))
-    quantize.apply(model, read_plan(artifact, "int8"), component)
+    quantize.apply(model, read_plan(artifact, recipe), component)
     device = replace(ORIN, tensorrt=tensorrt)
     embed = ir.load(artifact.graph("embed_tokens"))
     job = builders.Job(
@@ -82,8 +88,53 @@ def test_vision_has_a_profile_for_one_tile_and_one_for_more(
 def test_what_a_version_cannot_do_is_said_before_anything_is_built() -> None:
     assert builder.refuses("decoder", "int8", ORIN) == ""
     assert builder.refuses("embed_tokens", "fp16", ORIN)
-    assert "TensorRT 10.15" in builder.refuses("decoder", "w4", ORIN)
-    assert builder.refuses("decoder", "w4", replace(ORIN, tensorrt="10.16")) == ""
+    assert "need TensorRT 10.15" in builder.refuses("decoder", "w8", ORIN)
+    assert builder.refuses("decoder", "w8", replace(ORIN, tensorrt="10.16")) == ""
+    assert builder.refuses("decoder", "w4", ORIN) == ""
+    assert "need TensorRT 10.0, and H100" in builder.refuses("decoder", "w4", load_device("h100"))
+
+
+def test_tensorrt_10_gets_blocks_of_int4_and_what_it_lacks_as_floats(planned: Artifact, tmp_path: Path) -> None:
+    model, form = lowered(planned, "decoder", "10.3", tmp_path, "w4")
+    assert (dict(model.opset_imports)[""], form) == (21, "append")
+    blocks = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    assert {node.inputs[0].dtype for node in blocks if node.inputs[0] is not None} == {ir.DataType.INT4}
+    assert len(blocks) == 14  # the head's blocks of int8 became floats
+    ir.save(model, tmp_path / "w4.onnx", external_data="w4.onnx.data")
+    parsed = tensorrt_network.parse(tensorrt_rtx, tmp_path / "w4.onnx", "decoder")  # the parser of TensorRT's family
+    assert tensorrt_network.products(parsed)["w4"] == 14
+
+
+def test_blocks_of_int4_compute_what_the_canonical_graph_does(planned: Artifact, tmp_path: Path) -> None:
+    model, _ = lowered(planned, "decoder", "10.3", tmp_path, "w4")
+    canonical = ir.load(planned.graph("decoder"))
+    quantize.apply(canonical, read_plan(planned, "w4"), "decoder")
+    arrays, kv = golden.read(planned)[1], planned.manifest.kv
+    embeds = arrays["0.inputs_embeds"]
+    length = embeds.shape[1]
+    feeds: dict[str, Any] = {
+        "inputs_embeds": embeds,
+        "position_ids": np.arange(length)[None],
+        "write_index": np.zeros(1, np.int64),
+        "logits_index": np.array([length - 1]),
+    }
+    for index in range(kv.layers):
+        for part in ("key", "value"):
+            state = np.zeros((1, kv.kv_heads, kv.capacity, kv.head_dim), np.float32)
+            feeds[f"past_key_values.{index}.{part}"] = state
+    wanted = logits(canonical, feeds, tmp_path / "canonical")
+    narrow = {name: a.astype(np.int32) if a.dtype == np.int64 else a for name, a in feeds.items()}
+    found = logits(model, narrow | {"input_ids": np.full((1, length), -1, np.int32)}, tmp_path / "lowered")
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def logits(model: ir.Model, feeds: dict[str, Any], folder: Path) -> Any:
+    folder.mkdir()
+    ir.save(model, folder / "model.onnx", external_data="model.onnx.data")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused kernels round activations
+    session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], feeds)[0]
 
 
 def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:

@@ -18,7 +18,7 @@ from vlmc.calibration.plan import ModulePlan, read_plan
 from vlmc.calibration.weights import dequantize_weight, quantize_weight
 from vlmc.engines.passes import quantize
 from vlmc.errors import VlmcError
-from vlmc.exporter import golden, graph
+from vlmc.exporter import golden
 from vlmc.exporter.family import Components
 from vlmc.exporter.torch_runner import torch_session
 from vlmc.runtime.backends.onnxruntime import OnnxDecoder, OnnxRunner
@@ -130,7 +130,7 @@ def feeds(planned: Artifact, component: str) -> dict[str, np.ndarray]:
     if component == "vision_encoder":
         return {"pixel_values": arrays["1.pixel_values"]}
     embeds = arrays["1.inputs_embeds"]
-    names = graph.io_names("decoder", kv)[0][4:]
+    names = [tensor.name for tensor in planned.manifest.components["decoder"].inputs[4:]]
     return {
         "inputs_embeds": embeds,
         "position_ids": np.arange(embeds.shape[1])[None],
