@@ -8,12 +8,13 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ..artifact import COMPONENTS, FLOATS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
+from ..artifact import FLOATS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
 from ..files import remove_leftovers
@@ -42,11 +43,11 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
         specs[candidate] = spec
     here = reason_not_here(device)
     choices: dict[str, Choice] = {}
-    for component in COMPONENTS:
+    for component in artifact.components:
         own = {c: s for c, s in specs.items() if c.component == component}
         if here:
             preferred = [candidate.engine for candidate in own if candidate.backend == next(iter(own)).backend]
-            why = builders.load(next(iter(own)).backend).refuses(component, recipe, device)
+            why = refuses(builders.load(next(iter(own)).backend), artifact, component, recipe, device)
             refused = f"; {recipe} is not offered: {why}" if why and quantises(artifact, component, recipe) else ""
             choices[component] = verdict.unmeasured(preferred[-1], here + refused, [c.engine for c in own])
         elif len(own) == 1:
@@ -80,16 +81,31 @@ def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Cand
         del known[device.backends[0]]
         known = {"handover": builders.load("handover")} | known  # TensorRT builds on the device
     usable = {name: builder for name, builder in known.items() if not builder.unavailable()}
-    for component in COMPONENTS:
-        floats = {n: b.FLOAT for n, b in usable.items() if not b.refuses(component, b.FLOAT, device)}
+    for component in artifact.components:
+
+        def refusal(builder: ModuleType, precision: str = "", component: str = component) -> str:
+            return refuses(builder, artifact, component, precision or builder.FLOAT, device)
+
+        floats = {name: builder.FLOAT for name, builder in usable.items() if not refusal(builder)}
         if not floats:
-            reasons = [f"{n}: {b.unavailable() or b.refuses(component, b.FLOAT, device)}" for n, b in known.items()]
+            reasons = [f"{name}: {builder.unavailable() or refusal(builder)}" for name, builder in known.items()]
             what = f"No backend of the device {device.name!r} can build the {component} here"
             raise VlmcError(what, found="; ".join(reasons), fix="see `vlmc doctor`")
         yield from (Candidate(device.name, component, name, precision) for name, precision in floats.items())
         if quantises(artifact, component, recipe):
-            quantising = [name for name in floats if not usable[name].refuses(component, recipe, device)]
+            quantising = [name for name in floats if not refusal(usable[name], recipe)]
             yield from (Candidate(device.name, component, name, recipe) for name in quantising)
+
+
+def refuses(builder: ModuleType, artifact: Artifact, component: str, precision: str, device: Device) -> str:
+    """Why the builder does not offer this component of this model; empty where it does."""
+    spec = artifact.manifest.components[component]
+    if builder.PROFILES and component == "decoder" and (further := spec.further_inputs()):
+        return f"its decode step stays on the GPU, and has no place for {', '.join(further)} yet"
+    free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
+    if builder.PROFILES and component != "decoder" and (others := sorted(free - {"tiles", "length"})):
+        return f"optimisation profiles for its free sizes ({', '.join(others)}) are not made yet"
+    return str(builder.refuses(component, precision, device))
 
 
 def quantises(artifact: Artifact, component: str, recipe: str) -> bool:
@@ -131,15 +147,18 @@ def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[st
     kv, prefix = artifact.manifest.kv, f"{candidate.component}/"
     modules = {} if candidate.precision in FLOATS else read_plan(artifact, candidate.precision).modules
     quantised = {path.removeprefix(prefix) for path in modules if path.startswith(prefix)}
+    component = artifact.manifest.components[candidate.component]
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
-        tiles, length = len(golden["0.pixel_values"]), golden["0.inputs_embeds"].shape[1]
+        case = {t.name: golden[f"0.{t.name}"] for t in component.inputs if f"0.{t.name}" in golden.files}
 
     def both(name: str, sizes: dict[str, int], keys: int = 0) -> dict[str, float]:
         return {name: work.flops(model, sizes, keys), f"int8_{name}": work.flops(model, sizes, keys, quantised)}
 
-    if candidate.component == "vision_encoder":
-        sizes = {"tiles": tiles}
-        return both("flops", sizes) | {"io_bytes": work.io_bytes(model, sizes), "tiles": float(tiles)}
+    sizes = work.free_sizes(component, case)
+    if candidate.component != "decoder":
+        counts = {name: float(size) for name, size in sizes.items() if name == "tiles"}
+        return both("flops", sizes) | {"io_bytes": work.io_bytes(model, sizes)} | counts
+    length = sizes["length"]
     prefill = both("prefill_flops", {"length": length, "capacity": kv.capacity}, length)
     step = both("decode_flops", {"length": 1, "capacity": kv.capacity}, length)
     cached = work.kv_bytes(kv, length, np.dtype(spec.kv.dtype if spec.kv else np.float32).itemsize)

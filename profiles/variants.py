@@ -6,11 +6,11 @@ A variant is opened by name ("module:function") in a process of its own, so noth
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, EngineSpec, read_record
+from ..artifact import FLOATS, Artifact, BuildSpec, EngineSpec, read_record
 from ..files import sha256_of
 from ..runtime import backends
 from .device import load_device
@@ -60,7 +60,7 @@ def variants(
     that is not ours."""
     found = Variants()
     specs = engine_specs(artifact, build)
-    for name, recipe, engines in _mixes(build, specs):
+    for name, recipe, engines in _mixes(artifact.components, build, specs):
         reasons = [backends.unavailable(specs[part, engine].backend) for part, engine in engines.items()]
         if reason := next(filter(None, reasons), ""):
             found.skipped[name] = reason
@@ -85,20 +85,22 @@ def engine_specs(artifact: Artifact, build: BuildSpec) -> dict[tuple[str, str], 
     return specs
 
 
-def _mixes(build: BuildSpec, specs: Mapping[tuple[str, str], EngineSpec]) -> list[tuple[str, str, dict[str, str]]]:
+def _mixes(
+    components: Sequence[str], build: BuildSpec, specs: Mapping[tuple[str, str], EngineSpec]
+) -> list[tuple[str, str, dict[str, str]]]:
     """Name, recipe and engines of each mix; a backend has one where it has an engine for every component, the look-up
     of embeddings aside, which may be another's. What a recipe leaves alone stays float in its mix."""
     kept = {component: choice.engine for component, choice in build.choices.items()}
     mixes: list[tuple[str, str, dict[str, str]]] = []
     for backend in dict.fromkeys(spec.backend for spec in specs.values()):
         title = TITLES.get(backend, backend)
-        here = {part: _of_backend(specs, part, backend) for part in COMPONENTS}
-        plain = {part: next((here[part][name] for name in FLOATS if name in here[part]), "") for part in COMPONENTS}
+        here = {part: _of_backend(specs, part, backend) for part in components}
+        plain = {part: next((here[part][name] for name in FLOATS if name in here[part]), "") for part in components}
         plain["embed_tokens"] = plain["embed_tokens"] or kept.get("embed_tokens", "")
         if not all(plain.values()):
             continue
         mixes.append((f"{title} float", "fp32", plain))
-        quantised = {part: here[part].get(build.recipe, plain[part]) for part in COMPONENTS}
+        quantised = {part: here[part].get(build.recipe, plain[part]) for part in components}
         if quantised != plain:
             mixes.append((f"{title} {build.recipe}", build.recipe, quantised))
     if kept and kept.items() <= specs.keys() and all(kept != engines for _, _, engines in mixes):

@@ -2,6 +2,7 @@
 
 Each module has
 - `PACKAGES`: distributions whose versions an engine depends on;
+- `PROFILES`: whether shapes are fixed in profiles and decode steps stay on the GPU, so that only the usual inputs fit;
 - `FLOAT`: the name of its float precision, `fp32` or `fp16`, which a recipe leaves what it does not quantise;
 - `unavailable() -> str`: why it cannot build here, empty where it can;
 - `refuses(component, precision, device) -> str`: why it does not offer that, empty where it does;

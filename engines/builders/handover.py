@@ -16,6 +16,7 @@ from . import MODEL, Built, Job, tensorrt
 
 PACKAGES = ()
 FLOAT = tensorrt.FLOAT
+PROFILES = tensorrt.PROFILES
 
 
 def unavailable() -> str:

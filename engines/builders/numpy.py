@@ -14,6 +14,7 @@ from . import Built, Job
 
 PACKAGES = ("numpy",)
 FLOAT = "fp32"
+PROFILES = False
 TABLE = "table.npy"
 
 

@@ -13,6 +13,7 @@ from . import MODEL, Built, Job
 
 PACKAGES = ("openvino",)
 FLOAT = "fp32"
+PROFILES = False
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention")
 WIDTHS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
@@ -24,7 +25,7 @@ def unavailable() -> str:
 def refuses(component: str, precision: str, device: Device) -> str:
     if component == "decoder":
         return "OpenVINO copies a KV cache that is passed in and out, and lost to ONNX Runtime (docs/experiments.md)"
-    return "" if component == "vision_encoder" else "a table look-up gains nothing there"
+    return "a table look-up gains nothing there" if component == "embed_tokens" else ""
 
 
 def build(model: ir.Model, job: Job) -> Built:

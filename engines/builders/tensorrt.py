@@ -31,6 +31,7 @@ from . import Built, Job
 
 PACKAGES = ("tensorrt",)
 FLOAT = "fp16"
+PROFILES = True
 NATIVE = (10, 15)  # RotaryEmbedding, RMSNormalization and TensorScatter; Attention came with 10.14
 STRONG = (10, 12)
 INTEGER_WEIGHTS = INT4 = (10, 0)  # weights as int8 constants, and blocks of int4

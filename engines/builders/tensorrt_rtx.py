@@ -24,6 +24,7 @@ from . import MODEL, Built, Job
 
 PACKAGES = ("tensorrt-rtx-cu13",)
 FLOAT = "fp16"
+PROFILES = True
 MOST_TILES = 17  # of one picture: SmolVLM's 4 × 4 and the whole
 
 

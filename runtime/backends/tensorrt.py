@@ -243,7 +243,8 @@ class TensorrtDecoder:
         self._bind_cache()
         self._launch = self._capture_step()
 
-    def prefill(self, inputs_embeds: NDArray[np.float32]) -> int:
+    def prefill(self, inputs_embeds: NDArray[np.float32], **further: Array) -> int:
+        assert not further, "the builder refuses decoders with further inputs"
         length = inputs_embeds.shape[1]
         gpu, addresses, dtypes = self._gpu, self._addresses, self._engine.dtypes
         uploads = {

@@ -111,7 +111,7 @@ def test_an_attention_that_does_more_is_refused_by_name(tiny: Artifact) -> None:
     model = ir.load(tiny.graph("decoder"))
     node = next(node for node in model.graph if node.op_type == "Attention")
     node.attributes["softcap"] = ir.AttrFloat32("softcap", 50.0)
-    with pytest.raises(VlmcError, match=f"{node.name} .*softcap"):
+    with pytest.raises(VlmcError, match=f"softcap of {node.name}"):
         two_segment_attention.apply(model, tiny.manifest.kv)
 
 
