@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ...artifact import KvContract
 from ...profiles.device import Device
 from ...runtime.backends import onnxruntime as backend
-from ..passes import MICROSOFT, group_query_attention, integer_matmul, matmul_nbits
+from ..passes import MICROSOFT, group_query_attention, integer_matmul, matmul_nbits, producer
 from . import MODEL, Built, Job
 
 PACKAGES = ("onnxruntime",)
@@ -70,8 +70,14 @@ def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
         elif node.op_type in ATTENTION:
             kind, number = "float32 attention", 2  # queries by keys, and scores by values
         elif node.op_type in FLOATING:
-            constant = node.inputs[1] is not None and node.inputs[1].const_value is not None
-            kind = "float32" if constant else "float32 attention"
+            kind = "float32" if "Conv" in node.op_type or _is_weight(node.inputs[1]) else "float32 attention"
         if kind:
             counts[kind] = counts.get(kind, 0) + number
     return counts
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """A constant, be it a quantised one that is turned into floats at every run."""
+    dequantize = producer(value, "DequantizeLinear")
+    source = dequantize.inputs[0] if dequantize else value
+    return source is not None and source.const_value is not None
