@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from vlmc.artifact import Artifact
 from vlmc.exporter import checkpoint, parity
 from vlmc.exporter.export import Options, export
+
+from . import support
 
 TEXT = "A chat between a user and an assistant. USER: How many red boats are on the water? ASSISTANT: two red boats"
 QUESTION = "How many {red} boats are on the water? 42 €"
@@ -100,9 +103,9 @@ def assert_parity() -> Callable[[Artifact, Reference, list[list[Image.Image]]], 
             inputs = session.prepare(pictures, QUESTION)
             ids, pixels = torch.from_numpy(inputs.input_ids)[None], None
             with torch.inference_mode():
-                if inputs.pixel_values is not None:
-                    pixels = torch.from_numpy(inputs.pixel_values)
-                    found = session.vision.run({"pixel_values": inputs.pixel_values})["image_features"]
+                if inputs.vision:
+                    pixels = torch.from_numpy(inputs.vision["pixel_values"])
+                    found = session.vision.run(inputs.vision)["image_features"]
                     np.testing.assert_allclose(found, reference.features(pixels).numpy(), atol=2e-4, rtol=2e-4)
                 tokens = list(session.generate(inputs, 1, ignore_eos=True))
                 logits: Any = session.decoder.logits()
@@ -113,5 +116,16 @@ def assert_parity() -> Callable[[Artifact, Reference, list[list[Image.Image]]], 
                     wanted.append(int(reference.logits(ids, pixels)[-1].argmax()))
                     ids = torch.cat((ids, torch.tensor([wanted[-1:]])), dim=1)
             assert tokens == wanted
+
+    return check
+
+
+@pytest.fixture
+def assert_supported(picture_set: Path, tmp_path: Path) -> Callable[[Artifact, str], None]:
+    """assert_supported(artifact, family): what the README's table promises of the family is what can be done."""
+
+    def check(artifact: Artifact, family: str) -> None:
+        copy = Artifact(Path(shutil.copytree(artifact.root, tmp_path / "supported")))
+        assert support.row(copy, picture_set) == support.promised(family)
 
     return check

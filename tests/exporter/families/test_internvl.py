@@ -151,7 +151,7 @@ def test_pictures_and_question_become_transformers_arrays(count: int, make_pictu
     ids = Tokenizer(tmp_path / "tokenizer.json").encode(render(prompt, question, prepared.image_texts))
     assert ids.tolist() == np.asarray(reference["input_ids"])[0].tolist()
     if count:
-        assert np.array_equal(prepared.pixel_values, reference["pixel_values"])
+        assert np.array_equal(prepared.vision["pixel_values"], reference["pixel_values"])
 
 
 def test_the_parts_miss_no_weight(whole: Any) -> None:
@@ -209,3 +209,7 @@ def test_tiles_that_are_not_square_are_refused(tmp_path: Path) -> None:
     whole.save(tmp_path)
     with pytest.raises(VlmcError, match="not square"):
         describe(tmp_path)
+
+
+def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
+    assert_supported(whole[1], "internvl")

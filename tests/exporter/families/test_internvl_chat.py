@@ -246,7 +246,9 @@ def test_the_values_of_the_pixels_are_the_model_cards(folder: Path, make_picture
     for size in ((28, 28), (90, 31), (17, 60)):
         small = make_picture(*size).resize((TILE, TILE), Image.Resampling.BICUBIC)
         expected = (np.asarray(small).astype(np.float32) / np.float32(255) - mean) / std
-        whole = prepare([make_picture(*size)]).pixel_values[-1]  # the only tile, or the one that shows the whole
+        whole = prepare([make_picture(*size)]).vision["pixel_values"][
+            -1
+        ]  # the only tile, or the one that shows the whole
         np.testing.assert_allclose(whole, expected.transpose(2, 0, 1), atol=1e-6, rtol=0)
 
 
@@ -343,3 +345,7 @@ def test_qwens_tokenizer_is_transformers_own(folder: Path, tmp_path: Path) -> No
     _, prompt = describe(tmp_path)
     assert prompt.text_only.startswith("<|im_start|>system\n")
     assert prompt.eos_token_ids == (vocab["<|im_end|>"],)
+
+
+def test_the_readme_says_what_it_can_be_made_into(artifact: Any, assert_supported: Any) -> None:
+    assert_supported(artifact, "internvl_chat")

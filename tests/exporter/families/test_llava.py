@@ -106,7 +106,7 @@ def test_pictures_and_question_become_transformers_arrays(
     ids = Tokenizer(tmp_path / "tokenizer.json").encode(render(prompt, question, prepared.image_texts))
     assert ids.tolist() == reference["input_ids"][0].tolist()
     if count:
-        assert np.array_equal(prepared.pixel_values, reference["pixel_values"])
+        assert np.array_equal(prepared.vision["pixel_values"], reference["pixel_values"])
 
 
 def test_only_clips_last_layer_and_the_norm_behind_it_are_left_out(whole: Whole) -> None:
@@ -170,3 +170,7 @@ def test_a_processor_without_a_patch_size_is_refused(vocabulary: Any, tmp_path: 
     processor.save_pretrained(tmp_path)
     with pytest.raises(VlmcError, match="patch_size"):
         describe(tmp_path)
+
+
+def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
+    assert_supported(whole[1], "llava")

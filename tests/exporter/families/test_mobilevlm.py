@@ -230,7 +230,7 @@ def test_the_pictures_are_padded_and_prepared_as_the_reference_does(folder: Path
         square.paste(picture, tuple((max(size) - length) // 2 for length in size))
         expected = clip([square], return_tensors="np")["pixel_values"]
         prepared = preprocessing.load(described)([picture])
-        assert np.array_equal(prepared.pixel_values, expected)
+        assert np.array_equal(prepared.vision["pixel_values"], expected)
         assert prepared.image_texts == ("<unk>" * 144 + "\n",)
 
 
@@ -294,3 +294,7 @@ def test_random_weights_depend_on_the_seed_alone(folder: Path, tmp_path: Path) -
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_the_readme_says_what_it_can_be_made_into(artifact: Any, assert_supported: Any) -> None:
+    assert_supported(artifact, "mobilevlm")
