@@ -6,7 +6,6 @@ import torch
 
 from ..artifact import Artifact
 from ..exporter.checkpoint import load_components
-from ..exporter.family import Components
 from ..exporter.torch_runner import torch_session
 from ..runtime.session import Session
 from .fake_quant import apply_plan
@@ -21,5 +20,5 @@ def open_session(artifact: Artifact, recipe: str, threads: int = 0) -> Session:
         torch.set_num_threads(threads)
     components = load_components(artifact)
     if plan is not None:
-        components = Components(*(apply_plan(module, plan, name) for name, module in components.items()))
+        components = components.map(lambda name, module: apply_plan(module, plan, name))
     return torch_session(artifact, components)

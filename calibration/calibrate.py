@@ -15,7 +15,9 @@ from ..artifact import SCHEMA, Artifact
 from ..errors import VlmcError
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
+from ..exporter.matching import Encoders, torch_matcher
 from ..exporter.torch_runner import torch_session
+from ..runtime.matching import Matcher
 from ..runtime.session import Session
 from .observation import Layer, Observation, Report, layers_of
 from .observers import LEVELS, RANGES
@@ -28,11 +30,17 @@ from .smoothing import Group, divisors
 def calibrate(artifact: Artifact, recipe: Recipe, data: CalibrationSet | None, report: Report) -> Plan:
     """The plan of the recipe for the artefact's weights. `data` may be None only for a recipe that needs none."""
     components = load_components(artifact)
+    if isinstance(components, Encoders):
+        return plan_for(torch_matcher(artifact, components), components, recipe, data, report)
     return plan_for(torch_session(artifact, components), components, recipe, data, report)
 
 
 def plan_for(
-    session: Session, components: Components, recipe: Recipe, data: CalibrationSet | None, report: Report
+    session: Session | Matcher,
+    components: Components | Encoders,
+    recipe: Recipe,
+    data: CalibrationSet | None,
+    report: Report,
 ) -> Plan:
     """`calibrate`, for a session that runs these components in PyTorch."""
     layers = layers_of(components)

@@ -7,65 +7,77 @@ with the best that PyTorch does and not with its waiting for the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..artifact import Artifact, KvSpec
+from ..artifact import Artifact, ComponentSpec, KvSpec
+from ..errors import VlmcError
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
-from ..runtime.runner import Array, Runner
+from ..runtime.runner import Array
 from ..runtime.session import Session
 from .fake_quant import apply_plan
 from .plan import read_plan
 
 STRIDE = 8  # as the TensorRT runtime's
 
+T = TypeVar("T")
+Made = Tensor | tuple[Tensor, ...]  # of a component with one output, or with several
+
 
 def open_session(artifact: Artifact, recipe: str, mode: str, threads: int = 0, where: str = "cuda") -> Session:
-    """The artefact's model in float16 on GPU 0; `mode` is `eager`, `graph` or `compile`, `recipe` is `fp32` for float or a plan's."""
+    """The artefact's model in float16 on GPU 0; `mode` is `eager`, `graph` or `compile`, `recipe` is `fp32` for float
+    or a plan's."""
     plan = None if recipe == "fp32" else read_plan(artifact, recipe)
     if threads:
         torch.set_num_threads(threads)
     components = load_components(artifact)
     if plan is not None:
-        components = Components(*(apply_plan(module, plan, name) for name, module in components.items()))
-    halves = Components(*(module.half().to(where) for _, module in components.items()))
-    embed = GpuRunner(halves.embed_tokens, "inputs_embeds", "eager", where)
+        components = components.map(lambda name, module: apply_plan(module, plan, name))
+    specs = artifact.manifest.components
+    if further := specs["decoder"].further_inputs():
+        what = "The PyTorch baselines on a GPU keep a step there and know plain decoders alone"
+        raise VlmcError(what, found=f"a decoder that takes {', '.join(further)}", fix="measure with --no-baselines")
+    halves = components.map(lambda name, module: module.half().to(where))
     return Session(
         artifact,
-        vision=GpuRunner(halves.vision_encoder, "image_features", mode, where),
-        embed=embed,
+        vision=GpuRunner(halves.vision_encoder, specs["vision_encoder"], mode, where),
+        embed=GpuRunner(halves.embed_tokens, specs["embed_tokens"], "eager", where),
         decoder=GpuDecoder(halves, artifact.manifest.kv, mode, where),
+        fusion=None if halves.fusion is None else GpuRunner(halves.fusion, specs["fusion"], mode, where),
     )
 
 
 class GpuRunner:
-    """A component with one input and one output, float32 on the host and float16 on the GPU."""
+    """A component without state, float32 on the host and float16 on the GPU."""
 
-    def __init__(self, component: nn.Module, output: str, mode: str, where: str) -> None:
+    def __init__(self, component: nn.Module, spec: ComponentSpec, mode: str, where: str) -> None:
         self._component = torch.compile(component, dynamic=False) if mode == "compile" else component
-        self._output, self._mode, self._where = output, mode, where
-        self._graphs: dict[tuple[int, ...], tuple[Tensor, Tensor, Callable[[], None]]] = {}
+        self._spec, self._mode, self._where = spec, mode, where
+        self._graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Made, Callable[[], None]]] = {}
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        (array,) = inputs.values()
-        value = torch.from_numpy(np.ascontiguousarray(array)).to(self._where)
-        if value.is_floating_point():
-            value = value.half()
+        arrays = [np.ascontiguousarray(inputs[tensor.name]) for tensor in self._spec.inputs]
+        values = [torch.from_numpy(array).to(self._where) for array in arrays]
+        values = [value.half() if value.is_floating_point() else value for value in values]
         if self._mode == "eager":
-            result = self._component(value)
+            made = self._component(*values)
         else:
-            if array.shape not in self._graphs:
-                fixed = value.clone()
-                self._graphs[array.shape] = (fixed, *_captured(lambda: self._component(fixed)))
-            fixed, result, launch = self._graphs[array.shape]
-            fixed.copy_(value)
+            shapes = tuple(value.shape for value in values)
+            if shapes not in self._graphs:
+                copies = [value.clone() for value in values]
+                self._graphs[shapes] = (copies, *_captured(lambda: self._component(*copies)))
+            fixed, made, launch = self._graphs[shapes]
+            for target, value in zip(fixed, values, strict=True):
+                target.copy_(value)
             launch()
-        return {self._output: result.float().cpu().numpy()}
+        made = (made,) if isinstance(made, Tensor) else made
+        return {tensor.name: x.float().cpu().numpy() for tensor, x in zip(self._spec.outputs, made, strict=True)}
 
 
 class GpuDecoder:
@@ -86,7 +98,7 @@ class GpuDecoder:
         self._mode, self._launch = mode, self._step
 
     @torch.inference_mode()
-    def prefill(self, inputs_embeds: NDArray[np.float32]) -> int:
+    def prefill(self, inputs_embeds: NDArray[np.float32], **further: Array) -> int:
         length = inputs_embeds.shape[1]
         embeds = torch.from_numpy(np.ascontiguousarray(inputs_embeds)).to(self._where).half()
         positions = torch.arange(length, device=self._where)[None]
@@ -136,9 +148,7 @@ class GpuDecoder:
         self._logits = logits
 
 
-def _captured(
-    run: Callable[[], Tensor], before: Callable[[], object] = lambda: None
-) -> tuple[Tensor, Callable[[], None]]:
+def _captured(run: Callable[[], T], before: Callable[[], object] = lambda: None) -> tuple[T, Callable[[], None]]:
     """What `run` does as a CUDA graph, after three runs beside it (PyTorch's own recipe, "CUDA semantics"); its output
     and what launches it. `before` is called ahead of each of the runs."""
     stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import VlmcError
 from ..exporter.family import Components
+from ..exporter.matching import Encoders
 from ..runtime.images import open_image
+from ..runtime.matching import Matcher
 from ..runtime.runner import HostDecoder
 from ..runtime.session import Session
 from .observers import ChannelPeaks, Histogram
@@ -26,12 +28,13 @@ from .sets import CalibrationSet, Row
 from .smoothing import Group, Trace
 
 GREEDY = 32
+PHASES = {"vision_encoder": "vision", "fusion": "prefill", "text_encoder": "text"}  # a decoder's depends on its place
 Layer = nn.Linear | nn.Conv2d
 Report = Callable[[str, int, int], None]  # what is being done, rows done, rows in all
 Observe = Callable[[str, str, NDArray[np.float32]], None]  # layer, phase, its input (rows, channels)
 
 
-def layers_of(components: Components) -> dict[str, Layer]:
+def layers_of(components: Components | Encoders) -> dict[str, Layer]:
     """Every layer that can be quantised, by COMPONENT/MODULE.PATH."""
     return {
         f"{name}/{path}": module
@@ -45,7 +48,9 @@ class Observation:
     """A session that runs `components` in PyTorch, and the set that it is asked. Each method is one pass over it;
     what they return is by layer and phase, and lacks the layers that never ran."""
 
-    def __init__(self, session: Session, components: Components, data: CalibrationSet, report: Report) -> None:
+    def __init__(
+        self, session: Session | Matcher, components: Components | Encoders, data: CalibrationSet, report: Report
+    ) -> None:
         self._session, self._components, self._data, self._report = session, components, data, report
 
     def groups(self) -> list[Group]:
@@ -53,7 +58,7 @@ class Observation:
         trace = Trace(dict(self._components.items()))
         row = self._data.rows[0]
         with trace.watching():
-            next(self._session.generate(self._session.prepare([open_image(row.image)], row.prompt)), None)
+            self._answer(row, first=True)
         return trace.groups()
 
     def peaks(self) -> dict[str, dict[str, NDArray[np.float32]]]:
@@ -85,10 +90,18 @@ class Observation:
                 self._answer(row)
         self._report(what, len(rows), len(rows))
 
-    def _answer(self, row: Row) -> None:
-        session, decoder = self._session, self._session.decoder
+    def _answer(self, row: Row, first: bool = False) -> None:
+        """The row's question, and its answer unless only the first token is wanted."""
+        session = self._session
+        if isinstance(session, Matcher):
+            session.match([open_image(row.image)], [row.prompt])
+            return
         inputs = session.prepare([open_image(row.image)], row.prompt)
         tokens = session.generate(inputs, max_new_tokens=GREEDY)
+        if first:
+            next(tokens, None)
+            return
+        decoder = session.decoder
         if not row.answer:
             for _ in tokens:
                 pass
@@ -98,22 +111,20 @@ class Observation:
         ids = session.tokenizer.encode(" " + row.answer)[: decoder.capacity - start]
         assert isinstance(decoder, HostDecoder)
         if len(ids):
-            decoder.forward(session.embed.run({"input_ids": ids[None]})["inputs_embeds"], start)
+            decoder.read(ids, start)
 
 
 @contextmanager
-def _watching(components: Components, observe: Observe) -> Iterator[None]:
+def _watching(components: Components | Encoders, observe: Observe) -> Iterator[None]:
     """While open, `observe` gets every layer's input. A decoder that writes behind position 0 is decoding."""
-    phase = ""
+    phase, parts = "", components.items()
 
-    def enter_vision(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal phase
-        phase = "vision"
+    def enter(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal phase
+            phase = PHASES.get(name) or ("decode" if int(args[2]) else "prefill")  # args[2]: write_index
 
-    def enter_decoder(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal phase
-        write_index = args[2]
-        phase = "decode" if int(write_index) else "prefill"
+        return hook
 
     def layer_hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -127,8 +138,7 @@ def _watching(components: Components, observe: Observe) -> Iterator[None]:
         return hook
 
     hooks = [
-        components.vision_encoder.register_forward_pre_hook(enter_vision),
-        components.decoder.register_forward_pre_hook(enter_decoder),
+        *(part.register_forward_pre_hook(enter(name)) for name, part in parts if name in (*PHASES, "decoder")),
         *(layer.register_forward_pre_hook(layer_hook(path)) for path, layer in layers_of(components).items()),
     ]
     try:

@@ -54,7 +54,7 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
             choices[component] = Choice(next(iter(own)).engine, "nothing else is offered for it", {})
         else:
             report(f"trying {component}", len(todo), len(todo))
-            embed = next(c.engine for c in todo if c.component == "embed_tokens")
+            embed = next((c.engine for c in todo if c.component == "embed_tokens"), "")
             reports = _try(artifact, device, component, own, embed)
             choices[component] = verdict.choose(component, reports, artifact.manifest.source.random_weights)
     record = BuildSpec(

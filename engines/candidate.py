@@ -16,7 +16,6 @@ import onnx_ir as ir
 from .. import __version__
 from ..artifact import (
     FLOATS,
-    GRAPH_FILES,
     SCHEMA,
     Artifact,
     BuildReport,
@@ -56,7 +55,7 @@ class Candidate:
 def key(artifact: Artifact, candidate: Candidate) -> str:
     """The hash of all that goes into the engine: graph, plan, device, backend and versions."""
     plan = None if candidate.precision in FLOATS else to_json(read_plan(artifact, candidate.precision))
-    file = GRAPH_FILES[candidate.component]
+    file = artifact.manifest.components[candidate.component].file
     known = artifact.manifest.files
     parts = [known[name].sha256 for name in (file, f"{file}.data") if name in known]
     device = load_device(candidate.device)

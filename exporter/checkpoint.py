@@ -17,7 +17,7 @@ from torch import nn
 from ..artifact import Artifact, Source
 from ..errors import VlmcError, reason
 from ..files import read_json, sha256_of
-from .family import Components, Family, family_for
+from .family import Family, family_for
 from .onnx_ops import IMPLEMENTATION
 
 PRESETS = Path(__file__).parent / "presets"
@@ -93,8 +93,9 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
-def load_components(artifact: Artifact) -> Components:
-    """The PyTorch components of the checkpoint that the artefact was exported from, refused where it changed."""
+def load_components(artifact: Artifact) -> Any:
+    """The PyTorch parts of the checkpoint that the artefact was exported from, refused where it changed: `Components`,
+    or `matching.Encoders` of a model that matches."""
     source = artifact.manifest.source
     if source.kind == "hub":
         checkpoint = _hub(source.location, source.revision)

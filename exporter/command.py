@@ -36,11 +36,13 @@ def export(
 
     Example: vlmc export demo -o out/demo
     """
-    from . import checkpoint
+    from . import checkpoint, matching
     from .export import Options
     from .export import export as run
 
     resolved = checkpoint.resolve(model, random_weights, seed)
+    if isinstance(resolved.family, matching.MatchingFamily):
+        run = matching.export
     options = Options(capacity, cases or (2 if random_weights else 16), pictures, force=force)
     with console.progress() as bar:
         task = bar.add_task("resolving", total=1)

@@ -27,7 +27,7 @@ from ..errors import VlmcError
 from ..files import sha256_of, staged_folder
 from ..runtime.session import Session
 from . import checkpoint, golden, graph, parity, processor
-from .family import Components
+from .family import Components, VisionInput
 from .torch_runner import torch_session
 
 Report = Callable[[str, int, int], None]  # stage, done, total
@@ -58,7 +58,7 @@ def export(model: checkpoint.Checkpoint, target: Path, options: Options, report:
         components = model.family.split(torch_model)
         kv = model.family.kv(torch_model, options.capacity)
         vocabulary, hidden = next(components.embed_tokens.parameters()).shape
-        specs = _write_graphs(stage, components, hidden, model.family.image_size(torch_model), kv, report)
+        specs = _write_graphs(stage, components, model.family.vision_inputs(torch_model), kv, report)
         manifest = Manifest(
             schema=SCHEMA,
             name=model.name,
@@ -117,13 +117,20 @@ def _describe_inputs(model: checkpoint.Checkpoint, stage: Path) -> tuple[dict[st
 
 
 def _write_graphs(
-    stage: Path, components: Components, hidden: int, image_size: tuple[int, int], kv: KvSpec, report: Report
+    stage: Path, components: Components, vision_inputs: dict[str, VisionInput], kv: KvSpec, report: Report
 ) -> dict[str, ComponentSpec]:
-    specs = {}
+    specs: dict[str, ComponentSpec] = {}
     for index, (name, component) in enumerate(components.items()):
         report(f"exporting {name}", index, len(components.items()))
-        example = graph.example_inputs(name, hidden, image_size, kv)
-        exported = graph.export_component(name, component, example, kv)
+        if name == "vision_encoder":
+            signature = graph.vision_signature(vision_inputs)
+        elif name == "embed_tokens":
+            signature = graph.embed_signature(component)
+        elif name == "fusion":
+            signature = graph.fusion_signature(specs["vision_encoder"], int(specs["embed_tokens"].outputs[0].shape[-1]))
+        else:
+            signature = graph.decoder_signature(component, specs["embed_tokens"], kv)
+        exported = graph.export_component(name, component, signature)
         graph.save(exported, stage / GRAPH_FILES[name])
         specs[name] = ComponentSpec(
             file=GRAPH_FILES[name],

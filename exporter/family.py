@@ -10,6 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..artifact import KvSpec
+from ..artifact import GRAPH_FILES, KvSpec
 from ..errors import VlmcError
 from . import families, onnx_ops
 
@@ -28,21 +29,42 @@ class Components:
     """A model's parts as float32 modules in evaluation mode. Their `forward` is what is exported, and their module
     paths key the plan.
 
-    vision_encoder: pixel_values (tiles, 3, height, width) → image_features (tiles, tokens, hidden).
-    embed_tokens: input_ids (1, length) → inputs_embeds (1, length, hidden).
-    decoder: see `Decoder.forward`.
+    vision_encoder: `Family.vision_inputs`, mostly pixel_values (tiles, 3, height, width) → image_features (…, hidden),
+        mostly (tiles, tokens, hidden).
+    embed_tokens: input_ids (1, length) → inputs_embeds (1, length, hidden). One with an attribute `outputs`, names that
+        begin with inputs_embeds, returns so many; the further ones (1, length, …) are inputs of the decoder.
+    decoder: see `Decoder.forward`. What its `forward` has behind `past` it takes at a prompt and at every step:
+        prefix_length, or a further output of embed_tokens, by its name. One with an attribute `positions` takes
+        position_ids of (positions, 1, length).
+    fusion, in few models: image_features as they come and text_embeds (1, text_length, hidden), the embeddings of all
+        tokens but the image ones → image features (…, hidden) and text_embeds to take in their places.
     """
 
     vision_encoder: nn.Module
     embed_tokens: nn.Module
     decoder: nn.Module
+    fusion: nn.Module | None = None
 
     def __post_init__(self) -> None:
         for _, component in self.items():
             component.eval()  # the wrappers are new and would be in training mode
 
     def items(self) -> list[tuple[str, nn.Module]]:
-        return [(name, getattr(self, name)) for name in ("vision_encoder", "embed_tokens", "decoder")]
+        """Those that there are, by name, in the order in which a question passes them."""
+        return [(name, getattr(self, name)) for name in GRAPH_FILES if getattr(self, name) is not None]
+
+    def map(self, change: Callable[[str, nn.Module], nn.Module]) -> Components:
+        """Each changed, called with its name."""
+        return Components(**{name: change(name, component) for name, component in self.items()})
+
+
+@dataclass(frozen=True)
+class VisionInput:
+    """An input of the vision encoder: an example to trace with, whose sizes are no other's by chance, and its free axes
+    with the names of their sizes."""
+
+    example: Tensor
+    free: dict[int, str]
 
 
 class Decoder(nn.Module):
@@ -60,18 +82,49 @@ class Decoder(nn.Module):
         """inputs_embeds (1, length, hidden); position_ids (1, length); write_index (1,): where in the cache the first
         of them goes; logits_index (1,): whose logits are wanted; past: key0, value0, key1, … (1, kv_heads, capacity,
         head_dim). Returns logits (1, vocabulary) and the updated cache in the order of `past`."""
-        length = inputs_embeds.shape[1]
-        cache = onnx_ops.static_cache(past, write_index, length)
+        mask = onnx_ops.causal_mask(write_index, inputs_embeds.shape[1], past[0])
+        return self.attend(inputs_embeds, position_ids, write_index, logits_index, past, mask)
+
+    def attend(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        write_index: Tensor,
+        logits_index: Tensor,
+        past: list[Tensor],
+        mask: Any,
+        **further: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`forward` under this attention mask, or these by type of layer; `further` goes to transformers' decoder."""
+        cache = onnx_ops.static_cache(past, write_index, inputs_embeds.shape[1])
         hidden = self.model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
-            attention_mask=onnx_ops.causal_mask(write_index, length, past[0]),
+            attention_mask=mask,
+            **further,
         ).last_hidden_state
         # Only one position's logits are wanted: a prompt's others would cost as much as the rest of the prefill.
         logits = self.lm_head(hidden.index_select(1, logits_index))[:, 0]
         return logits, [state for layer in cache.layers for state in (layer.keys, layer.values)]
+
+
+class PrefixDecoder(Decoder):
+    """A decoder in which the first positions of a prompt see one another."""
+
+    def forward(  # type: ignore[override]  # what a decoder takes further is known by its own signature
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        write_index: Tensor,
+        logits_index: Tensor,
+        past: list[Tensor],
+        prefix_length: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """prefix_length (1,): how many do, 0 at a step; the rest as in `Decoder.forward`."""
+        mask = onnx_ops.causal_mask(write_index, inputs_embeds.shape[1], past[0], prefix_length)
+        return self.attend(inputs_embeds, position_ids, write_index, logits_index, past, mask)
 
 
 @dataclass(frozen=True)
@@ -127,9 +180,13 @@ class Family(ABC):
     def kv(self, model: nn.Module, capacity: int) -> KvSpec:
         """The cache that the decoder needs."""
 
-    @abstractmethod
+    def vision_inputs(self, model: nn.Module) -> dict[str, VisionInput]:
+        """What the vision encoder takes, by name, in the order of its arguments: tiles of `image_size`."""
+        return {"pixel_values": VisionInput(torch.zeros(2, 3, *self.image_size(model)), {0: "tiles"})}
+
     def image_size(self, model: nn.Module) -> tuple[int, int]:
-        """Height and width in pixels of one tile, as the vision encoder takes it."""
+        """Height and width in pixels of one tile; where the vision encoder takes tiles."""
+        raise AssertionError(f"{type(self).__name__} overrides neither vision_inputs nor image_size")
 
 
 def decoder_config(model_type: str, original: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from ..demo import scenes
 from ..errors import VlmcError, reason
 from ..files import read_json, write_json
 from ..runtime.images import open_image
-from ..runtime.runner import HostDecoder
+from ..runtime.runner import Array, HostDecoder
 from ..runtime.session import Session
 
 DETAILED = 2  # cases whose arrays are kept; the others are held to their tokens alone
@@ -104,25 +104,31 @@ def record(session: Session, folder: Path, cases: Sequence[Case], options: dict[
 
 
 def detail(session: Session, image: Path, prompt: str, tokens: Sequence[int]) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays between the components for one case, its decode steps fed with `tokens` whatever was chosen."""
+    """The arrays between the components for one case, each by the name of the input or output that it is, its decode
+    steps fed with `tokens` whatever was chosen."""
     inputs = session.prepare([open_image(image)], prompt)
-    assert inputs.pixel_values is not None
-    features = session.vision.run({"pixel_values": inputs.pixel_values})["image_features"]
-    embeds = session.embed_prompt(inputs.input_ids, features)
+    features = session.vision.run(inputs.vision)["image_features"]
+    fusion: dict[str, Array] = {}
+    if session.fusion is not None:
+        embeds = session.embed.run({"input_ids": inputs.input_ids[None]})["inputs_embeds"]
+        fusion = {"image_features": features, "text_embeds": embeds[:, ~session.image_places(inputs)]}
+        fusion |= session.fusion.run(fusion)
+    read = session.embed_prompt(inputs, features)
     decoder = session.decoder
     assert isinstance(decoder, HostDecoder)
-    decoder.prefill(embeds)
+    decoder.prefill(**read)
     prefill = decoder.logits()
-    steps = list(tokens[: min(STEPS, decoder.capacity - embeds.shape[1])])
+    steps = list(tokens[: min(STEPS, decoder.capacity - read["inputs_embeds"].shape[1])])
     logits = []
     for token in steps:
         decoder.feed(token)
         logits.append(decoder.logits())
     return {
-        "pixel_values": inputs.pixel_values,
+        **inputs.vision,
         "input_ids": inputs.input_ids,
         "image_features": features,
-        "inputs_embeds": embeds,
+        **fusion,
+        **read,
         "prefill_logits": prefill,
         "step_tokens": np.array(steps, np.int64),
         "step_logits": np.array(logits, np.float32).reshape(len(steps), prefill.size),

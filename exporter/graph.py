@@ -7,16 +7,21 @@ quantisation plan is keyed by; its constants are called PATH.weight and PATH.bia
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ..artifact import KvSpec, TensorSpec
+from ..artifact import DECODER_INPUTS, ComponentSpec, KvSpec, TensorSpec
+from .family import VisionInput
 from .onnx_ops import canonical_operators
 
 OPSET = 24
@@ -24,22 +29,33 @@ NAMED = ("MatMul", "Gemm", "Conv", "LayerNormalization", "RMSNormalization")
 PARAMETER_NAMES = {1: "weight", 2: "bias"}  # by input position, for every operator in NAMED
 
 
-def export_component(name: str, component: nn.Module, example: tuple[object, ...], kv: KvSpec) -> ir.Model:
-    """The component's canonical float graph; `example` are inputs as `forward` takes them (example_inputs)."""
+@dataclass(frozen=True)
+class Signature:
+    """A component's inputs and outputs by name; inputs as its `forward` takes them, to trace with (of plausible shape,
+    with sizes that differ from one another, so that none is mistaken); and their free dimensions, as torch.export wants
+    them."""
+
+    inputs: list[str]
+    outputs: list[str]
+    example: tuple[object, ...]
+    free: tuple[object, ...]
+
+
+def export_component(name: str, component: nn.Module, signature: Signature) -> ir.Model:
+    """The component's canonical float graph."""
     # The exporter prints its progress and logs what it skips; neither is for vlmc's user.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     quiet = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
     with quiet[0], quiet[1], warnings.catch_warnings(), torch.no_grad(), canonical_operators(component):
         warnings.simplefilter("ignore")
-        inputs, outputs = io_names(name, kv)
         program = torch.onnx.export(
             component,
-            example,
+            signature.example,
             dynamo=True,
             opset_version=OPSET,
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_shapes=_dynamic_shapes(name, kv),
+            input_names=signature.inputs,
+            output_names=signature.outputs,
+            dynamic_shapes=signature.free,
             optimize=True,
             verbose=False,
         )
@@ -47,49 +63,71 @@ def export_component(name: str, component: nn.Module, example: tuple[object, ...
     return canonicalise(program.model)
 
 
-def io_names(name: str, kv: KvSpec) -> tuple[list[str], list[str]]:
-    """Names of the component's inputs and outputs, in order."""
-    if name == "vision_encoder":
-        return ["pixel_values"], ["image_features"]
-    if name == "embed_tokens":
-        return ["input_ids"], ["inputs_embeds"]
+def vision_signature(inputs: Mapping[str, VisionInput]) -> Signature:
+    """Of the vision encoder, from `Family.vision_inputs`."""
+    sizes = {name: torch.export.Dim(name) for value in inputs.values() for name in value.free.values()}
+    free = tuple({axis: sizes[name] for axis, name in value.free.items()} or None for value in inputs.values())
+    return Signature(list(inputs), ["image_features"], tuple(value.example for value in inputs.values()), free)
+
+
+def embed_signature(component: nn.Module) -> Signature:
+    """Of embed_tokens."""
+    outputs = getattr(component, "outputs", ("inputs_embeds",))
+    return Signature(["input_ids"], list(outputs), (torch.zeros(1, 7, dtype=torch.long),), ({1: _length()},))
+
+
+def fusion_signature(vision: ComponentSpec, hidden: int) -> Signature:
+    """Of the fusion, behind the vision encoder."""
+    shape = vision.outputs[0].shape
+    free = {
+        axis: size if size.isidentifier() else "image_tokens"
+        for axis, size in enumerate(shape)
+        if isinstance(size, str)
+    }
+    return Signature(
+        ["image_features", "text_embeds"],
+        ["fused_image_features", "fused_text_embeds"],
+        (torch.zeros([5 if axis in free else int(size) for axis, size in enumerate(shape)]), torch.zeros(1, 7, hidden)),
+        ({axis: torch.export.Dim(name) for axis, name in free.items()} or None, {1: torch.export.Dim("text_length")}),
+    )
+
+
+def decoder_signature(component: nn.Module, embed: ComponentSpec, kv: KvSpec) -> Signature:
+    """Of the decoder, behind embed_tokens (see `Components`)."""
+    known = {tensor.name: tensor for tensor in embed.outputs}
+    behind = list(inspect.signature(component.forward).parameters)
+    further = behind[behind.index("past") + 1 :]
     states = [f"{layer}.{part}" for layer in range(kv.layers) for part in ("key", "value")]
-    return (
-        ["inputs_embeds", "position_ids", "write_index", "logits_index", *(f"past_key_values.{s}" for s in states)],
-        ["logits", *(f"present.{s}" for s in states)],
+    length, size, capacity = _length(), 7, torch.export.Dim("capacity")
+    positions, embeds = torch.arange(size)[None], _example(known["inputs_embeds"], size)
+    if rows := getattr(component, "positions", 0):
+        positions = positions.repeat(rows, 1, 1)
+    past = [torch.zeros(1, kv.kv_heads, 24, kv.head_dim) for _ in states]
+    one = torch.zeros(1, dtype=torch.long)
+    more = [_example(known[name], size) if name in known else one + 3 for name in further]
+    free = [{1: length} if name in known else None for name in further]
+    return Signature(
+        [*DECODER_INPUTS, *(f"past_key_values.{state}" for state in states), *further],
+        ["logits", *(f"present.{state}" for state in states)],
+        (embeds, positions, one, torch.tensor([size - 1]), past, *more),
+        ({1: length}, {2 if rows else 1: length}, None, None, [{2: capacity} for _ in states], *free),
     )
 
 
-def example_inputs(name: str, hidden: int, image_size: tuple[int, int], kv: KvSpec) -> tuple[object, ...]:
-    """Inputs of plausible shape to trace with; sizes that differ from one another, so that none is mistaken."""
-    if name == "vision_encoder":
-        return (torch.zeros(2, 3, *image_size),)
-    if name == "embed_tokens":
-        return (torch.zeros(1, 7, dtype=torch.long),)
-    length = 7
-    past = [torch.zeros(1, kv.kv_heads, 24, kv.head_dim) for _ in range(2 * kv.layers)]
-    return (
-        torch.zeros(1, length, hidden),
-        torch.arange(length)[None],
-        torch.zeros(1, dtype=torch.long),
-        torch.tensor([length - 1]),
-        past,
-    )
+def _length() -> torch.export.Dim:
+    return torch.export.Dim("length")
 
 
-def _dynamic_shapes(name: str, kv: KvSpec) -> tuple[object, ...]:
-    if name == "vision_encoder":
-        return ({0: torch.export.Dim("tiles")},)
-    length = torch.export.Dim("length")
-    if name == "embed_tokens":
-        return ({1: length},)
-    capacity = torch.export.Dim("capacity")
-    return ({1: length}, {1: length}, None, None, [{2: capacity} for _ in range(2 * kv.layers)])
+def _example(tensor: TensorSpec, length: int) -> Tensor:
+    """Zeros of the tensor's shape and type, whose only free size is the length."""
+    dtype = getattr(torch, tensor.dtype)
+    return torch.zeros([size if isinstance(size, int) else length for size in tensor.shape], dtype=dtype)
 
 
 def canonicalise(model: ir.Model) -> ir.Model:
     """Names nodes and their constants by module path, gives each its own constants, and drops the exporter's notes."""
     graph = model.graph
+    _spell_out_gemm(graph)
     taken: set[str] = set()
     for node in graph:
         path = _module_path(node)
@@ -111,6 +149,30 @@ def canonicalise(model: ir.Model) -> ir.Model:
     model.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "vlmc", "", ""
     return model
+
+
+def _spell_out_gemm(graph: ir.Graph) -> None:
+    """A linear layer of a matrix becomes MatMul and Add, as that of a batch of matrices is: one form for all, with the
+    weight as (in, out)."""
+    for node in list(graph):
+        weight = node.inputs[1] if node.op_type == "Gemm" else None
+        factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")] if weight is not None else []
+        turned = [name for name in ("transA", "transB") if name in node.attributes and node.attributes[name].as_int()]
+        if weight is None or weight.const_value is None or factors != [1, 1] or "transA" in turned:
+            continue
+        array = weight.const_value.numpy()
+        tensor = ir.tensor(np.ascontiguousarray(array.T) if turned else array, name=f"{weight.name}.turned")
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=tensor.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph.initializers[str(tensor.name)] = value
+        scopes = dict(node.metadata_props)
+        made = [ir.node("MatMul", [node.inputs[0], value], metadata_props=scopes)]
+        made[0].outputs[0].shape, made[0].outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            made.append(ir.node("Add", [*made[0].outputs, node.inputs[2]], metadata_props=dict(scopes)))
+        ir.convenience.replace_nodes_and_values(graph, node, [node], made, node.outputs, made[-1].outputs)
+        if not weight.uses() and not weight.is_graph_output():
+            graph.initializers.pop(str(weight.name))
 
 
 def _module_path(node: ir.Node) -> str:

@@ -30,11 +30,16 @@ def canonical_session(artifact: Artifact) -> Session:
     """The artefact's own float graphs, run as they are."""
     kv = artifact.manifest.kv
     contract = KvContract("scatter", kv.layers, kv.kv_heads, kv.head_dim, kv.capacity)
-    vision, embed, decoder = (
-        backend.session(artifact.graph(name), SETTINGS) for name in ("vision_encoder", "embed_tokens", "decoder")
+    loaded = {name: backend.session(artifact.graph(name), SETTINGS) for name in artifact.components}
+    decoder = loaded.pop("decoder")
+    runners = {name: backend.OnnxRunner(session) for name, session in loaded.items()}
+    return Session(
+        artifact,
+        vision=runners["vision_encoder"],
+        embed=runners["embed_tokens"],
+        decoder=backend.OnnxDecoder(decoder, contract, runners["embed_tokens"]),
+        fusion=runners.get("fusion"),
     )
-    runner = backend.OnnxRunner(embed)
-    return Session(artifact, backend.OnnxRunner(vision), runner, backend.OnnxDecoder(decoder, contract, runner))
 
 
 def compare(level: str, component: str, reference: NDArray[Any], found: NDArray[Any]) -> ParityLevel:
@@ -56,15 +61,12 @@ def climb(artifact: Artifact) -> Iterator[ParityLevel]:
     """Yields the levels in order: components on the detailed cases, then the tokens of every case."""
     cases, arrays = golden.read(artifact)
     session = canonical_session(artifact)
+    parts = [(name, spec) for name, spec in artifact.manifest.components.items() if name != "decoder"]
+    outputs = [(name, tensor.name) for name, spec in parts for tensor in spec.outputs]
     for index in range(min(golden.DETAILED, len(cases))):
         case = cases[index]
         found = golden.detail(session, artifact.root / case["image"], case["prompt"], case["tokens"])
-        for component, name in (
-            ("vision_encoder", "image_features"),
-            ("embed_tokens", "inputs_embeds"),
-            ("decoder", "prefill_logits"),
-            ("decoder", "step_logits"),
-        ):
+        for component, name in (*outputs, ("decoder", "prefill_logits"), ("decoder", "step_logits")):
             if found[name].size:  # an answer may end before its first step
                 yield compare(f"{name} of case {index}", component, arrays[f"{index}.{name}"], found[name])
     yield tokens_level(session, artifact, cases)

@@ -34,10 +34,11 @@ def describe(folder: Path) -> tuple[dict[str, Any], PromptSpec]:
         tokenizer = _tokenizer(folder)
         template, described = _read(folder, tokenizer)
     with _reading("processor", folder):
-        prompt, after_image = _prompt(folder, tokenizer, template, described["image_token"])
-        if after_image and "after_image" not in described:
-            raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
-        described |= {"after_image": after_image} if after_image else {}
+        prompt, around = _prompt(folder, tokenizer, template, described["image_token"])
+        for where, text in around.items():
+            if text and where not in described:
+                raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
+            described |= {where: text} if text else {}
         preprocessing.load(described)  # what the runtime would refuse is refused now
         eos = (tokenizer.convert_tokens_to_ids(own.eos_token),) if own else _eos_token_ids(folder, tokenizer)
         return described, replace(prompt, eos_token_ids=eos)
@@ -62,7 +63,10 @@ def _read(folder: Path, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
             expected="one of " + ", ".join(difflib.get_close_matches(kind, _KINDS, n=len(_KINDS), cutoff=0.0)),
         )
     with _reading("processor", folder):
-        return settings.get("chat_template"), _KINDS[kind](pictures.to_dict(), settings, tokenizer)
+        described = _KINDS[kind](pictures.to_dict(), settings, tokenizer)
+        if described["kind"] == "qwen2_5_vl":  # which pictures' parts see one another is the model's affair
+            described["window"] = read_json(folder / "config.json")["vision_config"].get("window_size", 112)
+        return settings.get("chat_template"), described
 
 
 def save_tokenizer(folder: Path, target: Path) -> None:
@@ -169,6 +173,21 @@ def _internvl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any
     }
 
 
+def _qwen2_5_vl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """`runtime/preprocessing/qwen2_5_vl.py`'s config but for its `window`."""
+    return _values(pictures) | {
+        "kind": "qwen2_5_vl",
+        "min_pixels": pictures["size"]["shortest_edge"],
+        "max_pixels": pictures["size"]["longest_edge"],
+        "patch": pictures["patch_size"],
+        "frames": pictures["temporal_patch_size"],
+        "merge": pictures["merge_size"],
+        "image_token": getattr(tokenizer, "image_token", None) or "<|image_pad|>",
+        "before_image": "",
+        "after_image": "",
+    }
+
+
 def _values(pictures: dict[str, Any]) -> dict[str, Any]:
     """What every kind says of filter and values."""
     for step in ("do_resize", "do_rescale", "do_normalize"):
@@ -188,27 +207,31 @@ _KINDS: dict[str, Callable[[dict[str, Any], dict[str, Any], Any], dict[str, Any]
     "CLIPImageProcessor": _clip,
     "LlavaImageProcessor": _clip,
     "GotOcr2ImageProcessor": _internvl,
+    "Qwen2VLImageProcessor": _qwen2_5_vl,
 }
 
 
-def _prompt(folder: Path, tokenizer: Any, template: Any, image_token: str) -> tuple[PromptSpec, str]:
-    """The chat template rendered for no picture, for one, and for two, and what it writes after each picture: a second
-    one must only repeat the first."""
+def _prompt(folder: Path, tokenizer: Any, template: Any, image_token: str) -> tuple[PromptSpec, dict[str, str]]:
+    """The chat template rendered for no picture, for one, and for two, and what it writes before and after each
+    picture: a second one must only repeat the first."""
     if not template and not tokenizer.chat_template:
         raise VlmcError(f"{folder} has no chat template", fix="put a chat_template.jinja beside the weights")
     if image_token not in tokenizer.get_vocab():
         raise VlmcError(f"The tokenizer in {folder} does not know the picture's token {image_token!r}")
     text_only, with_image, with_two = (_render(tokenizer, template, image_token, count) for count in range(3))
-    after = with_two.partition("{image}")[2].partition("{image}")[0]
-    if with_two != with_image.replace("{image}" + after, 2 * ("{image}" + after)):
-        raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
     holes = [(rendered.count("{image}"), rendered.count("{text}")) for rendered in (text_only, with_image)]
     if holes != [(0, 1), (1, 1)]:
         raise VlmcError(
             f"The chat template in {folder} does not place the picture and the question once", found=repr(with_image)
         )
-    with_image = with_image.replace("{image}" + after, "{image}")
-    return PromptSpec(with_image, text_only, image_token, ()), after
+    length = len(with_two) - len(with_image)
+    for start in range(with_image.index("{image}"), -1, -1):
+        unit, rest = with_image[start : start + length], with_image[start + length :]
+        before, hole, after = unit.partition("{image}")
+        if hole and with_two == with_image[:start] + 2 * unit + rest:
+            spec = PromptSpec(with_image[:start] + "{image}" + rest, text_only, image_token, ())
+            return spec, {"before_image": before, "after_image": after}
+    raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
 
 
 def _render(tokenizer: Any, template: Any, image_token: str, pictures: int) -> str:

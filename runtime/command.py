@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .. import console
 from ..artifact import Artifact
+from ..errors import VlmcError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .matching import Matcher
 
 
 @click.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--prompt", "-p", required=True, help="The question.")
+@click.option("--prompt", "-p", "prompts", required=True, multiple=True, help="The question; texts to match, one each.")
 @click.option("--device", default="", help="Whose engines to run (the newest build's).")
 @click.option("--recipe", default="", help="Of which build (the newest).")
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(1), help="Longest answer.")
@@ -22,27 +30,34 @@ from ..artifact import Artifact
 def run(
     artefact: Path,
     images: tuple[Path, ...],
-    prompt: str,
+    prompts: tuple[str, ...],
     device: str,
     recipe: str,
     max_tokens: int,
     threads: int,
     as_json: bool,
 ) -> None:
-    """Answer a question about IMAGES with the engines that the build kept; the answer streams.
+    """Answer a question about IMAGES with the engines that the build kept; the answer streams. A model that matches
+    (CLIP) says how well each picture fits each of several prompts.
 
     Example: vlmc run out/demo picture.png --prompt "How many red circles are there?"
     """
     from .images import open_image
+    from .matching import open_matcher, spec_of
     from .session import open_session
 
     pictures = [open_image(path) for path in images]
     opened = Artifact(artefact)
     build = opened.build(device, recipe)
     engines = {component: choice.engine for component, choice in build.choices.items()}
+    if spec_of(opened) is not None:
+        _match(open_matcher(opened, build.device, engines, threads), images, pictures, prompts, engines, as_json)
+        return
+    if len(prompts) > 1:
+        raise VlmcError("This model answers one question", found=f"{len(prompts)} prompts", fix="give --prompt once")
     session = open_session(opened, build.device, engines, threads)
     pieces = []
-    for piece in session.answer(pictures, prompt, max_tokens):
+    for piece in session.answer(pictures, prompts[0], max_tokens):
         pieces.append(piece)
         if not as_json:
             click.echo(piece, nl=False)
@@ -61,3 +76,28 @@ def run(
         )
     else:
         click.echo()
+
+
+def _match(
+    matcher: Matcher,
+    images: Sequence[Path],
+    pictures: Sequence[Image],
+    texts: Sequence[str],
+    engines: dict[str, str],
+    as_json: bool,
+) -> None:
+    from rich.table import Table
+
+    from .matching import rows
+
+    found = list(rows([str(path) for path in images], texts, matcher.match(pictures, texts)))
+    if as_json:
+        times = matcher.timings
+        milliseconds = {f"{name}_ms": seconds * 1000 for name, seconds in vars(times).items()}
+        console.print_json({"matches": found, "engines": engines} | milliseconds)
+        return
+    table = Table("picture", "text", "probability", "cosine")
+    for row in found:
+        chance = f"{row['probability']:.1%}" if "probability" in row else ""
+        table.add_row(row["picture"], row["text"], chance, f"{row['cosine']:.3f}")
+    console.output().print(table)

@@ -101,9 +101,9 @@ class Matcher:
         features = []
         for image in images:
             start = perf_counter()
-            pixels = self.preprocess([image]).pixel_values
+            inputs = self.preprocess([image]).vision
             between = perf_counter()
-            features.append(self.vision.run({"pixel_values": pixels})["image_features"])
+            features.append(self.vision.run(inputs)["image_features"])
             self.timings.preprocess += between - start
             self.timings.vision += perf_counter() - between
         return np.concatenate(features)
@@ -126,8 +126,7 @@ class Matcher:
         spec = self.spec
         room = spec.text_length - len(spec.begin_token_ids) - len(spec.end_token_ids)
         rows = [
-            [*spec.begin_token_ids, *self.tokenizer.encode(text)[:room].tolist(), *spec.end_token_ids]
-            for text in texts
+            [*spec.begin_token_ids, *self.tokenizer.encode(text)[:room].tolist(), *spec.end_token_ids] for text in texts
         ]
         ids = np.full((len(rows), max(1, *(len(row) for row in rows))), spec.pad_token_id, np.int64)
         for target, row in zip(ids, rows, strict=True):

@@ -84,7 +84,8 @@ class Session:
         features = self.vision.run(inputs.vision) if inputs.vision else {}
         timings.vision = perf_counter() - start
         start = perf_counter()
-        token = self.decoder.prefill(**self.embed_prompt(inputs, features.get("image_features")))
+        read = self.embed_prompt(inputs, features.get("image_features"))
+        token = self.decoder.prefill(read.pop("inputs_embeds"), **read)
         timings.prefill = perf_counter() - start
         room = self.decoder.capacity - len(inputs.input_ids)
         end = () if ignore_eos else self.artifact.manifest.prompt.eos_token_ids
@@ -119,8 +120,8 @@ class Session:
             )
 
     def embed_prompt(self, inputs: Inputs, features: NDArray[np.float32] | None) -> dict[str, Array]:
-        """What `Decoder.prefill` takes: inputs_embeds (1, length, hidden), with image features (…, hidden) in the places
-        of the image token, and what further there is."""
+        """What `Decoder.prefill` takes: inputs_embeds (1, length, hidden), with image features (…, hidden) in the
+        places of the image token, and what further there is."""
         made = dict(self.embed.run({"input_ids": inputs.input_ids[None]}))
         embeds = made["inputs_embeds"]
         if features is not None:
@@ -157,6 +158,9 @@ class Session:
 
 def open_session(artifact: Artifact, device: str, engines: Mapping[str, str], threads: int = 0) -> Session:
     """Loads the named engine (BACKEND-PRECISION) of every component; `threads` 0 means as many as there are cores."""
+    if "decoder" not in artifact.components:
+        what = f"{artifact.manifest.name} matches pictures with texts and answers nothing"
+        raise VlmcError(what, fix="give `vlmc run` pictures and several --prompt")
     embed = backends.load_runner(artifact, device, "embed_tokens", engines["embed_tokens"], threads=1)  # a look-up
     fusion = None
     if "fusion" in artifact.components:

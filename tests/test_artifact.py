@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vlmc import artifact as module
 from vlmc.artifact import (
     COMPONENTS,
+    DECODER_INPUTS,
     GRAPH_FILES,
     SCHEMA,
     Artifact,
@@ -244,8 +245,28 @@ def test_a_graph_is_checked_together_with_its_weights(root: Path) -> None:
     (root / "onnx" / "decoder_model_merged.onnx.data").write_text("Weights")
     with pytest.raises(VlmcError, match=r"onnx\.data was altered"):
         Artifact(root).graph("decoder")
-    with pytest.raises(VlmcError, match=r"no component 'audio'. Found: vision_encoder, embed_tokens, decoder"):
+    with pytest.raises(VlmcError, match=r"no component 'audio'. Found: vision_encoder, embed_tokens, fusion, decoder"):
         Artifact(root).graph("audio")
+
+
+def test_components_are_those_of_the_manifest_in_the_order_of_a_question(root: Path) -> None:
+    opened = Artifact(root)
+    assert opened.components == ("vision_encoder", "embed_tokens", "fusion", "decoder")
+    backwards = {name: opened.manifest.components[name] for name in reversed(COMPONENTS)}
+    opened.manifest = replace(opened.manifest, components=backwards)
+    assert opened.components == COMPONENTS
+
+
+def test_what_few_decoders_take_is_named() -> None:
+    plain = [TensorSpec(name, "int64", (1, "length")) for name in DECODER_INPUTS]
+    cache = TensorSpec("past_key_values.0.key", "float32", (1, 2, "capacity", 16))
+    assert ComponentSpec("x", (*plain, cache), (), 0).further_inputs() == ()
+    positions = TensorSpec("position_ids", "int64", (3, 1, "length"))
+    prefix = TensorSpec("prefix_length", "int64", (1,))
+    assert ComponentSpec("x", (plain[0], positions, cache, prefix), (), 0).further_inputs() == (
+        "position_ids",
+        "prefix_length",
+    )
 
 
 def test_descriptions_leave_records_out(root: Path) -> None:

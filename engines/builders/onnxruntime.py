@@ -38,7 +38,9 @@ def build(model: ir.Model, job: Job) -> Built:
     matmul_nbits.apply(model)
     _for_older_runtimes(model)
     ir.save(model, job.folder / MODEL, external_data=f"{MODEL}.data")
-    contract = KvContract("shared", kv.layers, kv.kv_heads, kv.head_dim, kv.capacity) if attentions else None
+    form = "shared" if attentions else "scatter"  # what GroupQueryAttention cannot say stays canonical
+    cached = job.component == "decoder"
+    contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity) if cached else None
     return Built(MODEL, kv=contract)
 
 

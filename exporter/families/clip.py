@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..family import require_all
 from ..matching import Encoders, MatchingFamily
@@ -30,7 +29,7 @@ class VisionEncoder(nn.Module):
         hidden = self.pre_layernorm(self.embeddings(pixel_values))
         for layer in self.layers:
             hidden = layer(hidden, None)
-        return functional.normalize(self.projection(self.post_layernorm(hidden[:, 0])), dim=-1)
+        return _unit(self.projection(self.post_layernorm(hidden[:, :1])))
 
 
 class TextEncoder(nn.Module):
@@ -51,7 +50,14 @@ class TextEncoder(nn.Module):
             hidden = layer(hidden, causal)
         ends = (input_ids if self.end == 2 else (input_ids == self.end)).to(torch.int32).argmax(dim=-1)
         last = hidden[torch.arange(hidden.shape[0], device=hidden.device), ends]
-        return functional.normalize(self.projection(self.final_layer_norm(last)), dim=-1)
+        return _unit(self.projection(self.final_layer_norm(last[:, None])))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """(n, 1, dim) → (n, dim), of length 1. The axis in the middle is there so that the projection becomes a MatMul, as
+    every other layer does, and not a Gemm."""
+    unit: Tensor = features / features.norm(dim=-1, keepdim=True)
+    return unit[:, 0]
 
 
 class Clip(MatchingFamily):
@@ -73,12 +79,12 @@ class Clip(MatchingFamily):
         values = {key: value for key, value in config.items() if key != "model_type"}
         return CLIPModel(CLIPConfig(**values))  # type: ignore[no-any-return]
 
-    def split(self, model: Any) -> Encoders:
+    def encoders(self, model: Any) -> Encoders:
         text = model.config.text_config
         return Encoders(
             vision_encoder=VisionEncoder(model.vision_model, model.visual_projection),
             text_encoder=TextEncoder(model.text_model, model.text_projection, text.eos_token_id),
-            logit_scale=float(model.logit_scale.exp()),
+            logit_scale=model.logit_scale.exp(),
             text_length=text.max_position_embeddings,
             vocabulary=text.vocab_size,
         )

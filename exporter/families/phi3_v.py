@@ -1,8 +1,8 @@
 """Phi-3-Vision and Phi-3.5-Vision: CLIP vision on tiles, a two-layer projector, the Phi-3 mini decoder.
 
-arXiv:2404.14219; the reference is microsoft/Phi-3.5-vision-instruct (modeling_phi3_v.py, processing_phi3_v.py), which is
-no class of transformers and is not run. Four neighbouring patches become one token, and two learned separators, which
-the projector sees as any token, end each line of tokens and part the tiles from the whole picture.
+arXiv:2404.14219; the reference is microsoft/Phi-3.5-vision-instruct (modeling_phi3_v.py, processing_phi3_v.py), which
+transformers has no class for and which is not run. Four neighbouring patches become one token, and two learned
+separators, which the projector sees as any token, end each line of tokens and part the tiles from the whole picture.
 
 The decoder's rotation is LongRoPE (arXiv:2402.13753): other angles for the whole text once it is longer than 4096
 tokens. Keys in a cache are rotated already, so texts end there.
@@ -35,7 +35,6 @@ _TOWERS: dict[str, dict[str, Any]] = {
 }
 _VISION = "model.vision_embed_tokens.img_processor.vision_model."
 _CONNECTOR = "model.vision_embed_tokens."
-_TABLE = "model.vision_embed_tokens.wte.weight"  # a second name of the table of embeddings
 _TEMPLATE = (  # the model card's, for one question
     "{{ '<|user|>\n' }}{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}{{ '<|image|>\n' }}"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|end|>\n<|assistant|>\n' }}"
@@ -48,24 +47,22 @@ class Connector(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.sub_GN, self.glb_GN = (
-            nn.Parameter(torch.randn(1, 1, 1, 4 * width)),
-            nn.Parameter(torch.randn(1, 1, 4 * width)),
-        )
+        self.sub_GN = nn.Parameter(torch.randn(1, 1, 1, 4 * width))
+        self.glb_GN = nn.Parameter(torch.randn(1, 1, 4 * width))
         self.img_projection = nn.Sequential(nn.Linear(4 * width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
     def forward(self, patches: Tensor) -> Tensor:
         half = int(patches.shape[1] ** 0.5) // 2
-        squares = patches.unflatten(1, (half, 2, half, 2)).transpose(2, 3)  # tiles, y, x, 2, 2, width
+        squares = patches.reshape(-1, half, 2, half, 2, patches.shape[2]).transpose(2, 3)  # tiles, y, x, 2, 2, width
         tokens = squares.flatten(3).flatten(0, 2)
         features: Tensor = self.img_projection(torch.cat((tokens, self.sub_GN[0, 0], self.glb_GN[0]))[None])
         return features
 
 
 class Model(nn.Module):
-    """The parts as transformers has them, and the connector between them."""
+    """A vision encoder and a decoder as transformers has them, and what connects them."""
 
-    def __init__(self, vision: Any, connector: Connector, text: Any) -> None:
+    def __init__(self, vision: Any, connector: nn.Module, text: Any) -> None:
         super().__init__()
         self.vision, self.connector, self.text = vision, connector, text
 
@@ -95,31 +92,20 @@ class Phi3V(Family):
         from safetensors.torch import load_file
         from transformers import CLIPVisionModel, Phi3ForCausalLM
 
-        weights: dict[str, Tensor] = {}
+        config, text = read_json(folder / "config.json"), dict[str, Tensor]()
         for path in sorted(folder.glob("*.safetensors")):
-            weights |= load_file(path)
-        if _TABLE in weights:
-            weights.setdefault("model.embed_tokens.weight", weights.pop(_TABLE))
-        config = read_json(folder / "config.json")
-        parts, missing = [], set()
-        for kind, own, prefix in (
-            (CLIPVisionModel, _vision_config(config), _VISION),
-            (Phi3ForCausalLM, _text_config(config), ""),
-        ):
-            state = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
-            if not prefix:
-                weights = {name: state.pop(name) for name in list(state) if name.startswith(_CONNECTOR)}
-            part, report = kind.from_pretrained(
-                None, config=own, state_dict=state, dtype=torch.float32, output_loading_info=True
-            )
-            parts.append(part)
-            missing |= {prefix + name for name in report["missing_keys"]}
+            text |= load_file(path)
+        vision, between = _taken(text, _VISION), _taken(text, _CONNECTOR)
+        if (table := between.pop("wte.weight", None)) is not None:  # another name of the table of embeddings
+            text.setdefault("model.embed_tokens.weight", table)
         connector = _connector(config)
-        found = {name.removeprefix(_CONNECTOR): weight for name, weight in weights.items()}
-        missing |= {_CONNECTOR + name for name in connector.state_dict() if name not in found}
+        found, lacking = loaded(CLIPVisionModel, _vision_config(config), vision)
+        missing = [_VISION + name for name in lacking]
+        decoder, lacking = loaded(Phi3ForCausalLM, _text_config(config), text)
+        missing += lacking + [_CONNECTOR + name for name in connector.state_dict() if name not in between]
         require_all({"missing_keys": missing}, folder)
-        connector.load_state_dict(found)
-        return Model(parts[0], connector, parts[1])
+        connector.load_state_dict(between)
+        return Model(found, connector, decoder)
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
         from transformers import CLIPVisionModel, Phi3ForCausalLM
@@ -177,6 +163,20 @@ class Phi3V(Family):
         return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, "<|end|>")
 
 
+def loaded(kind: Any, config: Any, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:
+    """transformers' model of that kind with these weights in float32, and the names of those that it lacks."""
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    return model, sorted(report["missing_keys"])
+
+
+def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Takes the tensors whose names begin so out of `weights`; without the beginning."""
+    names = [name for name in weights if name.startswith(prefix)]
+    return {name.removeprefix(prefix): weights.pop(name) for name in names}
+
+
 def _tower(original: dict[str, Any]) -> dict[str, Any]:
     """The sizes of the vision encoder."""
     described = original.get("img_processor") or {}
@@ -207,7 +207,8 @@ def _vision_config(original: dict[str, Any]) -> Any:
 def _text_config(original: dict[str, Any]) -> Any:
     scaling, first = original.get("rope_scaling"), original.get("original_max_position_embeddings", 4096)
     if scaling:
-        scaling = scaling | {"original_max_position_embeddings": first}
+        factor = original["max_position_embeddings"] / first
+        scaling = scaling | {"original_max_position_embeddings": first, "factor": factor}
     config = decoder_config("phi3", original | {"rope_scaling": scaling})
     config.pad_token_id = None  # it may lie beyond a small vocabulary, and nothing is padded
     return config

@@ -109,10 +109,10 @@ class OnnxDecoder(HostDecoder):
             "write_index": np.array([start], np.int64),
             "seqlens_k": np.array([total - 1], np.int32),  # GroupQueryAttention wants the last position, not the count
             "total_sequence_length": np.array(total, np.int32),
-            **further,
+            **{name: np.ascontiguousarray(array) for name, array in further.items()},
         }
         for name in self._wanted & feeds.keys():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name]))
+            self._binding.bind_cpu_input(name, feeds[name])
         self._session.run_with_iobinding(self._binding)
         logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[0]
         return logits.copy()  # the binding's own buffer is written again by the next step

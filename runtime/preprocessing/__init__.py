@@ -90,7 +90,7 @@ def load(config: Mapping[str, Any]) -> Preprocessor:
     """The preprocessor that `config["kind"]` names, made from the rest of `config`."""
     kind = config.get("kind")
     if kind not in kinds():
-        nearest = difflib.get_close_matches(str(kind), kinds(), cutoff=0.0)
+        nearest = difflib.get_close_matches(str(kind), kinds(), n=len(kinds()), cutoff=0.0)
         raise VlmcError(
             f"vlmc has no preprocessing of kind {kind!r}",
             expected="one of " + ", ".join(nearest),

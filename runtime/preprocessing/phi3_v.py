@@ -4,8 +4,9 @@ The picture is stretched to as many tiles as `max_tiles` allows, its shorter sid
 of InternLM-XComposer2-4KHD, arXiv:2404.06512); the whole is shrunk from that. Tiles are equal to the last bit to
 microsoft/Phi-3.5-vision-instruct's image_processing_phi3_v.py, the whole to the order of float sums.
 
-In the prompt stand the grid's tokens line by line, a separator, then the whole's; each line ends with another separator.
-The vision encoder gives the tokens tile by tile and, after all, the two separators, so `rows` puts them in order.
+In the prompt stand the grid's tokens line by line, a separator, then the whole's; each line ends with another
+separator. The vision encoder gives the tokens tile by tile and, after all, the two separators, so `rows` puts them in
+order.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ _HALFWAY = (-0.09375, 0.59375, 0.59375, -0.09375)  # the bicubic kernel (a = -0.
 
 @dataclass(frozen=True)
 class Config:
-    """`tile`: side of the squares that the vision encoder sees; a picture becomes at most `max_tiles` of them and one of
-    the whole. A value v becomes (v · rescale_factor − mean) / std. `side`: image tokens along a tile's side.
+    """`tile`: side of the squares that the vision encoder sees; a picture becomes at most `max_tiles` of them and one
+    of the whole. A value v becomes (v · rescale_factor − mean) / std. `side`: image tokens along a tile's side.
     `end_token`: token behind a picture's tokens; `after_image`: text behind that."""
 
     tile: int
@@ -102,8 +103,8 @@ class Phi3V:
 
 def shrunk(picture: NDArray[np.float32], rows: int, columns: int) -> NDArray[np.float32]:
     """The picture (3, rows · tile, columns · tile) as one tile (3, tile, tile), bicubic and without antialiasing as
-    torch.nn.functional.interpolate does it. As the factors are whole, every output pixel lies on a pixel (odd) or midway
-    between two (even), with the same weights everywhere."""
+    torch.nn.functional.interpolate does it. As the factors are whole, every output pixel lies on a pixel (odd) or
+    midway between two (even), with the same weights everywhere."""
     return _shrunk(_shrunk(picture, columns).swapaxes(1, 2), rows).swapaxes(1, 2)
 
 

@@ -11,7 +11,16 @@ from hypothesis import settings
 from PIL import Image
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from vlmc import demo
-from vlmc.artifact import SCHEMA, Artifact, Manifest, Source, describe_files, write_record
+from vlmc.artifact import (
+    SCHEMA,
+    Artifact,
+    ComponentSpec,
+    Manifest,
+    Source,
+    TensorSpec,
+    describe_files,
+    write_record,
+)
 from vlmc.exporter import processor
 from vlmc.exporter.families.smolvlm import SmolVlm
 from vlmc.exporter.family import Components
@@ -64,7 +73,10 @@ def artifact(model: SmolVLMForConditionalGeneration, tmp_path_factory: pytest.Te
         name="tiny",
         family="smolvlm",
         source=Source("folder", "tiny", "1" * 64),
-        components={},
+        components={
+            "vision_encoder": _spec("pixel_values", "image_features"),
+            "embed_tokens": _spec("input_ids", "inputs_embeds"),
+        },
         kv=SmolVlm().kv(model, 128),
         hidden_size=32,
         vocab_size=model.config.text_config.vocab_size,
@@ -77,6 +89,10 @@ def artifact(model: SmolVLMForConditionalGeneration, tmp_path_factory: pytest.Te
     )
     write_record(root / "manifest.json", manifest)
     return Artifact(root)
+
+
+def _spec(taken: str, made: str) -> ComponentSpec:
+    return ComponentSpec("none", (TensorSpec(taken, "", ()),), (TensorSpec(made, "", ()),), 0)
 
 
 @pytest.fixture

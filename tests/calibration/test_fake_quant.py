@@ -94,8 +94,8 @@ def run(components: Any, session: Any, set_file: Any) -> Any:
     """Vision features and prefill logits of the small VLM under a plan (None: float)."""
     data = load_set(set_file)
     inputs = session.prepare([open_image(data.rows[0].image)], "What does the picture show?")
-    exact = session.vision.run({"pixel_values": inputs.pixel_values})["image_features"]
-    embeds = torch.from_numpy(session.embed_prompt(inputs.input_ids, exact))
+    exact = session.vision.run(inputs.vision)["image_features"]
+    embeds = torch.from_numpy(session.embed_prompt(inputs, exact)["inputs_embeds"])
     length = embeds.shape[1]
 
     def outputs(plan: Plan | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +104,7 @@ def run(components: Any, session: Any, set_file: Any) -> Any:
             vision, decoder = (apply_plan(m, plan, n) for n, m in components.items() if n != "embed_tokens")
         past = [torch.zeros(1, 2, length, 8) for _ in range(4)]
         with torch.inference_mode():
-            features = vision(torch.from_numpy(inputs.pixel_values))
+            features = vision(torch.from_numpy(inputs.vision["pixel_values"]))
             logits, _ = decoder(embeds, torch.arange(length)[None], torch.tensor([0]), torch.tensor([length - 1]), past)
         return features, logits
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import pytest
-from vlmc.artifact import Artifact, KvSpec
+from vlmc.artifact import Artifact, ComponentSpec, KvSpec, TensorSpec
 from vlmc.engines import work
 
 
@@ -38,3 +39,18 @@ def test_bytes_of_the_cache_and_of_inputs_and_outputs(tiny: Artifact) -> None:
     assert work.kv_bytes(KvSpec(2, 3, 16, 128), 10) == 2 * 2 * 3 * 16 * 10 * 4
     model = ir.load(tiny.graph("vision_encoder"))
     assert work.io_bytes(model, {"tiles": 3}) == 4 * (3 * 3 * 32 * 32 + 3 * 4 * 64)
+
+
+def test_sizes_are_read_from_arrays_and_worked_out_from_terms() -> None:
+    spec = ComponentSpec(
+        "x",
+        (TensorSpec("a", "float32", ("tokens", 4, 6)), TensorSpec("b", "int64", ("windows", 2))),
+        (TensorSpec("c", "float32", ("tokens", 6)),),
+        0,
+    )
+    sizes = work.free_sizes(spec, {"a": np.zeros((7, 4, 6)), "b": np.zeros((3, 2)), "other": np.zeros(1)})
+    assert sizes == {"tokens": 7, "windows": 3}
+    for term, size in (("4*tokens", 28), ("tokens//2", 3), ("2*windows + tokens - 1", 12)):
+        assert work._dims(ir.Value(name="x", shape=ir.Shape((term, 5))), sizes) == [size, 5]
+    with pytest.raises(AssertionError, match="no size: tokens / 2"):
+        work._dims(ir.Value(name="x", shape=ir.Shape(("tokens / 2",))), sizes)

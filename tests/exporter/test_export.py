@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vlmc.artifact import GRAPH_FILES, Artifact
+from vlmc.artifact import COMPONENTS, GRAPH_FILES, Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, graph
 from vlmc.exporter import export as module
@@ -33,7 +33,9 @@ def content(root: Path) -> dict[str, tuple[int, bytes]]:
 def test_the_artefact_holds_what_the_manifest_says_and_no_more(tiny: Artifact) -> None:
     files = {path.relative_to(tiny.root).as_posix() for path in tiny.root.rglob("*") if path.is_file()}
     assert files == {*tiny.manifest.files, "manifest.json"}
-    expected = {*GRAPH_FILES.values(), *(f"{file}.data" for file in GRAPH_FILES.values()), "tokenizer.json"}
+    graphs = [GRAPH_FILES[name] for name in tiny.components]
+    assert tiny.components == COMPONENTS
+    expected = {*graphs, *(f"{file}.data" for file in graphs), "tokenizer.json"}
     assert expected <= tiny.manifest.files.keys()
     for name in tiny.manifest.files:
         tiny.path_of(name)

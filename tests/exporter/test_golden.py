@@ -41,11 +41,11 @@ def test_without_a_set_the_demos_pictures_are_taken_every_task_in_turn(tmp_path:
 def test_the_recorded_arrays_are_what_the_parts_give(tiny: Artifact, session: Session) -> None:
     cases, arrays = golden.read(tiny)
     inputs = session.prepare([open_image(tiny.root / cases[1]["image"])], cases[1]["prompt"])
-    np.testing.assert_array_equal(arrays["1.pixel_values"], inputs.pixel_values)
+    np.testing.assert_array_equal(arrays["1.pixel_values"], inputs.vision["pixel_values"])
     np.testing.assert_array_equal(arrays["1.input_ids"], inputs.input_ids)
-    features = session.vision.run({"pixel_values": inputs.pixel_values})["image_features"]
+    features = session.vision.run(inputs.vision)["image_features"]
     np.testing.assert_array_equal(arrays["1.image_features"], features)
-    np.testing.assert_array_equal(arrays["1.inputs_embeds"], session.embed_prompt(inputs.input_ids, features))
+    np.testing.assert_array_equal(arrays["1.inputs_embeds"], session.embed_prompt(inputs, features)["inputs_embeds"])
     assert arrays["1.step_tokens"].tolist() == cases[1]["tokens"][: golden.STEPS]
     assert arrays["1.step_logits"].argmax(axis=1).tolist() == cases[1]["tokens"][1 : golden.STEPS + 1]
     assert "2.pixel_values" not in arrays

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
+import torch
 from torch import nn
 from vlmc.artifact import COMPONENTS, Artifact
 from vlmc.exporter import graph
@@ -113,9 +117,13 @@ def test_nothing_is_left_of_the_exporters_notes(name: str, tiny: Artifact, model
 def test_inputs_and_outputs_are_as_the_manifest_says(tiny: Artifact, models: dict) -> None:
     for name in COMPONENTS:
         spec, model = tiny.manifest.components[name], models[name]
-        inputs, outputs = graph.io_names(name, tiny.manifest.kv)
-        assert [tensor.name for tensor in spec.inputs] == inputs == [value.name for value in model.graph.inputs]
-        assert [tensor.name for tensor in spec.outputs] == outputs == [value.name for value in model.graph.outputs]
+        assert [tensor.name for tensor in spec.inputs] == [value.name for value in model.graph.inputs]
+        assert [tensor.name for tensor in spec.outputs] == [value.name for value in model.graph.outputs]
+    states = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    spec = tiny.manifest.components["decoder"]
+    assert [tensor.name for tensor in spec.inputs[4:]] == [f"past_key_values.{state}" for state in states]
+    assert [tensor.name for tensor in spec.outputs] == ["logits", *(f"present.{state}" for state in states)]
+    assert spec.further_inputs() == ()
     decoder = {t.name: (t.dtype, t.shape) for t in tiny.manifest.components["decoder"].inputs}
     assert decoder["inputs_embeds"] == ("float32", (1, "length", 64))
     assert decoder["write_index"] == ("int64", (1,))
@@ -123,6 +131,25 @@ def test_inputs_and_outputs_are_as_the_manifest_says(tiny: Artifact, models: dic
     vision = tiny.manifest.components["vision_encoder"]
     assert vision.inputs[0].shape == ("tiles", 3, 32, 32)
     assert vision.outputs[0].shape == ("tiles", 4, 64)
+
+
+def test_a_linear_layer_of_a_matrix_is_in_the_form_of_every_other(tmp_path: Path) -> None:
+    """torch writes it as Gemm with the weight turned, and passes know MatMul's (in, out)."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4, bias=False)).eval()
+    rows = torch.export.Dim("rows")
+    made = graph.export_component("x", layers, graph.Signature(["x"], ["y"], (torch.zeros(3, 6),), ({0: rows},)))
+    assert [node.op_type for node in made.graph] == ["MatMul", "Add", "MatMul"]
+    assert [node.name for node in made.graph if node.op_type == "MatMul"] == ["0", "1"]
+    assert {name: list(value.shape) for name, value in made.graph.initializers.items()} == {  # type: ignore[arg-type]
+        "0.weight": [6, 4],
+        "0.bias": [4],
+        "1.weight": [4, 4],
+    }
+    graph.save(made, tmp_path / "x.onnx")
+    x = torch.randn(5, 6)
+    (found,) = ort.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, layers(x).detach().numpy(), atol=1e-6)
 
 
 def test_the_weights_lie_beside_the_graph(tiny: Artifact) -> None:

@@ -55,6 +55,21 @@ def test_a_query_sees_the_keys_up_to_itself(start: int, length: int) -> None:
         assert mask[0, 0, query].tolist() == [key <= start + query for key in range(start + length)]
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    start=st.integers(0, 6), length=st.integers(1, 4), prefix=st.integers(0, 9) | st.none(), window=st.integers(0, 9)
+)
+def test_a_prefix_is_seen_by_all_and_a_window_ends_at_the_query(
+    start: int, length: int, prefix: int | None, window: int
+) -> None:
+    given_prefix = None if prefix is None else torch.tensor([prefix])
+    mask = onnx_ops.causal_mask(torch.tensor([start]), length, torch.zeros(1, 1, 10, 1), given_prefix, window)
+    for query in range(length):
+        place = start + query
+        near = [key <= place and (not window or place - key < window) for key in range(start + length)]
+        assert mask[0, 0, query].tolist() == [seen or key < (prefix or 0) for key, seen in enumerate(near)]
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(start=st.integers(0, 6), length=st.integers(1, 4))
 def test_scattering_writes_at_the_index_and_nowhere_else(start: int, length: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -89,6 +89,46 @@ def test_the_choice_is_the_largest_logit_and_the_first_of_equals() -> None:
     decoder = Fixed()
     assert decoder.prefill(prompt(1)) == 1
     assert decoder.logits().tolist() == [0.0, 2.0, 2.0, 1.0]
+
+
+def test_behind_a_prompt_positions_go_on_from_its_greatest_and_nothing_is_prefix() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Further(Sums):
+        def forward(self, inputs_embeds: Any, start: int, **further: Any) -> Any:
+            seen.append({name: array.tolist() for name, array in further.items()})
+            return super().forward(inputs_embeds, start)
+
+    decoder = Further()
+    positions = np.array([[[0, 1, 1, 2]], [[0, 5, 3, 2]]])
+    decoder.prefill(prompt(4), position_ids=positions, prefix_length=np.array([3]))
+    decoder.decode(2)
+    decoder.read(np.array([3, 4]), 6)
+    assert seen[0] == {"position_ids": positions.tolist(), "prefix_length": [3]}
+    assert [step["position_ids"] for step in seen[1:]] == [[[[6]]] * 2, [[[7]]] * 2, [[[8, 9]]] * 2]
+    assert all(step["prefix_length"] == [0] for step in seen[1:])
+    decoder.prefill(prompt(2))
+    decoder.decode(1)
+    assert seen[4:] == [{}, {}]
+
+
+def test_what_embeddings_bring_along_comes_with_every_step() -> None:
+    class Both(Table):
+        def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+            return super().run(inputs) | {"more": inputs["input_ids"] * 2}
+
+    class Further(Sums):
+        more: ClassVar[list[Any]] = []
+
+        def forward(self, inputs_embeds: Any, start: int, **further: Any) -> Any:
+            self.more.append(further["more"].tolist())
+            return super().forward(inputs_embeds, start)
+
+    decoder = Further()
+    decoder._embed = Both()
+    decoder.prefill(prompt(2), more=np.array([[1, 2]]))
+    decoder.feed(7)
+    assert decoder.more == [[[1, 2]], [[14]]]
 
 
 def test_a_decoder_without_a_step_is_none() -> None:

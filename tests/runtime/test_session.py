@@ -54,7 +54,7 @@ def test_every_float_engine_gives_pytorchs_tokens(engines: dict[str, str] | None
 def test_integer_engines_answer_with_nearly_the_same_logits(built: Artifact) -> None:
     """Of random weights nothing more can be asked."""
     session, arrays = open_session(built, "cpu", INT8), golden.read(built)[1]
-    inputs = Inputs(arrays["0.pixel_values"], arrays["0.input_ids"])
+    inputs = Inputs({"pixel_values": arrays["0.pixel_values"]}, arrays["0.input_ids"])
     next(session.generate(inputs))
     found, exact = session.decoder.logits(), arrays["0.prefill_logits"]
     assert found @ exact / np.linalg.norm(found) / np.linalg.norm(exact) > 0.9
@@ -66,7 +66,7 @@ def test_a_question_about_no_picture_or_two(pictures: int, built: Artifact, tiny
     answers = []
     for session in (torch_session(built, tiny_components), open_session(built, "cpu", FLOAT)):
         inputs = session.prepare(shown, "Which boats?")
-        assert (inputs.pixel_values is None) == (pictures == 0)
+        assert bool(inputs.vision) == (pictures > 0)
         answers.append(list(session.generate(inputs, 6, ignore_eos=True)))
         assert (session.timings.vision > 1e-4) == (pictures > 0)
     assert answers[0] == answers[1]
@@ -74,7 +74,7 @@ def test_a_question_about_no_picture_or_two(pictures: int, built: Artifact, tiny
 
 def test_features_take_the_places_of_the_image_token(session: Session, inputs: Inputs) -> None:
     features = np.arange(5 * 4 * 64, dtype=np.float32).reshape(5, 4, 64)
-    embeds = session.embed_prompt(inputs.input_ids, features)
+    embeds = session.embed_prompt(inputs, features)["inputs_embeds"]
     places = np.flatnonzero(inputs.input_ids == session.tokenizer.token_id("<image>"))
     np.testing.assert_array_equal(embeds[0, places], features.reshape(20, 64))
     plain = session.embed.run({"input_ids": inputs.input_ids[None]})["inputs_embeds"]
@@ -85,9 +85,9 @@ def test_features_take_the_places_of_the_image_token(session: Session, inputs: I
 @pytest.mark.parametrize("tiles", [4, 6])
 def test_features_that_do_not_fit_the_prompt_are_refused(tiles: int, session: Session, inputs: Inputs) -> None:
     with pytest.raises(VlmcError, match=rf"Found: 20 image tokens, {tiles * 4} features"):
-        session.embed_prompt(inputs.input_ids, np.zeros((tiles, 4, 64), np.float32))
+        session.embed_prompt(inputs, np.zeros((tiles, 4, 64), np.float32))
     with pytest.raises(VlmcError, match="20 image tokens, 0 features"):
-        session.embed_prompt(inputs.input_ids, None)
+        session.embed_prompt(inputs, None)
 
 
 # Where it ends
@@ -130,7 +130,7 @@ def test_it_ends_where_the_cache_is_full_and_uses_its_last_place(
         return forward(embeds, start)
 
     monkeypatch.setattr(session.decoder, "forward", recorded)
-    tokens = list(session.generate(Inputs(None, ids), 100, ignore_eos=True))
+    tokens = list(session.generate(Inputs({}, ids), 100, ignore_eos=True))
     assert len(tokens) == room + 1
     assert sum(length for _, length in steps) == capacity
     assert steps[-1][0] + steps[-1][1] == capacity
@@ -140,18 +140,18 @@ def test_the_last_place_holds_what_pytorch_puts_there(built: Artifact, tiny_comp
     ids = np.random.default_rng(1).integers(30, 300, built.manifest.kv.capacity - 3)
     sessions = [torch_session(built, tiny_components), open_session(built, "cpu", FLOAT), canonical_session(built)]
     for session in sessions:
-        assert len(list(session.generate(Inputs(None, ids), 100, ignore_eos=True))) == 4
+        assert len(list(session.generate(Inputs({}, ids), 100, ignore_eos=True))) == 4
     for session in sessions[1:]:
         np.testing.assert_allclose(session.decoder.logits(), sessions[0].decoder.logits(), atol=1e-4)
 
 
 def test_a_prompt_that_is_longer_than_the_cache_is_one_sentence(session: Session) -> None:
     capacity = session.decoder.capacity
-    assert list(session.generate(Inputs(None, np.full(capacity, 40)), 1))
+    assert list(session.generate(Inputs({}, np.full(capacity, 40)), 1))
     with pytest.raises(
         VlmcError, match=r"Found: 129 tokens, pictures included. Expected: at most 128.*larger --capacity"
     ):
-        next(session.generate(Inputs(None, np.full(capacity + 1, 40)), 1))
+        next(session.generate(Inputs({}, np.full(capacity + 1, 40)), 1))
     with pytest.raises(VlmcError, match="longer than the KV cache"):
         next(session.answer([Image.new("RGB", (128, 128))], "A square has sixteen tiles.", 1))
 
@@ -178,7 +178,7 @@ def test_a_token_is_given_out_before_the_next_is_computed(
 
 def test_a_second_question_starts_afresh(session: Session, inputs: Inputs) -> None:
     first = list(session.generate(inputs, 6, ignore_eos=True))
-    list(session.generate(Inputs(None, np.full(100, 41)), 9, ignore_eos=True))
+    list(session.generate(Inputs({}, np.full(100, 41)), 9, ignore_eos=True))
     assert list(session.generate(inputs, 6, ignore_eos=True)) == first
     abandoned = session.generate(inputs, 6, ignore_eos=True)
     next(abandoned)

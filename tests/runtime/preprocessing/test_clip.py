@@ -49,8 +49,8 @@ def assert_equal(image: Image.Image, **changes: Any) -> None:
         do_pad=config["pad"],
     )
     prepared = preprocessing.load(config)([image])
-    assert prepared.pixel_values.dtype == np.float32
-    assert np.array_equal(prepared.pixel_values, reference([image], return_tensors="np")["pixel_values"])
+    assert prepared.vision["pixel_values"].dtype == np.float32
+    assert np.array_equal(prepared.vision["pixel_values"], reference([image], return_tensors="np")["pixel_values"])
     assert prepared.image_texts == ("<image><image><image>\n",)
 
 
@@ -89,9 +89,11 @@ def test_any_size_edge_and_tile(width: int, height: int, edge: int, tile: int, p
 def test_several_pictures_are_prepared_in_order_and_none_gives_none() -> None:
     prepare, pictures = preprocessing.load(CONFIG), [picture(40, 30), picture(30, 90)]
     together = prepare(pictures)
-    assert np.array_equal(together.pixel_values, np.concatenate([prepare([one]).pixel_values for one in pictures]))
+    assert np.array_equal(
+        together.vision["pixel_values"], np.concatenate([prepare([one]).vision["pixel_values"] for one in pictures])
+    )
     assert len(together.image_texts) == 2
-    assert prepare([]).pixel_values.shape == (0, 3, 28, 28)
+    assert prepare([]).vision["pixel_values"].shape == (0, 3, 28, 28)
     assert prepare([]).image_texts == ()
 
 

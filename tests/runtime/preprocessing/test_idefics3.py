@@ -84,9 +84,9 @@ def expected(image: Image.Image, kind: type = SmolVLMImageProcessorPil, **change
 def assert_equal(image: Image.Image, kind: type = SmolVLMImageProcessorPil, **changes: Any) -> None:
     prepared = preprocessing.load(CONFIG | changes)([image])
     pixels, text = expected(image, kind, **changes)
-    assert prepared.pixel_values.dtype == np.float32
-    assert prepared.pixel_values.flags.c_contiguous
-    assert np.array_equal(prepared.pixel_values, pixels)
+    assert prepared.vision["pixel_values"].dtype == np.float32
+    assert prepared.vision["pixel_values"].flags.c_contiguous
+    assert np.array_equal(prepared.vision["pixel_values"], pixels)
     assert prepared.image_texts == (text,)
 
 
@@ -108,7 +108,12 @@ def test_another_scale_in_each_channel() -> None:
 
 def test_a_picture_that_fits_one_tile_is_not_split() -> None:
     assert_equal(picture(40, 30), longest_edge=32)
-    assert preprocessing.load(CONFIG | {"longest_edge": 32})([picture(40, 30)]).pixel_values.shape == (1, 3, 32, 32)
+    assert preprocessing.load(CONFIG | {"longest_edge": 32})([picture(40, 30)]).vision["pixel_values"].shape == (
+        1,
+        3,
+        32,
+        32,
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1"])
@@ -136,20 +141,20 @@ def test_a_strip_that_the_reference_rounds_to_nothing_is_one_tile_wide() -> None
     strip, config = picture(1, 500), {"longest_edge": 49, "tile": 49}  # in floats 49 · (1 / 49) < 1
     with pytest.raises(ValueError, match="size must be"):
         expected(strip, **config)
-    assert preprocessing.load(CONFIG | config)([strip]).pixel_values.shape == (1, 3, 49, 49)
+    assert preprocessing.load(CONFIG | config)([strip]).vision["pixel_values"].shape == (1, 3, 49, 49)
 
 
 def test_several_pictures_are_prepared_in_order() -> None:
     pictures = [picture(40, 30), picture(30, 90), picture(1, 1)]
     prepared = preprocessing.load(CONFIG)(pictures)
     pixels, texts = zip(*map(expected, pictures), strict=True)
-    assert np.array_equal(prepared.pixel_values, np.concatenate(pixels))
+    assert np.array_equal(prepared.vision["pixel_values"], np.concatenate(pixels))
     assert prepared.image_texts == texts
 
 
 def test_no_picture_gives_no_tile() -> None:
     prepared = preprocessing.load(CONFIG)([])
-    assert prepared.pixel_values.shape == (0, 3, 32, 32)
+    assert prepared.vision["pixel_values"].shape == (0, 3, 32, 32)
     assert prepared.image_texts == ()
 
 
@@ -189,7 +194,7 @@ def test_files_and_a_question_become_transformers_arrays(
     assert ids.tolist() == reference["input_ids"][0].tolist()
     assert ("pixel_values" in reference) == (count > 0)
     if count:
-        assert np.array_equal(prepared.pixel_values, reference["pixel_values"][0])
+        assert np.array_equal(prepared.vision["pixel_values"], reference["pixel_values"][0])
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def assert_equal(image: Image.Image, **changes: Any) -> None:
     )
     expected = reference([image], return_tensors="np")["pixel_values"]
     prepared = preprocessing.load(config)([image])
-    assert prepared.pixel_values.dtype == np.float32
-    assert np.array_equal(prepared.pixel_values, expected)
+    assert prepared.vision["pixel_values"].dtype == np.float32
+    assert np.array_equal(prepared.vision["pixel_values"], expected)
     assert prepared.image_texts == ("<img>" + "<IMG_CONTEXT>" * 2 * len(expected) + "</img>\n",)
 
 
@@ -108,17 +108,19 @@ def test_without_a_thumbnail_there_are_only_the_tiles() -> None:
     wide = picture(90, 30)
     tiles = preprocessing.load(CONFIG | {"thumbnail": False})([wide])
     both = preprocessing.load(CONFIG)([wide])
-    assert np.array_equal(tiles.pixel_values, both.pixel_values[:-1])
-    assert tiles.image_texts[0].count("<IMG_CONTEXT>") == 2 * len(tiles.pixel_values)
+    assert np.array_equal(tiles.vision["pixel_values"], both.vision["pixel_values"][:-1])
+    assert tiles.image_texts[0].count("<IMG_CONTEXT>") == 2 * len(tiles.vision["pixel_values"])
 
 
 def test_several_pictures_are_prepared_in_order_and_none_gives_none() -> None:
     prepare, pictures = preprocessing.load(CONFIG), [picture(90, 30), picture(30, 90), picture(28, 28)]
     together = prepare(pictures)
     apart = [prepare([one]) for one in pictures]
-    assert np.array_equal(together.pixel_values, np.concatenate([one.pixel_values for one in apart]))
+    assert np.array_equal(
+        together.vision["pixel_values"], np.concatenate([one.vision["pixel_values"] for one in apart])
+    )
     assert together.image_texts == tuple(one.image_texts[0] for one in apart)
-    assert prepare([]).pixel_values.shape == (0, 3, 28, 28)
+    assert prepare([]).vision["pixel_values"].shape == (0, 3, 28, 28)
     assert prepare([]).image_texts == ()
 
 

@@ -1,0 +1,497 @@
+"""LLaVA-Mini in its own layout: a plain rendering of the published code's computation on the checkpoint's tensors
+judges, from the picture and the question to the logits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from vlmc.artifact import Artifact
+from vlmc.errors import VlmcError
+from vlmc.exporter import checkpoint, parity
+from vlmc.exporter.families.llava_mini import Compressor
+from vlmc.exporter.processor import describe
+from vlmc.runtime import preprocessing
+
+QUESTION = "How many {red} boats are on the water! 42 €!"
+SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+CHAT = (  # Llama 3.1's for two messages
+    "{{- bos_token }}\n{%- for message in messages %}\n    {{- '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"
+)
+SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIAL += ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
+WIDTH, HEADS, KV_HEADS, INNER, LAYERS, FUSION_LAYERS, SIDE = 32, 2, 1, 48, 2, 2, 2
+VISION, VISION_HEADS, VISION_LAYERS, IMAGE, PATCH = 128, 8, 3, 24, 4
+TOWER = {"hidden_size": VISION, "intermediate_size": INNER, "num_hidden_layers": VISION_LAYERS}
+TOWER |= {"num_attention_heads": VISION_HEADS, "image_size": IMAGE, "patch_size": PATCH}
+PREFIX = "model.vision_tower.vision_tower.vision_model"
+
+
+def config(vocabulary_size: int) -> dict[str, Any]:
+    """config.json as training saves it, and besides the sizes of a smaller vision encoder."""
+    return {
+        "architectures": ["LlavaMiniLlamaForCausalLM"],
+        "model_type": "llava_mini_llama",
+        "bos_token_id": 128000,
+        "compressor_size": SIDE,
+        "eos_token_id": [128001, 128008, 128009],
+        "hidden_act": "silu",
+        "hidden_size": WIDTH,
+        "image_aspect_ratio": "square",
+        "intermediate_size": INNER,
+        "max_position_embeddings": 131072,
+        "mm_hidden_size": VISION,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": KV_HEADS,
+        "prefusion_layer_num": FUSION_LAYERS,
+        "resolution_ratio": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "vision_config": TOWER,
+        "vocab_size": vocabulary_size,
+    }
+
+
+def tensors(vocabulary_size: int) -> dict[str, Tensor]:
+    """Random weights under the original names."""
+    generator = torch.Generator().manual_seed(11)
+    found: dict[str, Tensor] = {}
+
+    def add(name: str, *shape: int, around: float = 0.0, scale: float = 0.2) -> None:
+        found[name] = around + scale * torch.randn(shape, generator=generator)
+
+    def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> None:
+        add(f"{name}.weight", outputs, inputs)
+        if bias:
+            add(f"{name}.bias", outputs)
+
+    def norm(name: str) -> None:
+        add(f"{name}.weight", VISION, around=1.0)
+        add(f"{name}.bias", VISION)
+
+    add(f"{PREFIX}.embeddings.class_embedding", VISION)
+    add(f"{PREFIX}.embeddings.patch_embedding.weight", VISION, 3, PATCH, PATCH)
+    add(f"{PREFIX}.embeddings.position_embedding.weight", 1 + (IMAGE // PATCH) ** 2, VISION)
+    norm(f"{PREFIX}.pre_layrnorm")
+    norm(f"{PREFIX}.post_layernorm")
+    for index in range(VISION_LAYERS):
+        layer = f"{PREFIX}.encoder.layers.{index}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear(f"{layer}.self_attn.{name}", VISION, VISION)
+        linear(f"{layer}.mlp.fc1", INNER, VISION)
+        linear(f"{layer}.mlp.fc2", VISION, INNER)
+        norm(f"{layer}.layer_norm1")
+        norm(f"{layer}.layer_norm2")
+    linear("model.mm_projector.0", WIDTH, VISION)
+    linear("model.mm_projector.2", WIDTH, WIDTH)
+    add("model.compressor.query", SIDE**2, VISION, scale=1.0)
+    add("model.compressor.pos_embed", SIDE**2, VISION, scale=1.0)
+    add("model.compressor.attn.in_proj_weight", 3 * VISION, VISION, scale=0.5)
+    add("model.compressor.attn.in_proj_bias", 3 * VISION)
+    linear("model.compressor.attn.out_proj", VISION, VISION)
+    norm("model.compressor.ln_q")
+    norm("model.compressor.ln_kv")
+    add("model.embed_tokens.weight", vocabulary_size, WIDTH, scale=1.0)
+    layers = [f"model.prefusion_layers.{index}" for index in range(FUSION_LAYERS)]
+    for layer in layers + [f"model.layers.{index}" for index in range(LAYERS)]:
+        rows = {"q_proj": WIDTH, "k_proj": WIDTH * KV_HEADS // HEADS, "v_proj": WIDTH * KV_HEADS // HEADS}
+        for name, outputs in (rows | {"o_proj": WIDTH}).items():
+            linear(f"{layer}.self_attn.{name}", outputs, WIDTH, bias=False)
+        for name, shape in (("gate", (INNER, WIDTH)), ("up", (INNER, WIDTH)), ("down", (WIDTH, INNER))):
+            linear(f"{layer}.mlp.{name}_proj", *shape, bias=False)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            add(f"{layer}.{name}.weight", WIDTH, around=1.0)
+    add("model.norm.weight", WIDTH, around=1.0)
+    linear("lm_head", vocabulary_size, WIDTH, bias=False)
+    return found
+
+
+class Published:
+    """llavamini_arch.py's encode_images_mini and prepare_inputs_labels_for_multimodal for one question, on the
+    equations of CLIP (arXiv:2103.00020) and Llama 3.1 (arXiv:2407.21783)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.weights = load_file(folder / "model.safetensors")
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def layer_norm(self, name: str, x: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """CLIP's last layer but one, without the class token: (tiles, patches, VISION)."""
+        kernel = self.weights[f"{PREFIX}.embeddings.patch_embedding.weight"]
+        patches = functional.conv2d(pixel_values, kernel, stride=PATCH).flatten(2).mT
+        first = self.weights[f"{PREFIX}.embeddings.class_embedding"].expand(len(patches), 1, -1)
+        x = torch.cat((first, patches), dim=1) + self.weights[f"{PREFIX}.embeddings.position_embedding.weight"]
+        x = self.layer_norm(f"{PREFIX}.pre_layrnorm", x)
+        for index in range(VISION_LAYERS - 1):
+            layer = f"{PREFIX}.encoder.layers.{index}"
+            normed = self.layer_norm(f"{layer}.layer_norm1", x)
+            q, k, v = (
+                self.linear(f"{layer}.self_attn.{name}_proj", normed).unflatten(-1, (VISION_HEADS, -1)).transpose(1, 2)
+                for name in "qkv"
+            )
+            attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+            x = x + self.linear(f"{layer}.self_attn.out_proj", attention.transpose(1, 2).flatten(2))
+            inner = self.linear(f"{layer}.mlp.fc1", self.layer_norm(f"{layer}.layer_norm2", x))
+            x = x + self.linear(f"{layer}.mlp.fc2", inner * torch.sigmoid(1.702 * inner))
+        return x[:, 1:]
+
+    def compressed(self, patches: Tensor) -> Tensor:
+        """Resampler: (tiles, patches, VISION) → (tiles, SIDE², VISION)."""
+        own = {name: self.weights[f"model.compressor.{name}"] for name in ("query", "pos_embed")}
+        attention = torch.nn.MultiheadAttention(VISION, 8, batch_first=True)
+        prefix = "model.compressor.attn."
+        attention.load_state_dict({n.removeprefix(prefix): w for n, w in self.weights.items() if n.startswith(prefix)})
+        grid = own["pos_embed"].reshape(1, SIDE, SIDE, -1).permute(0, 3, 1, 2)
+        grid = functional.interpolate(grid, size=(IMAGE // PATCH,) * 2, mode="bicubic", align_corners=False)
+        values = self.layer_norm("model.compressor.ln_kv", patches)
+        queries = self.layer_norm("model.compressor.ln_q", own["query"]) + own["pos_embed"]
+        keys = values + grid.permute(0, 2, 3, 1).flatten(1, 2)
+        return attention(queries.expand(len(patches), -1, -1), keys, values)[0]
+
+    def projected(self, x: Tensor) -> Tensor:
+        return self.linear("model.mm_projector.2", functional.gelu(self.linear("model.mm_projector.0", x)))
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """(tiles, patches + SIDE², WIDTH)."""
+        patches = self.patches(pixel_values)
+        return torch.cat((self.projected(patches), self.projected(self.compressed(patches))), dim=1)
+
+    def rms_norm(self, name: str, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * self.weights[f"{name}.weight"]
+
+    @staticmethod
+    def rotated(x: Tensor, positions: Tensor) -> Tensor:
+        """(length, heads, dim): the pairs (i, i + dim/2) turned, slow ones eight times slower than they were, with a
+        passage between wavelengths of 2048 and 8192."""
+        half = x.shape[-1] // 2
+        speed = 5e5 ** -(torch.arange(half) / half)
+        smooth = ((8192 / (2 * math.pi / speed) - 1) / (4 - 1)).clamp(0, 1)
+        assert {0.0, 1.0} < set(smooth.tolist())  # all three kinds are there
+        angle = positions[:, None, None] * (smooth * speed + (1 - smooth) * speed / 8)
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    def layer(self, name: str, x: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+        normed = self.rms_norm(f"{name}.input_layernorm", x)
+        q, k, v = (self.linear(f"{name}.self_attn.{part}_proj", normed) for part in "qkv")
+        q, k, v = (part.unflatten(-1, (-1, WIDTH // HEADS)) for part in (q, k, v))
+        q, k = self.rotated(q, positions), self.rotated(k, positions)
+        k, v = (part.repeat_interleave(HEADS // KV_HEADS, dim=1) for part in (k, v))
+        q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, torch.finfo(torch.float32).min)
+        x = x + self.linear(f"{name}.self_attn.o_proj", (scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        normed = self.rms_norm(f"{name}.post_attention_layernorm", x)
+        gate, up = (self.linear(f"{name}.mlp.{part}_proj", normed) for part in ("gate", "up"))
+        return x + self.linear(f"{name}.mlp.down_proj", functional.silu(gate) * up)
+
+    def ids(self, pictures: int, question: str) -> Tensor:
+        """-200 stands for the pictures, as in tokenizer_image_token."""
+        header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+        content = ("<image>\n" if pictures else "") + question
+        text = SPECIAL[0] + header.format("system") + SYSTEM + "<|eot_id|>" + header.format("user") + content
+        text += "<|eot_id|>" + header.format("assistant")
+        pieces = [self.tokenizer.encode(piece, add_special_tokens=False).ids for piece in text.split("<image>")]
+        return torch.tensor([id for piece in pieces for id in [-200, *piece]][1:])
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.weights["model.embed_tokens.weight"][ids.clamp(min=0)]
+
+    def fused(self, features: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """One picture's features (patches + SIDE², WIDTH) and the ids with -200 among them."""
+        own, padded = self.embed(ids), ids <= 0
+        x, padding = torch.cat((features, own)), torch.cat((torch.zeros(len(features), dtype=torch.bool), padded))
+        positions = ((~padding).long().cumsum(0) - 1).masked_fill(padding, 1)
+        seen = torch.ones(len(x), len(x), dtype=torch.bool).tril() & ~padding
+        for index in range(FUSION_LAYERS):
+            x = self.layer(f"model.prefusion_layers.{index}", x, positions, seen)
+        text = x[-len(ids) :]
+        return x[-len(ids) - SIDE**2 : -len(ids)], torch.where(padded[:, None], own, text)
+
+    def prompt(self, pixel_values: Tensor | None, question: str) -> Tensor:
+        """(length, WIDTH). Several pictures are a video's frames: each meets the text alone, whose mean goes on."""
+        if pixel_values is None:
+            return self.embed(self.ids(0, question))
+        ids = self.ids(len(pixel_values), question)
+        pairs = [self.fused(features, ids) for features in self.features(pixel_values)]
+        text = sum(text for _, text in pairs) / len(pairs)
+        place = ids.tolist().index(-200)
+        return torch.cat((text[:place], *(image for image, _ in pairs), text[place + 1 :]))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(length, WIDTH) → (length, vocabulary)."""
+        seen = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        for index in range(LAYERS):
+            x = self.layer(f"model.layers.{index}", x, torch.arange(len(x)), seen)
+        return self.linear("lm_head", self.rms_norm("model.norm", x))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as the training saves it: Llama 3's tokenizer, in which token 0 is an exclamation mark."""
+    target = tmp_path_factory.mktemp("llava_mini") / "checkpoint"
+    target.mkdir()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([SYSTEM, QUESTION.replace("!", "")] * 9, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    begin = (SPECIAL[0], tokenizer.token_to_id(SPECIAL[0]))
+    tokenizer.post_processor = processors.TemplateProcessing(f"{SPECIAL[0]} $A", special_tokens=[begin])
+    tokenizer.save(str(target / "tokenizer.json"))
+    settings = {"bos_token": SPECIAL[0], "eos_token": "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
+    size = tokenizer.get_vocab_size()
+    (target / "config.json").write_text(json.dumps(config(size)))
+    save_file(tensors(size), target / "model.safetensors")
+    return target
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path, export_tiny: Callable[[Path], Artifact]) -> Artifact:
+    return export_tiny(folder)
+
+
+@torch.inference_mode()
+def test_pictures_and_a_question_become_the_published_logits_and_tokens(
+    folder: Path, artifact: Artifact, make_picture: Any
+) -> None:
+    reference, session = Published(folder), parity.canonical_session(artifact)
+    wide, tall = make_picture(90, 31), make_picture(17, 60)
+    for pictures in ([], [wide], [tall], [wide, tall]):
+        inputs = session.prepare(pictures, QUESTION)
+        pixels = torch.from_numpy(inputs.vision["pixel_values"]) if pictures else None
+        embeds = reference.prompt(pixels, QUESTION)
+        tokens = list(session.generate(inputs, 1, ignore_eos=True))
+        expected = reference.logits(embeds)[-1].numpy()
+        np.testing.assert_allclose(session.decoder.logits(), expected, atol=5e-4, rtol=5e-4)
+        tokens, wanted = list(session.generate(inputs, 5, ignore_eos=True)), []
+        for _ in range(5):
+            wanted.append(int(reference.logits(embeds)[-1].argmax()))
+            embeds = torch.cat((embeds, reference.embed(torch.tensor(wanted[-1:]))))
+        assert tokens == wanted
+
+
+@torch.inference_mode()
+def test_vision_and_fusion_give_the_published_values(folder: Path, artifact: Artifact, make_picture: Any) -> None:
+    reference, session = Published(folder), parity.canonical_session(artifact)
+    inputs = session.prepare([make_picture(90, 31)], QUESTION)
+    assert QUESTION.count("!") == int((inputs.input_ids == 0).sum())  # token 0 is there, and not the last
+    found = session.vision.run(inputs.vision)["image_features"]
+    expected = reference.features(torch.from_numpy(inputs.vision["pixel_values"]))
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-4, rtol=2e-4)
+    assert session.fusion is not None
+    ids = reference.ids(1, QUESTION)
+    text = reference.embed(ids[ids >= 0])[None].numpy()
+    fused = session.fusion.run({"image_features": found, "text_embeds": text})
+    image, words = reference.fused(expected[0], ids)
+    np.testing.assert_allclose(fused["fused_image_features"][0], image.numpy(), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(fused["fused_text_embeds"][0], words[ids >= 0].numpy(), atol=2e-4, rtol=2e-4)
+
+
+@torch.inference_mode()
+def test_of_several_pictures_the_text_that_leaves_the_fusion_is_the_mean(folder: Path, make_picture: Any) -> None:
+    """As the reference does with the frames of a video."""
+    reference, found = Published(folder), checkpoint.resolve(str(folder))
+    components = found.family.split(checkpoint.load_model(found))
+    described, prompt = describe(folder)
+    prepared = preprocessing.load(described)([make_picture(90, 31), make_picture(17, 60)])
+    pixels = torch.from_numpy(prepared.vision["pixel_values"])
+    ids = reference.ids(2, QUESTION)
+    assert components.fusion is not None
+    image, text = components.fusion(components.vision_encoder(pixels), reference.embed(ids[ids >= 0])[None])
+    place = ids.tolist().index(-200)
+    found_prompt = torch.cat((text[0, :place], image.flatten(0, 1), text[0, place:]))
+    torch.testing.assert_close(found_prompt, reference.prompt(pixels, QUESTION), atol=2e-4, rtol=2e-4)
+    assert "".join(prepared.image_texts) == prompt.image_token * (2 * SIDE**2)  # and one line break behind all
+
+
+def test_only_clips_last_layer_and_the_norm_behind_it_are_left_out(folder: Path, artifact: Artifact) -> None:
+    weights = load_file(folder / "model.safetensors")
+    unused = f"vision_model.encoder.layers.{VISION_LAYERS - 1}.", "vision_model.post_layernorm."
+    used = sum(w.numel() for name, w in weights.items() if not any(part in name for part in unused))
+    assert used == sum(spec.parameters for spec in artifact.manifest.components.values())
+
+
+def test_one_query_sees_the_patches_without_their_places() -> None:
+    """With one vision token, as published, all positions are the same."""
+    patches = torch.randn(2, 36, VISION, generator=torch.Generator().manual_seed(0))
+    for side in (1, 2):
+        compressor = Compressor(VISION, side)
+        found, turned = (compressor(x, compressor.positions(36)) for x in (patches, patches.flip(1)))
+        assert found.shape == (2, side**2, VISION)
+        assert torch.allclose(found, turned, atol=1e-6) == (side == 1)
+
+
+def test_the_positions_are_sines_and_cosines_of_column_and_row() -> None:
+    found = Compressor(8, 3).pos_embed
+    for index in range(9):
+        row, column = divmod(index, 3)
+        expected = [f(place * speed) for place in (column, row) for f in (math.sin, math.cos) for speed in (1, 0.01)]
+        torch.testing.assert_close(found[index], torch.tensor(expected))
+
+
+def test_the_prompt_is_the_one_of_training(folder: Path) -> None:
+    _, prompt = describe(folder)
+    system = f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
+    user, answer = "<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert prompt.text_only == f"{system}{user}{{text}}<|eot_id|>{answer}"
+    assert prompt.with_image == f"{system}{user}{{image}}\n{{text}}<|eot_id|>{answer}"
+    assert prompt.image_token == "<|reserved_special_token_1|>"
+    assert prompt.eos_token_ids == (Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|eot_id|>"),)
+
+
+@pytest.mark.parametrize("ratio", ["square", "pad"])
+def test_the_pictures_are_prepared_as_the_reference_does(
+    ratio: str, folder: Path, tmp_path: Path, make_picture: Any
+) -> None:
+    clip = CLIPImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE})
+    described, _ = describe(change(folder, tmp_path, image_aspect_ratio=ratio))
+    for size in ((90, 31), (17, 60), (24, 24)):
+        whole = picture = make_picture(*size)
+        if ratio == "pad":
+            whole = Image.new("RGB", (max(size), max(size)), tuple(int(value * 255) for value in clip.image_mean))
+            whole.paste(picture, tuple((max(size) - length) // 2 for length in size))
+        expected = clip([whole], return_tensors="np")["pixel_values"]
+        assert np.array_equal(preprocessing.load(described)([picture]).vision["pixel_values"], expected)
+
+
+def change(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy of the checkpoint without weights, with another config.json; None takes a field away."""
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    found = json.loads((folder / "config.json").read_text()) | changes
+    found = {name: value for name, value in found.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(found))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"mm_projector_type": "linear"}, "another projector than the published.*linear"),
+        ({"mm_vision_select_feature": "cls_patch"}, "another choice of features"),
+        ({"resolution_ratio": 2}, "another number of parts of a picture.*2"),
+        ({"mm_use_im_start_end": True}, "another use of marks"),
+        ({"vision_config": None, "mm_vision_tower": "google/siglip"}, "unknown vision encoder.*siglip"),
+    ],
+)
+def test_what_the_family_does_not_cover_is_refused(
+    changes: dict[str, Any], reason: str, folder: Path, tmp_path: Path
+) -> None:
+    found = checkpoint.resolve(str(change(folder, tmp_path, **changes)), random_weights=True)
+    with pytest.raises(VlmcError, match=reason):
+        checkpoint.load_model(found)
+
+
+def test_another_way_to_prepare_pictures_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(VlmcError, match=r"prepares pictures in another way.*anyres"):
+        describe(change(folder, tmp_path, image_aspect_ratio="anyres"))
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(folder: Path, tmp_path: Path) -> None:
+    (change(folder, tmp_path) / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>"}')
+    with pytest.raises(VlmcError, match=r"not Llama 3\.1's.*no chat template"):
+        describe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.compressor.attn.in_proj_bias",
+        "model.compressor.pos_embed",
+        "model.prefusion_layers.1.mlp.up_proj.weight",
+        "model.mm_projector.2.weight",
+        "model.norm.weight",
+    ],
+)
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, change(folder, tmp_path) / "model.safetensors")
+    with pytest.raises(VlmcError, match=r"lacks [13] weights"):
+        checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
+
+
+def test_the_vision_encoder_may_lie_in_clips_own_file(folder: Path, tmp_path: Path) -> None:
+    """The published code takes it from there, so a checkpoint of other hands may lack it."""
+    weights = load_file(folder / "model.safetensors")
+    vision = {name: weights.pop(name) for name in list(weights) if name.startswith(PREFIX)}
+    save_file(weights, change(folder, tmp_path) / "model.safetensors")
+    with pytest.raises(VlmcError, match=r"lacks its vision encoder.*openai/clip-vit-large-patch14-336"):
+        checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
+    prefix = "model.vision_tower.vision_tower."
+    save_file({name.removeprefix(prefix): weight for name, weight in vision.items()}, tmp_path / "clip.safetensors")
+    found, expected = (checkpoint.load_model(checkpoint.resolve(str(path))) for path in (tmp_path, folder))
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(weight, expected.state_dict()[name]) for name, weight in found.state_dict().items())
+
+
+def test_weights_in_float16_are_computed_with_in_float32(folder: Path, tmp_path: Path) -> None:
+    weights = {name: weight.half() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(weights, change(folder, tmp_path) / "model.safetensors")
+    model = checkpoint.load_model(checkpoint.resolve(str(tmp_path)))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert torch.equal(model.compressor.query, weights["model.compressor.query"].float())
+
+
+def test_random_weights_depend_on_the_seed_alone(folder: Path, tmp_path: Path) -> None:
+    change(folder, tmp_path)
+    first, again, other = (
+        checkpoint.load_model(checkpoint.resolve(str(tmp_path), random_weights=True, seed=seed)).state_dict()
+        for seed in (1, 1, 2)
+    )
+    for name in ("compressor.query", "prefusion_layers.0.mlp.up_proj.weight"):
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
+
+
+def test_the_preset_has_as_many_parameters_as_published() -> None:
+    found = checkpoint.resolve("llava_mini-8b", random_weights=True)
+    assert found.preset is not None
+    with torch.device("meta"):
+        model = found.family.randomise(found.config, 0)
+    count = sum(weight.numel() for weight in model.parameters())
+    assert count == pytest.approx(found.preset["published_parameters"], rel=0.01)
+
+
+def test_the_readme_says_what_it_can_be_made_into(artifact: Artifact, assert_supported: Any) -> None:
+    assert_supported(artifact, "llava_mini")
