@@ -295,7 +295,8 @@ class Artifact:
     @property
     def components(self) -> tuple[str, ...]:
         """The names of the artefact's components, in the order in which a question passes them."""
-        return tuple(self.manifest.components)
+        found = self.manifest.components
+        return tuple(name for name in GRAPH_FILES if name in found) + tuple(n for n in found if n not in GRAPH_FILES)
 
     def path_of(self, relative: str) -> Path:
         """The file's path, once its size and sha256 agree with the manifest."""

@@ -37,10 +37,9 @@ ROUNDS, RUNS = 5, 40
 def make(folder: Path) -> None:
     """Writes every form's lowered graph."""
     import onnx_ir as ir
-    from vlmc.artifact import KvSpec
     from vlmc.exporter.checkpoint import PRESETS
     from vlmc.exporter.family import family_for
-    from vlmc.exporter.graph import example_inputs, export_component
+    from vlmc.exporter.graph import export_component, vision_signature
     from vlmc.exporter.onnx_ops import IMPLEMENTATION
     from vlmc.files import read_json
 
@@ -50,9 +49,8 @@ def make(folder: Path) -> None:
     family = family_for(config["model_type"], "preset")
     model = family.randomise(config, seed=0).eval()
     model.set_attn_implementation(IMPLEMENTATION)
-    kv = KvSpec(1, 1, 64, 8)
-    example = example_inputs("vision_encoder", 576, family.image_size(model), kv)
-    graph = export_component("vision_encoder", family.split(model).vision_encoder, example, kv)
+    signature = vision_signature(family.vision_inputs(model))
+    graph = export_component("vision_encoder", family.split(model).vision_encoder, signature)
     (folder / "onnx").mkdir(parents=True)
     ir.save(graph, folder / "canonical", external_data="canonical.data")
     for name, form in FORMS.items():

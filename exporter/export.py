@@ -129,7 +129,7 @@ def _write_graphs(
         elif name == "fusion":
             signature = graph.fusion_signature(specs["vision_encoder"], int(specs["embed_tokens"].outputs[0].shape[-1]))
         else:
-            signature = graph.decoder_signature(component, specs["embed_tokens"], kv)
+            signature = graph.decoder_signature(component, specs["embed_tokens"], kv, specs["vision_encoder"])
         exported = graph.export_component(name, component, signature)
         graph.save(exported, stage / GRAPH_FILES[name])
         specs[name] = ComponentSpec(

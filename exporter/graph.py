@@ -92,9 +92,11 @@ def fusion_signature(vision: ComponentSpec, hidden: int) -> Signature:
     )
 
 
-def decoder_signature(component: nn.Module, embed: ComponentSpec, kv: KvSpec) -> Signature:
-    """Of the decoder, behind embed_tokens (see `Components`)."""
-    known = {tensor.name: tensor for tensor in embed.outputs}
+def decoder_signature(
+    component: nn.Module, embed: ComponentSpec, kv: KvSpec, vision: ComponentSpec | None = None
+) -> Signature:
+    """Of the decoder, behind embed_tokens and, where it has cross-attention, the vision encoder (see `Components`)."""
+    known = {tensor.name: tensor for tensor in (*embed.outputs, *(vision.outputs if vision else ()))}
     behind = list(inspect.signature(component.forward).parameters)
     further = behind[behind.index("past") + 1 :]
     states = [f"{layer}.{part}" for layer in range(kv.layers) for part in ("key", "value")]
@@ -105,7 +107,7 @@ def decoder_signature(component: nn.Module, embed: ComponentSpec, kv: KvSpec) ->
     past = [torch.zeros(1, kv.kv_heads, 24, kv.head_dim) for _ in states]
     one = torch.zeros(1, dtype=torch.long)
     more = [_example(known[name], size) if name in known else one + 3 for name in further]
-    free = [{1: length} if name in known else None for name in further]
+    free = [{1: length} if name in known and "length" in known[name].shape else None for name in further]
     return Signature(
         [*DECODER_INPUTS, *(f"past_key_values.{state}" for state in states), *further],
         ["logits", *(f"present.{state}" for state in states)],

@@ -55,6 +55,7 @@ class HostDecoder(ABC):
         self._logits: NDArray[np.float32] = np.empty(0, np.float32)
         self._rows, self._ahead = 0, 0  # positions a token has, where not one, and how far they are ahead of its place
         self._prefixed = False
+        self._crossed: dict[str, Array] = {}  # what a decoder with cross-attention sees of the picture at every step
 
     @abstractmethod
     def forward(self, inputs_embeds: NDArray[np.float32], start: int, **further: Array) -> NDArray[np.float32]:
@@ -66,6 +67,7 @@ class HostDecoder(ABC):
         self._rows = 0 if positions is None else len(positions)
         self._ahead = 0 if positions is None else int(positions.max()) + 1 - inputs_embeds.shape[1]
         self._prefixed = "prefix_length" in further
+        self._crossed = {name: further[name] for name in further.keys() & {"image_features"}}
         self._position = inputs_embeds.shape[1]
         return self._choose(self.forward(inputs_embeds, 0, **further))
 
@@ -80,7 +82,7 @@ class HostDecoder(ABC):
     def read(self, ids: NDArray[np.int64], start: int) -> NDArray[np.float32]:
         """Appends the tokens (length,), which stand behind the prompt, at the places from `start` on; the last one's
         logits."""
-        further = dict(self._embed.run({"input_ids": ids[None]}))
+        further = {**self._embed.run({"input_ids": ids[None]}), **self._crossed}
         embeds = further.pop("inputs_embeds")
         if self._rows:
             places = np.arange(start, start + len(ids), dtype=np.int64)

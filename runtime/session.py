@@ -58,6 +58,8 @@ class Session:
         self.timings = Timings()
         self.tokenizer = prompt.Tokenizer(artifact.path_of("tokenizer.json"))
         self.preprocess = preprocessing.load(artifact.manifest.preprocessing)
+        decoder_spec = artifact.manifest.components.get("decoder")
+        self._crosses = decoder_spec is not None and "image_features" in decoder_spec.further_inputs()
         self._image_token_id = self.tokenizer.token_id(artifact.manifest.prompt.image_token)
 
     def prepare(self, images: Sequence[Image.Image], text: str) -> Inputs:
@@ -123,6 +125,10 @@ class Session:
         """What `Decoder.prefill` takes: inputs_embeds (1, length, hidden), with image features (…, hidden) in the
         places of the image token, and what further there is."""
         made = dict(self.embed.run({"input_ids": inputs.input_ids[None]}))
+        if self._crosses:
+            if features is None:
+                raise VlmcError("This model only speaks of a picture", found="none", fix="give one")
+            return {**made, **inputs.further, "image_features": features}
         embeds = made["inputs_embeds"]
         if features is not None:
             embeds = made["inputs_embeds"] = np.array(embeds)

@@ -271,3 +271,7 @@ def test_vlmc_run_prints_what_fits_best(built: Artifact, matcher: Matcher) -> No
 def test_a_model_that_matches_answers_no_question(built: Artifact) -> None:
     with pytest.raises(VlmcError, match="answers nothing"):
         open_session(built, "cpu", {})
+
+
+def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
+    assert_supported(whole[1], "clip")

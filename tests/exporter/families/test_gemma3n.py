@@ -308,3 +308,7 @@ def test_loading_says_nothing_of_weights_that_are_not_wanted(whole: Whole, capfd
     folder, _, _, _ = whole
     family_for("gemma3n", "here").load(folder)
     assert "UNEXPECTED" not in "".join(capfd.readouterr())
+
+
+def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
+    assert_supported(whole[1], "gemma3n")

@@ -236,3 +236,7 @@ def test_what_the_family_does_not_cover_is_refused(text: Any, says: str) -> None
         model = Qwen2_5_VLForConditionalGeneration(config(**text))
     with pytest.raises(VlmcError, match=says):
         family_for("qwen2_5_vl", "here").kv(model, 8)
+
+
+def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
+    assert_supported(whole[1], "qwen2_5_vl")

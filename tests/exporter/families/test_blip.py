@@ -1,0 +1,191 @@
+"""BLIP captioning: transformers' own model, picture processor and tokenizer are the judge."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipProcessor
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from vlmc.artifact import Artifact
+from vlmc.calibration import recipes
+from vlmc.calibration.calibrate import calibrate
+from vlmc.calibration.plan import read_plan, write_plan
+from vlmc.calibration.sets import load_set
+from vlmc.engines import child
+from vlmc.engines.build import build
+from vlmc.errors import VlmcError
+from vlmc.exporter import golden
+from vlmc.exporter.checkpoint import load_components, resolve
+from vlmc.exporter.export import Options, export
+from vlmc.exporter.family import family_for
+from vlmc.exporter.parity import canonical_session
+from vlmc.exporter.processor import describe
+from vlmc.profiles.device import load_device
+from vlmc.runtime import preprocessing
+from vlmc.runtime.images import open_image
+from vlmc.runtime.session import Session, open_session
+
+PROMPTS = ["", "a photo of", "A  photo of two {red} boats, 42?"]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+Whole = tuple[Path, Artifact, BlipForConditionalGeneration, BlipProcessor]
+
+
+def bert_tokenizer() -> BertTokenizer:
+    """BERT's own kind of vocabulary, small: a few words, and every letter at a word's beginning and within one."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of", "two", "red", "boats"]
+    pieces = dict.fromkeys([*words, *letters, *"{}?!,.'", *(f"##{letter}" for letter in letters)])
+    return BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
+
+
+@pytest.fixture(scope="module")
+def whole(randomise: Any, export_tiny: Callable[[Path], Artifact], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("blip") / "checkpoint"
+    tokenizer, pictures = bert_tokenizer(), BlipImageProcessorPil(size={"height": 28, "width": 28})
+    text = {"vocab_size": len(tokenizer) + 2, "bos_token_id": len(tokenizer), "sep_token_id": 3, "pad_token_id": 0}
+    config = BlipConfig(
+        # Wider pictures than words, as the large model has.
+        text_config=SIZES | text | {"encoder_hidden_size": 48},
+        vision_config=SIZES | {"hidden_size": 48, "image_size": 28, "patch_size": 7},
+    )
+    model = BlipForConditionalGeneration(config).eval()
+    randomise(model, 5)
+    with torch.no_grad():
+        model.text_decoder.bert.embeddings.word_embeddings.weight.mul_(5)
+        model.text_decoder.cls.predictions.decoder.bias[3] = -50  # else captions end before they begin
+    model.save_pretrained(folder)
+    processor = BlipProcessor(pictures, tokenizer)
+    processor.save_pretrained(folder)
+    return folder, export_tiny(folder), model, processor
+
+
+@pytest.fixture(scope="module")
+def session(whole: Whole) -> Session:
+    """The exported graphs in ONNX Runtime."""
+    return canonical_session(whole[1])
+
+
+@pytest.mark.parametrize("size", [(28, 28), (90, 31), (17, 60)])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_captions_are_transformers(
+    prompt: str, size: tuple[int, int], whole: Whole, session: Session, make_picture: Any
+) -> None:
+    _, _, model, processor = whole
+    picture = make_picture(*size)
+    given = processor(images=picture, text=prompt, return_tensors="pt")
+    with torch.inference_mode():
+        expected = model.generate(**given, max_new_tokens=6, do_sample=False, num_beams=1)[0].tolist()
+        states = model.vision_model(given["pixel_values"]).last_hidden_state
+        ids = torch.tensor([expected])
+        logits = model.text_decoder(ids, encoder_hidden_states=states).logits[0]
+
+    inputs = session.prepare([picture], prompt)
+    found = list(session.generate(inputs, 6))
+    assert [*inputs.input_ids.tolist(), *found] == expected
+    assert len(found) == 6
+    np.testing.assert_allclose(session.decoder.logits(), logits[-2].numpy(), atol=5e-4, rtol=5e-4)
+
+
+def test_another_picture_gives_other_words(session: Session, make_picture: Any) -> None:
+    """Otherwise the comparison above would say nothing about cross-attention."""
+    logits = []
+    for size in ((28, 28), (90, 31)):
+        next(session.generate(session.prepare([make_picture(*size)], "a photo of"), 1))
+        logits.append(session.decoder.logits())
+    assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+def test_the_picture_is_looked_at_once(whole: Whole, session: Session) -> None:
+    spec = whole[1].manifest.components["decoder"]
+    assert spec.further_inputs() == ("image_features",)
+    assert {tensor.name: tensor.shape for tensor in spec.inputs}["image_features"] == (2, 2, 2, 17, 16)
+    names = [path for path, _ in load_components(whole[1]).decoder.named_modules()]
+    assert not [name for name in names if "crossattention" in name]
+
+
+def test_every_weight_is_in_one_component(whole: Whole) -> None:
+    _, artifact, model, _ = whole
+    components = load_components(artifact)
+    weights = {id(weight): weight for _, part in components.items() for weight in part.parameters()}
+    assert sum(weight.numel() for weight in weights.values()) == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(28, 28), (90, 31), (17, 60), (1, 1), (300, 2)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_pictures_become_transformers_pixels(size: tuple[int, int], mode: str, whole: Whole, make_picture: Any) -> None:
+    picture = make_picture(*size).convert(mode)
+    prepared = preprocessing.load(describe(whole[0])[0])([picture])
+    expected = whole[3].image_processor([picture], return_tensors="np")["pixel_values"]
+    assert np.array_equal(prepared.vision["pixel_values"], expected)
+    assert prepared.image_texts == ("",)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_no_picture_and_two_are_one_sentence(count: int, session: Session) -> None:
+    with pytest.raises(VlmcError, match=r"one picture|speaks of a picture"):
+        list(session.generate(session.prepare([Image.new("RGB", (28, 28))] * count, "a photo of"), 2))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "w4"])
+def test_it_is_calibrated_built_and_writes(
+    recipe: str, whole: Whole, picture_set: Path, step_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = Artifact(Path(shutil.copytree(whole[1].root, tmp_path / "copy")))
+    write_plan(artifact, calibrate(artifact, recipes.load(recipe), load_set(picture_set), lambda *_: None))
+    monkeypatch.setattr(child, "run", step_here)
+    build(artifact, load_device("cpu"), recipe, lambda *_: None)
+    modules = read_plan(artifact, recipe).modules
+    assert ("vision_encoder/keys.1" in modules) == (recipe == "int8")
+    spec, _ = artifact.engine("cpu", "decoder", f"onnxruntime-{recipe}")
+    assert spec.report.products[recipe] == sum(path.startswith("decoder/") for path in modules)
+    assert (spec.report.agreement or 0) > 0.9  # of random weights
+    case = golden.read(artifact)[0][0]
+    opened = open_session(artifact, "cpu", dict.fromkeys(artifact.components, "onnxruntime-fp32"))
+    inputs = opened.prepare([open_image(artifact.root / case["image"])], case["prompt"])
+    assert list(opened.generate(inputs, 4)) == case["tokens"]
+
+
+def test_the_preset_fits_together() -> None:
+    """On the meta device: the picture's keys and values are as many and as wide as the decoder's queries."""
+    found = resolve("blip-large", random_weights=True)
+    assert found.preset is not None
+    prepared = preprocessing.load(found.preset["preprocessing"])([Image.new("RGB", (640, 480))])
+    with torch.device("meta"):
+        model = found.family.randomise(found.config, 0).eval()
+        features = found.family.split(model).vision_encoder(torch.empty(prepared.vision["pixel_values"].shape))
+    kv = found.family.kv(model, 512)
+    assert features.shape == (kv.layers, 2, kv.kv_heads, 24 * 24 + 1, kv.head_dim)
+
+
+def test_another_head_than_the_one_for_captions_is_refused(whole: Whole, tmp_path: Path) -> None:
+    config = json.loads((whole[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BlipForQuestionAnswering"]}))
+    with pytest.raises(VlmcError, match=r"does not write captions.*BlipForQuestionAnswering"):
+        family_for("blip", "here").load(tmp_path)
+
+
+def test_a_cache_beyond_berts_positions_is_refused(whole: Whole, tmp_path: Path, picture_set: Path) -> None:
+    with pytest.raises(VlmcError, match="--capacity 512"):
+        export(resolve(str(whole[0])), tmp_path / "out", Options(1024, 1, picture_set), lambda *_: None)
+
+
+def test_a_tokenizer_of_another_size_is_refused(whole: Whole, tmp_path: Path) -> None:
+    for path in whole[0].glob("*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["bos_token_id"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VlmcError, match="another id than config"):
+        describe(tmp_path)
+
+
+def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
+    assert_supported(whole[1], "blip")
