@@ -72,7 +72,7 @@ def export(model: checkpoint.Checkpoint, target: Path, options: Options, report:
             prompt=prompt,
             parity=(),
             files=describe_files(stage),
-            versions=_versions(),
+            versions=tool_versions(),
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         write_record(stage / "manifest.json", manifest)
@@ -100,8 +100,8 @@ def existing(model: checkpoint.Checkpoint, target: Path, options: Options) -> Ar
         fix = "replace it, engines and all, with --force"
         raise VlmcError(error.what, found=error.found, expected=error.expected, fix=fix) from None
     same = found.manifest.source.sha256 == model.source.sha256 and found.manifest.kv.capacity == options.capacity
-    same = same and golden.made_from(found) == _golden_options(options)
-    if same and found.manifest.versions == _versions():
+    same = same and golden.made_from(found) == golden_options(options)
+    if same and found.manifest.versions == tool_versions():
         return found
     raise VlmcError(
         f"{target} already holds an export of {found.manifest.name!r}, made from other weights, options or versions",
@@ -141,14 +141,14 @@ def _write_graphs(
     return specs
 
 
-def _golden_options(options: Options) -> dict[str, Any]:
+def golden_options(options: Options) -> dict[str, Any]:
     pictures = sha256_of(options.picture_set) if options.picture_set else "demo"
     return {"pictures": pictures, "cases": options.cases, "max_new_tokens": options.max_new_tokens}
 
 
 def _write_goldens(stage: Path, session: Session, cases: list[golden.Case], options: Options, report: Report) -> None:
     report("goldens from PyTorch", 0, len(cases))
-    for done in golden.record(session, stage, cases, _golden_options(options)):
+    for done in golden.record(session, stage, cases, golden_options(options)):
         report("goldens from PyTorch", done, len(cases))
 
 
@@ -161,6 +161,6 @@ def _climb(artifact: Artifact, report: Report) -> list[ParityLevel]:
     return levels
 
 
-def _versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     packages = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
     return {"vlmc": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}

@@ -38,7 +38,7 @@ from ..runtime.images import open_image
 from ..runtime.matching import Matcher, MatchSpec
 from ..runtime.runner import Array
 from . import checkpoint, golden, graph, parity, processor
-from .export import Options, Report, _golden_options, _versions, existing
+from .export import Options, Report, existing, golden_options, tool_versions
 from .family import Family, VisionInput
 from .torch_runner import TorchRunner
 
@@ -113,12 +113,12 @@ def export(model: checkpoint.Checkpoint, target: Path, options: Options, report:
             prompt=PromptSpec(with_image="", text_only="{text}", image_token="", eos_token_ids=()),
             parity=(),
             files=describe_files(stage),
-            versions=_versions(),
+            versions=tool_versions(),
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         matching = MatchSpec(logit_scale=float(encoders.logit_scale), text_length=encoders.text_length, **around)
         _write(stage, manifest, matching)
-        _write_goldens(torch_matcher(Artifact(stage), encoders), cases, _golden_options(options), report)
+        _write_goldens(torch_matcher(Artifact(stage), encoders), cases, golden_options(options), report)
         manifest = replace(manifest, files=describe_files(stage))
         _write(stage, manifest, matching)
         report("parity ladder", 0, 1)
@@ -139,7 +139,7 @@ def describe_pictures(folder: Path) -> dict[str, Any]:
     it. What is missing, broken or not supported is a VlmcError."""
     from transformers import AutoImageProcessor
 
-    with processor._reading("picture processor", folder):
+    with processor.reading("picture processor", folder):
         pictures = AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False
         )
@@ -150,13 +150,13 @@ def describe_pictures(folder: Path) -> dict[str, Any]:
             )
         values: dict[str, Any] = pictures.to_dict()
         crop = dict(values["crop_size"] or {})
-        return processor._clip(values, {"patch_size": crop.get("height", 1), "image_token": ""}, None)
+        return processor.describe_clip(values, {"patch_size": crop.get("height", 1), "image_token": ""}, None)
 
 
 def describe_texts(folder: Path) -> dict[str, Any]:
     """MatchSpec's token ids for the checkpoint's tokenizer: what it writes before, behind and after every text."""
-    tokenizer = processor._tokenizer(folder)
-    with processor._reading("tokenizer", folder):
+    tokenizer = processor.read_tokenizer(folder)
+    with processor.reading("tokenizer", folder):
         text = "a picture"
         plain, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)

@@ -31,9 +31,9 @@ def describe(folder: Path) -> tuple[dict[str, Any], PromptSpec]:
     if own is not None:
         tokenizer, template, described = own.tokenizer, own.chat_template, dict(own.preprocessing)
     else:
-        tokenizer = _tokenizer(folder)
+        tokenizer = read_tokenizer(folder)
         template, described = _read(folder, tokenizer)
-    with _reading("processor", folder):
+    with reading("processor", folder):
         prompt, around = _prompt(folder, tokenizer, template, described["image_token"])
         for where, text in around.items():
             if text and where not in described:
@@ -49,11 +49,11 @@ def _read(folder: Path, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoImageProcessor
     from transformers.processing_utils import ProcessorMixin
 
-    with _reading("picture processor", folder):
+    with reading("picture processor", folder):
         pictures = AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False
         )
-    with _reading("processor", folder):
+    with reading("processor", folder):
         settings, _ = ProcessorMixin.get_processor_dict(folder, local_files_only=True)
     kind = type(pictures).__name__.removesuffix("Pil")
     if kind not in _KINDS:
@@ -62,7 +62,7 @@ def _read(folder: Path, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
             found=kind,
             expected="one of " + ", ".join(difflib.get_close_matches(kind, _KINDS, n=len(_KINDS), cutoff=0.0)),
         )
-    with _reading("processor", folder):
+    with reading("processor", folder):
         described = _KINDS[kind](pictures.to_dict(), settings, tokenizer)
         if described["kind"] == "qwen2_5_vl":  # which pictures' parts see one another is the model's affair
             described["window"] = read_json(folder / "config.json")["vision_config"].get("window_size", 112)
@@ -72,7 +72,7 @@ def _read(folder: Path, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
 def save_tokenizer(folder: Path, target: Path) -> None:
     """Writes the checkpoint's tokenizer, as transformers sets it up, to the file `target` (`tokenizer.json`)."""
     own = _own(folder)
-    tokenizer = own.tokenizer if own is not None else _tokenizer(folder)
+    tokenizer = own.tokenizer if own is not None else read_tokenizer(folder)
     write_text(target, tokenizer.backend_tokenizer.to_str())
 
 
@@ -82,16 +82,16 @@ def _own(folder: Path) -> OwnProcessor | None:
     family = all_families().get(str(config.get("model_type"))) if isinstance(config, dict) else None
     if family is None:
         return None
-    with _reading("config or tokenizer", folder):
+    with reading("config or tokenizer", folder):
         return family.own_processor(folder)
 
 
-def _tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not folder.is_dir():
         raise VlmcError(f"There is no checkpoint folder {folder}", fix="check the path")
-    with _reading("tokenizer", folder):
+    with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise VlmcError(
@@ -103,7 +103,7 @@ def _tokenizer(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _reading(what: str, folder: Path) -> Iterator[None]:
+def reading(what: str, folder: Path) -> Iterator[None]:
     """Any failure of transformers in one sentence: a broken file makes it raise nearly everything."""
     try:
         yield
@@ -132,7 +132,7 @@ def _idefics3(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any
     }
 
 
-def _clip(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+def describe_clip(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """`runtime/preprocessing/clip.py`'s config, with the tokens that LlavaProcessor counts for a picture."""
     size, crop = dict(pictures["size"]), dict(pictures["crop_size"] or {})
     square = crop.get("height") == crop.get("width") and pictures["do_center_crop"]
@@ -204,8 +204,8 @@ def _values(pictures: dict[str, Any]) -> dict[str, Any]:
 _KINDS: dict[str, Callable[[dict[str, Any], dict[str, Any], Any], dict[str, Any]]] = {
     "Idefics3ImageProcessor": _idefics3,
     "SmolVLMImageProcessor": _idefics3,
-    "CLIPImageProcessor": _clip,
-    "LlavaImageProcessor": _clip,
+    "CLIPImageProcessor": describe_clip,
+    "LlavaImageProcessor": describe_clip,
     "GotOcr2ImageProcessor": _internvl,
     "Qwen2VLImageProcessor": _qwen2_5_vl,
 }

@@ -67,7 +67,7 @@ def test_other_versions_and_weights_are_refused_without_force(
     other = replace(model, source=replace(model.source, sha256="0" * 64))
     with pytest.raises(VlmcError, match="made from other weights"):
         existing(other, tiny_copy, options)
-    monkeypatch.setattr(module, "_versions", lambda: {"vlmc": "9"})
+    monkeypatch.setattr(module, "tool_versions", lambda: {"vlmc": "9"})
     with pytest.raises(VlmcError, match="or versions"):
         existing(model, tiny_copy, options)
 
