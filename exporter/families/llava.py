@@ -14,6 +14,18 @@ from ...artifact import KvSpec
 from ...errors import VlmcError
 from ..family import Components, Decoder, Family
 
+# What a checkpoint names and does not describe, by the last part of its name on the hub.
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip-vit-large-patch14-336": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    }
+}
+
 
 class VisionEncoder(nn.Module):
     """pixel_values (tiles, 3, height, width) → image_features (tiles, tokens, hidden).
@@ -63,3 +75,12 @@ class Llava(Family):
     def image_size(self, model: Any) -> tuple[int, int]:
         size = model.config.vision_config.image_size
         return size, size
+
+
+def clip_tower(original: dict[str, Any], name: str, title: str) -> dict[str, Any]:
+    """The sizes of the CLIP vision encoder that a checkpoint of the original layout refers to by `name`; its own
+    `vision_config` goes first. `title` says in the error whose it is."""
+    found: dict[str, Any] | None = original.get("vision_config") or TOWERS.get(name.rpartition("/")[2])
+    if found is None:
+        raise VlmcError(f"This {title} has an unknown vision encoder", found=name, expected=", ".join(TOWERS))
+    return found

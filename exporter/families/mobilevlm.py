@@ -19,20 +19,10 @@ from ...errors import VlmcError
 from ...files import read_json
 from ..family import Components, Decoder, OwnProcessor, decoder_config, require_all
 from ..sentence_piece import fast_tokenizer
-from .llava import Llava, VisionEncoder
+from .llava import Llava, VisionEncoder, clip_tower
 
 _SIDE = 12  # tokens a side that LDPv2 leaves
 # config.json only names the vision encoder; `vision_config`, where it is there, says more.
-_TOWERS: dict[str, dict[str, Any]] = {
-    "clip-vit-large-patch14-336": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    }
-}
 _NAMES = {
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
     r"^model\.mm_projector\.mlp\.mlp\.0\.": "model.multi_modal_projector.linear_1.",
@@ -136,11 +126,8 @@ def _renamed(name: str) -> str:
 
 def _tower(original: dict[str, Any]) -> dict[str, Any]:
     """The sizes of the vision encoder."""
-    name = str(original.get("mm_vision_tower")).rpartition("/")[2]
-    found: dict[str, Any] | None = original.get("vision_config") or _TOWERS.get(name)
-    if found is None:
-        raise VlmcError("This MobileVLM has an unknown vision encoder", found=name, expected=", ".join(_TOWERS))
-    return found
+    name = str(original.get("mm_vision_tower"))
+    return clip_tower(original, name, "MobileVLM")
 
 
 def _config(original: dict[str, Any]) -> Any:

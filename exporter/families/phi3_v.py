@@ -20,19 +20,9 @@ from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
 from ..family import Components, Decoder, Family, OwnProcessor, decoder_config, require_all
-from .llava import VisionEncoder
+from .llava import VisionEncoder, clip_tower
 
 # config.json only names the vision encoder; `vision_config`, where it is there, says more.
-_TOWERS: dict[str, dict[str, Any]] = {
-    "clip-vit-large-patch14-336": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    }
-}
 _VISION = "model.vision_embed_tokens.img_processor.vision_model."
 _CONNECTOR = "model.vision_embed_tokens."
 _TEMPLATE = (  # the model card's, for one question
@@ -180,11 +170,8 @@ def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _tower(original: dict[str, Any]) -> dict[str, Any]:
     """The sizes of the vision encoder."""
     described = original.get("img_processor") or {}
-    name = str(described.get("model_name")).rpartition("/")[2]
-    found: dict[str, Any] | None = original.get("vision_config") or _TOWERS.get(name)
-    if found is None:
-        raise VlmcError("This Phi-3-Vision has an unknown vision encoder", found=name, expected=", ".join(_TOWERS))
-    return found
+    name = str(described.get("model_name"))
+    return clip_tower(original, name, "Phi-3-Vision")
 
 
 def _vision_config(original: dict[str, Any]) -> Any:
