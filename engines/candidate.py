@@ -53,11 +53,12 @@ class Candidate:
 
 
 def key(artifact: Artifact, candidate: Candidate) -> str:
-    """The hash of all that goes into the engine: graph, plan, device, backend and versions."""
+    """The hash of all that goes into the engine: graphs, plan, golden sizes, device, backend and versions."""
     plan = None if candidate.precision in FLOATS else to_json(read_plan(artifact, candidate.precision))
-    file = artifact.manifest.components[candidate.component].file
-    known = artifact.manifest.files
-    parts = [known[name].sha256 for name in (file, f"{file}.data") if name in known]
+    specs, known = artifact.manifest.components, artifact.manifest.files
+    looked_up = ["embed_tokens"] if candidate.component == "decoder" else []  # a decoder may hold the table (Job.embed)
+    files = [specs[name].file for name in (candidate.component, *looked_up)] + ["golden/golden.npz"]
+    parts = [known[name].sha256 for file in files for name in (file, f"{file}.data") if name in known]
     device = load_device(candidate.device)
     dialect = [device.sm, device.tensorrt, device.opset, device.typing]
     values = [SCHEMA, vars(candidate), plan, parts, dialect, vars(artifact.manifest.kv), _versions(candidate.backend)]

@@ -18,7 +18,6 @@ from ..artifact import Artifact, Source
 from ..errors import VlmcError, reason
 from ..files import read_json, sha256_of
 from .family import Family, family_for
-from .onnx_ops import IMPLEMENTATION
 
 PRESETS = Path(__file__).parent / "presets"
 DEMO = Path(__file__).parent.parent / "demo" / "model"
@@ -89,7 +88,7 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
             fix="download the checkpoint again; it may be truncated or of another model",
         ) from None
     model.eval().requires_grad_(False)
-    model.set_attn_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    family.use_canonical_attention(model)
     return model
 
 

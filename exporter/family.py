@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..artifact import GRAPH_FILES, KvSpec
 from ..errors import VlmcError
 from . import families, onnx_ops
+from .onnx_ops import IMPLEMENTATION
 
 
 @dataclass(frozen=True)
@@ -176,17 +177,29 @@ class Family(ABC):
     def split(self, model: nn.Module) -> Components:
         """The model's parts, sharing its weights."""
 
-    @abstractmethod
-    def kv(self, model: nn.Module, capacity: int) -> KvSpec:
-        """The cache that the decoder needs."""
+    def kv(self, model: Any, capacity: int) -> KvSpec:
+        """The cache that the decoder needs; here of a decoder as transformers describes it."""
+        return standard_kv(model.config.text_config, capacity)
+
+    def use_canonical_attention(self, model: Any) -> None:
+        """Has the model compute attention through `onnx_ops`, by transformers' interface for it."""
+        model.set_attn_implementation(IMPLEMENTATION)
 
     def vision_inputs(self, model: nn.Module) -> dict[str, VisionInput]:
         """What the vision encoder takes, by name, in the order of its arguments: tiles of `image_size`."""
         return {"pixel_values": VisionInput(torch.zeros(2, 3, *self.image_size(model)), {0: "tiles"})}
 
-    def image_size(self, model: nn.Module) -> tuple[int, int]:
+    def image_size(self, model: Any) -> tuple[int, int]:
         """Height and width in pixels of one tile; where the vision encoder takes tiles."""
-        raise AssertionError(f"{type(self).__name__} overrides neither vision_inputs nor image_size")
+        size = model.config.vision_config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+
+def standard_kv(text: Any, capacity: int) -> KvSpec:
+    """The cache of a decoder whose layers are all alike, from its config."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
 
 
 def decoder_config(model_type: str, original: dict[str, Any]) -> Any:

@@ -109,12 +109,6 @@ class Decoder(nn.Module):
         return logits, [state for layer in cache.layers for state in (layer.keys, layer.values)]
 
 
-def _settled(model: nn.Module) -> nn.Module:
-    """The model, which transformers cannot give another attention and says so: it needs none, its layers are ours."""
-    model.set_attn_implementation = lambda _: None  # type: ignore[assignment]
-    return model
-
-
 class Blip(Family):
     model_types: ClassVar[tuple[str, ...]] = ("blip",)
 
@@ -126,10 +120,10 @@ class Blip(Family):
                 found=", ".join(found) or "no architectures in its config.json",
                 expected="BlipForConditionalGeneration",
             )
-        return _settled(super().load(folder))
+        return super().load(folder)
 
-    def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
-        return _settled(super().randomise(config, seed))
+    def use_canonical_attention(self, model: Any) -> None:
+        """Nothing to do: transformers' BLIP cannot be given another attention, so the layers here are our own."""
 
     def split(self, model: Any) -> Components:
         decoder = model.text_decoder

@@ -88,7 +88,3 @@ class Clip(MatchingFamily):
             text_length=text.max_position_embeddings,
             vocabulary=text.vocab_size,
         )
-
-    def image_size(self, model: Any) -> tuple[int, int]:
-        size = model.config.vision_config.image_size
-        return size, size

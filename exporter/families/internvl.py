@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...artifact import KvSpec
 from ...errors import VlmcError
-from ..family import Components, Decoder, Family
+from ..family import Components, Decoder, Family, standard_kv
 
 
 class VisionEncoder(nn.Module):
@@ -80,9 +80,4 @@ class InternVl(Family):
                 expected=f"default, or dynamic and no more than {text.max_position_embeddings} positions",
                 fix="export with a smaller --capacity" if rope == "dynamic" else "",
             )
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
-
-    def image_size(self, model: Any) -> tuple[int, int]:
-        height, width = model.config.vision_config.image_size
-        return height, width
+        return standard_kv(text, capacity)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...artifact import KvSpec
 from ...errors import VlmcError
 from ..family import Components, Decoder, Family
 
@@ -66,15 +65,6 @@ class Llava(Family):
             embed_tokens=inner.language_model.get_input_embeddings(),
             decoder=Decoder(inner.language_model, model.lm_head),
         )
-
-    def kv(self, model: Any, capacity: int) -> KvSpec:
-        text = model.config.text_config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
-
-    def image_size(self, model: Any) -> tuple[int, int]:
-        size = model.config.vision_config.image_size
-        return size, size
 
 
 def clip_tower(original: dict[str, Any], name: str, title: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
-from ..family import Components, Family, OwnProcessor, PrefixDecoder, VisionInput, require_all
+from ..family import Components, Family, OwnProcessor, PrefixDecoder, VisionInput, require_all, standard_kv
 from .phi3_v import Model, loaded
 
 # The defaults of the reference's config.py; config.json's `config` may say otherwise.
@@ -126,8 +126,7 @@ class Moondream(Family):
 
     def kv(self, model: Any, capacity: int) -> KvSpec:
         text = model.text.config
-        head_dim = text.hidden_size // text.num_attention_heads
-        return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
+        return standard_kv(text, capacity)
 
     def vision_inputs(self, model: Any) -> dict[str, VisionInput]:
         tokens = model.vision.embeddings.num_patches

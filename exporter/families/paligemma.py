@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...artifact import KvSpec
 from ...errors import VlmcError
 from ..family import Components, Family, OwnProcessor, PrefixDecoder
 
@@ -55,14 +54,6 @@ class PaliGemma(Family):
             embed_tokens=inner.language_model.get_input_embeddings(),
             decoder=PrefixDecoder(inner.language_model, model.lm_head),
         )
-
-    def kv(self, model: Any, capacity: int) -> KvSpec:
-        text = model.config.text_config
-        return KvSpec(text.num_hidden_layers, text.num_key_value_heads, text.head_dim, capacity)
-
-    def image_size(self, model: Any) -> tuple[int, int]:
-        size = model.config.vision_config.image_size
-        return size, size
 
     def own_processor(self, folder: Path) -> OwnProcessor:
         """transformers has a processor, but its prompt is code and no template."""

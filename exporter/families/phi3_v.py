@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
-from ..family import Components, Decoder, Family, OwnProcessor, decoder_config, require_all
+from ..family import Components, Decoder, Family, OwnProcessor, decoder_config, require_all, standard_kv
 from .llava import VisionEncoder, clip_tower
 
 # config.json only names the vision encoder; `vision_config`, where it is there, says more.
@@ -125,8 +125,7 @@ class Phi3V(Family):
                 expected=f"at most {longest}",
                 fix=f"export with --capacity {longest} or less",
             )
-        head_dim = text.hidden_size // text.num_attention_heads
-        return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
+        return standard_kv(text, capacity)
 
     def image_size(self, model: Any) -> tuple[int, int]:
         size = model.vision.config.image_size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...artifact import KvSpec
 from ...errors import VlmcError
 from .. import onnx_ops
-from ..family import Components, Decoder, Family, VisionInput
+from ..family import Components, Decoder, Family, VisionInput, standard_kv
 
 
 class VisionEncoder(nn.Module):
@@ -109,8 +109,7 @@ class Qwen25Vl(Family):
                 found=f"{rope} RoPE" if rope != "default" else "sliding windows",
                 expected="default RoPE and attention to all tokens before",
             )
-        head_dim = text.hidden_size // text.num_attention_heads
-        return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
+        return standard_kv(text, capacity)
 
     def vision_inputs(self, model: Any) -> dict[str, VisionInput]:
         vision = model.config.vision_config

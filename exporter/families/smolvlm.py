@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...artifact import KvSpec
 from ..family import Components, Decoder, Family
 
 
@@ -52,12 +51,3 @@ class SmolVlm(Family):
             embed_tokens=inner.text_model.get_input_embeddings(),
             decoder=Decoder(inner.text_model, model.lm_head),
         )
-
-    def kv(self, model: Any, capacity: int) -> KvSpec:
-        text = model.config.text_config
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
-
-    def image_size(self, model: Any) -> tuple[int, int]:
-        size = model.config.vision_config.image_size
-        return size, size

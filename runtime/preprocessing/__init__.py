@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...errors import VlmcError
+from ..images import to_rgb
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ class Normalise:
             for channel, table in enumerate(self._tables):  # "clip" never happens here: it spares numpy a buffer
                 np.take(table, source[..., channel], out=target[channel], mode="clip")
         return values
+
+
+def stretched(images: Sequence[Image.Image], side: int, resample: int) -> NDArray[np.uint8]:
+    """Each picture stretched to one square: (pictures, side, side, 3). `resample`: Pillow's number of the filter."""
+    pixels = np.empty((len(images), side, side, 3), np.uint8)
+    for image, target in zip(images, pixels, strict=True):
+        target[:] = np.asarray(to_rgb(image).resize((side, side), resample))
+    return pixels
 
 
 def check_range(config: object, **ranges: tuple[int, int]) -> None:

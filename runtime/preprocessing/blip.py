@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ...artifact import from_json
 from ...errors import VlmcError
-from ..images import to_rgb
-from . import Normalise, Prepared, check_range
+from . import Normalise, Prepared, check_range, stretched
 
 _MAX_EDGE = 4096
 
@@ -49,6 +47,5 @@ class Blip:
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         if len(images) != 1:
             raise VlmcError("BLIP looks at one picture", found=f"{len(images)} pictures", fix="ask about each apart")
-        side = self.config.tile
-        stretched = to_rgb(images[0]).resize((side, side), self.config.resample)
-        return Prepared({"pixel_values": self._normalise(np.asarray(stretched)[None])}, ("",))
+        pixels = stretched(images, self.config.tile, self.config.resample)
+        return Prepared({"pixel_values": self._normalise(pixels)}, ("",))

@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ...artifact import from_json
-from ..images import to_rgb
-from . import Normalise, Prepared, check_range
+from . import Normalise, Prepared, check_range, stretched
 
 _MAX_EDGE = 4096
 
@@ -52,9 +50,7 @@ class Gemma3n:
 
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         config = self.config
-        pixels = np.empty((len(images), config.tile, config.tile, 3), np.uint8)
-        for image, target in zip(images, pixels, strict=True):
-            target[:] = np.asarray(to_rgb(image).resize((config.tile, config.tile), config.resample))
+        pixels = stretched(images, config.tile, config.resample)
         tokens = config.start_token + config.image_token * config.image_seq_len + config.end_token
         text = f"\n\n{tokens}\n\n{config.after_image}"
         return Prepared({"pixel_values": self._normalise(pixels)}, (text,) * len(images))

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...artifact import from_json
-from ..images import to_rgb
-from . import Normalise, Prepared, check_range
+from . import Normalise, Prepared, check_range, stretched
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,7 @@ class PaliGemma:
 
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         config = self.config
-        pixels = np.empty((len(images), config.tile, config.tile, 3), np.uint8)
-        for image, target in zip(images, pixels, strict=True):
-            target[:] = np.asarray(to_rgb(image).resize((config.tile, config.tile), config.resample))
+        pixels = stretched(images, config.tile, config.resample)
         text = config.image_token * config.image_seq_len + config.after_image
         return Prepared({"pixel_values": self._normalise(pixels)}, (text,) * len(images))
 

@@ -25,6 +25,8 @@ from vlmc.exporter.processor import describe
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
+from .reference import Equations, Weights, turned
+
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 WIDTH, HEADS, KV_HEADS, INNER, LAYERS, TILE, PATCH = 32, 2, 1, 48, 2, 28, 7
 ADDED = ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
@@ -60,21 +62,8 @@ def config(vocabulary_size: int, **changes: Any) -> dict[str, Any]:
 
 def tensors(vocabulary_size: int) -> dict[str, Tensor]:
     """Random weights under the original names."""
-    generator = torch.Generator().manual_seed(3)
-    found: dict[str, Tensor] = {}
-
-    def add(name: str, *shape: int, around: float = 0.0, scale: float = 0.2) -> None:
-        found[name] = around + scale * torch.randn(shape, generator=generator)
-
-    def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> None:
-        add(f"{name}.weight", outputs, inputs)
-        if bias:
-            add(f"{name}.bias", outputs)
-
-    def norm(name: str, width: int, bias: bool = True) -> None:
-        add(f"{name}.weight", width, around=1.0)
-        if bias:
-            add(f"{name}.bias", width)
+    random = Weights(3)
+    add, linear, norm = random.add, random.linear, random.norm
 
     add("vision_model.embeddings.class_embedding", 1, 1, WIDTH)
     add("vision_model.embeddings.position_embedding", 1, 1 + (TILE // PATCH) ** 2, WIDTH)
@@ -104,20 +93,15 @@ def tensors(vocabulary_size: int) -> dict[str, Tensor]:
     add("language_model.model.tok_embeddings.weight", vocabulary_size, WIDTH, scale=1.0)
     norm("language_model.model.norm", WIDTH, bias=False)
     linear("language_model.output", vocabulary_size, WIDTH, bias=False)
-    return found
+    return random.found
 
 
-class Published:
+class Published(Equations):
     """The equations of InternViT (arXiv:2312.14238) and InternLM2 (arXiv:2403.17297), one after the other."""
 
     def __init__(self, weights: dict[str, Tensor], context_id: int) -> None:
-        self.weights, self.context_id = weights, context_id
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
-
-    def layer_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
-        return functional.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], eps)
+        super().__init__(weights)
+        self.context_id = context_id
 
     def features(self, pixel_values: Tensor) -> Tensor:
         prefix = "vision_model.embeddings"
@@ -140,15 +124,11 @@ class Published:
         tokens = self.layer_norm("mlp1.0", torch.cat(corners, dim=-1).flatten(1, 2), 1e-5)
         return self.linear("mlp1.3", functional.gelu(self.linear("mlp1.1", tokens)))
 
-    def rms_norm(self, name: str, x: Tensor) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * self.weights[f"{name}.weight"]
-
     def rotated(self, x: Tensor) -> Tensor:
         """(length, heads, dim): the pairs (i, i + dim/2) turned by position · θ^(−2i/dim)."""
         half = x.shape[-1] // 2
         angle = torch.arange(len(x))[:, None, None] * 1e6 ** -(torch.arange(half) / half)
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat((turned.real, turned.imag), dim=-1)
+        return turned(x, angle)
 
     def logits(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         x = self.weights["language_model.model.tok_embeddings.weight"][input_ids[0]].clone()

@@ -25,6 +25,8 @@ from vlmc.exporter.families.llava_mini import Compressor
 from vlmc.exporter.processor import describe
 from vlmc.runtime import preprocessing
 
+from .reference import Equations, Weights, turned
+
 QUESTION = "How many {red} boats are on the water! 42 €!"
 SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -85,34 +87,10 @@ def config(vocabulary_size: int) -> dict[str, Any]:
 
 def tensors(vocabulary_size: int) -> dict[str, Tensor]:
     """Random weights under the original names."""
-    generator = torch.Generator().manual_seed(11)
-    found: dict[str, Tensor] = {}
+    random = Weights(11)
+    add, linear, norm = random.add, random.linear, random.norm
 
-    def add(name: str, *shape: int, around: float = 0.0, scale: float = 0.2) -> None:
-        found[name] = around + scale * torch.randn(shape, generator=generator)
-
-    def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> None:
-        add(f"{name}.weight", outputs, inputs)
-        if bias:
-            add(f"{name}.bias", outputs)
-
-    def norm(name: str) -> None:
-        add(f"{name}.weight", VISION, around=1.0)
-        add(f"{name}.bias", VISION)
-
-    add(f"{PREFIX}.embeddings.class_embedding", VISION)
-    add(f"{PREFIX}.embeddings.patch_embedding.weight", VISION, 3, PATCH, PATCH)
-    add(f"{PREFIX}.embeddings.position_embedding.weight", 1 + (IMAGE // PATCH) ** 2, VISION)
-    norm(f"{PREFIX}.pre_layrnorm")
-    norm(f"{PREFIX}.post_layernorm")
-    for index in range(VISION_LAYERS):
-        layer = f"{PREFIX}.encoder.layers.{index}"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(f"{layer}.self_attn.{name}", VISION, VISION)
-        linear(f"{layer}.mlp.fc1", INNER, VISION)
-        linear(f"{layer}.mlp.fc2", VISION, INNER)
-        norm(f"{layer}.layer_norm1")
-        norm(f"{layer}.layer_norm2")
+    random.clip(PREFIX, VISION, INNER, VISION_LAYERS, 1 + (IMAGE // PATCH) ** 2, PATCH)
     linear("model.mm_projector.0", WIDTH, VISION)
     linear("model.mm_projector.2", WIDTH, WIDTH)
     add("model.compressor.query", SIDE**2, VISION, scale=1.0)
@@ -120,8 +98,8 @@ def tensors(vocabulary_size: int) -> dict[str, Tensor]:
     add("model.compressor.attn.in_proj_weight", 3 * VISION, VISION, scale=0.5)
     add("model.compressor.attn.in_proj_bias", 3 * VISION)
     linear("model.compressor.attn.out_proj", VISION, VISION)
-    norm("model.compressor.ln_q")
-    norm("model.compressor.ln_kv")
+    norm("model.compressor.ln_q", VISION)
+    norm("model.compressor.ln_kv", VISION)
     add("model.embed_tokens.weight", vocabulary_size, WIDTH, scale=1.0)
     layers = [f"model.prefusion_layers.{index}" for index in range(FUSION_LAYERS)]
     for layer in layers + [f"model.layers.{index}" for index in range(LAYERS)]:
@@ -134,42 +112,20 @@ def tensors(vocabulary_size: int) -> dict[str, Tensor]:
             add(f"{layer}.{name}.weight", WIDTH, around=1.0)
     add("model.norm.weight", WIDTH, around=1.0)
     linear("lm_head", vocabulary_size, WIDTH, bias=False)
-    return found
+    return random.found
 
 
-class Published:
+class Published(Equations):
     """llavamini_arch.py's encode_images_mini and prepare_inputs_labels_for_multimodal for one question, on the
     equations of CLIP (arXiv:2103.00020) and Llama 3.1 (arXiv:2407.21783)."""
 
     def __init__(self, folder: Path) -> None:
-        self.weights = load_file(folder / "model.safetensors")
+        super().__init__(load_file(folder / "model.safetensors"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
-
-    def layer_norm(self, name: str, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
     def patches(self, pixel_values: Tensor) -> Tensor:
         """CLIP's last layer but one, without the class token: (tiles, patches, VISION)."""
-        kernel = self.weights[f"{PREFIX}.embeddings.patch_embedding.weight"]
-        patches = functional.conv2d(pixel_values, kernel, stride=PATCH).flatten(2).mT
-        first = self.weights[f"{PREFIX}.embeddings.class_embedding"].expand(len(patches), 1, -1)
-        x = torch.cat((first, patches), dim=1) + self.weights[f"{PREFIX}.embeddings.position_embedding.weight"]
-        x = self.layer_norm(f"{PREFIX}.pre_layrnorm", x)
-        for index in range(VISION_LAYERS - 1):
-            layer = f"{PREFIX}.encoder.layers.{index}"
-            normed = self.layer_norm(f"{layer}.layer_norm1", x)
-            q, k, v = (
-                self.linear(f"{layer}.self_attn.{name}_proj", normed).unflatten(-1, (VISION_HEADS, -1)).transpose(1, 2)
-                for name in "qkv"
-            )
-            attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
-            x = x + self.linear(f"{layer}.self_attn.out_proj", attention.transpose(1, 2).flatten(2))
-            inner = self.linear(f"{layer}.mlp.fc1", self.layer_norm(f"{layer}.layer_norm2", x))
-            x = x + self.linear(f"{layer}.mlp.fc2", inner * torch.sigmoid(1.702 * inner))
-        return x[:, 1:]
+        return self.clip(PREFIX, pixel_values, VISION_HEADS, VISION_LAYERS - 1)
 
     def compressed(self, patches: Tensor) -> Tensor:
         """Resampler: (tiles, patches, VISION) → (tiles, SIDE², VISION)."""
@@ -192,9 +148,6 @@ class Published:
         patches = self.patches(pixel_values)
         return torch.cat((self.projected(patches), self.projected(self.compressed(patches))), dim=1)
 
-    def rms_norm(self, name: str, x: Tensor) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * self.weights[f"{name}.weight"]
-
     @staticmethod
     def rotated(x: Tensor, positions: Tensor) -> Tensor:
         """(length, heads, dim): the pairs (i, i + dim/2) turned, slow ones eight times slower than they were, with a
@@ -204,8 +157,7 @@ class Published:
         smooth = ((8192 / (2 * math.pi / speed) - 1) / (4 - 1)).clamp(0, 1)
         assert {0.0, 1.0} < set(smooth.tolist())  # all three kinds are there
         angle = positions[:, None, None] * (smooth * speed + (1 - smooth) * speed / 8)
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat((turned.real, turned.imag), dim=-1)
+        return turned(x, angle)
 
     def layer(self, name: str, x: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
         normed = self.rms_norm(f"{name}.input_layernorm", x)

@@ -23,6 +23,8 @@ from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
+from .reference import Equations, Weights, turned
+
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -30,6 +32,7 @@ SYSTEM = (
 WIDTH, HEADS, INNER, TEXT_LAYERS, VISION_LAYERS, IMAGE, PATCH = 32, 2, 48, 2, 3, 48, 2
 TOWER = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": VISION_LAYERS}
 TOWER |= {"num_attention_heads": HEADS, "image_size": IMAGE, "patch_size": PATCH}
+PREFIX = "model.vision_tower.vision_tower.vision_model"
 
 
 def config(vocabulary_size: int) -> dict[str, Any]:
@@ -62,32 +65,10 @@ def config(vocabulary_size: int) -> dict[str, Any]:
 
 def tensors(vocabulary_size: int) -> dict[str, Tensor]:
     """Random weights under the original names."""
-    generator = torch.Generator().manual_seed(5)
-    found: dict[str, Tensor] = {}
+    random = Weights(5)
+    add, linear = random.add, random.linear
 
-    def add(name: str, *shape: int, around: float = 0.0, scale: float = 0.2) -> None:
-        found[name] = around + scale * torch.randn(shape, generator=generator)
-
-    def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> None:
-        add(f"{name}.weight", outputs, inputs)
-        if bias:
-            add(f"{name}.bias", outputs)
-
-    vision = "model.vision_tower.vision_tower.vision_model"
-    add(f"{vision}.embeddings.class_embedding", WIDTH)
-    add(f"{vision}.embeddings.patch_embedding.weight", WIDTH, 3, PATCH, PATCH)
-    add(f"{vision}.embeddings.position_embedding.weight", 1 + (IMAGE // PATCH) ** 2, WIDTH)
-    norms = [f"{vision}.pre_layrnorm", f"{vision}.post_layernorm"]
-    for index in range(VISION_LAYERS):
-        layer = f"{vision}.encoder.layers.{index}"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(f"{layer}.self_attn.{name}", WIDTH, WIDTH)
-        linear(f"{layer}.mlp.fc1", INNER, WIDTH)
-        linear(f"{layer}.mlp.fc2", WIDTH, INNER)
-        norms += [f"{layer}.layer_norm1", f"{layer}.layer_norm2"]
-    for name in norms:
-        add(f"{name}.weight", WIDTH, around=1.0)
-        add(f"{name}.bias", WIDTH)
+    random.clip(PREFIX, WIDTH, INNER, VISION_LAYERS, 1 + (IMAGE // PATCH) ** 2, PATCH)
     linear("model.mm_projector.mlp.mlp.0", WIDTH, WIDTH)
     linear("model.mm_projector.mlp.mlp.2", WIDTH, WIDTH)
     add("model.mm_projector.peg.peg.0.weight", WIDTH, 1, 3, 3)
@@ -103,54 +84,25 @@ def tensors(vocabulary_size: int) -> dict[str, Tensor]:
             add(f"{layer}.{name}.weight", WIDTH, around=1.0)
     add("model.norm.weight", WIDTH, around=1.0)
     linear("lm_head", vocabulary_size, WIDTH, bias=False)
-    return found
+    return random.found
 
 
-class Published:
+class Published(Equations):
     """The equations of CLIP (arXiv:2103.00020), LDPv2 (arXiv:2402.03766) and Llama (arXiv:2302.13971)."""
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self.weights = weights
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
-
-    def layer_norm(self, name: str, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, (WIDTH,), self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], 1e-5)
-
     def features(self, pixel_values: Tensor) -> Tensor:
-        vision = "model.vision_tower.vision_tower.vision_model"
-        kernel = self.weights[f"{vision}.embeddings.patch_embedding.weight"]
-        patches = functional.conv2d(pixel_values, kernel, stride=PATCH).flatten(2).mT
-        first = self.weights[f"{vision}.embeddings.class_embedding"].expand(len(patches), 1, -1)
-        x = torch.cat((first, patches), dim=1) + self.weights[f"{vision}.embeddings.position_embedding.weight"]
-        x = self.layer_norm(f"{vision}.pre_layrnorm", x)
-        for index in range(VISION_LAYERS - 1):  # the features are those of the last layer but one
-            layer = f"{vision}.encoder.layers.{index}"
-            normed = self.layer_norm(f"{layer}.layer_norm1", x)
-            q, k, v = (
-                self.linear(f"{layer}.self_attn.{name}_proj", normed).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-                for name in "qkv"
-            )
-            attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
-            x = x + self.linear(f"{layer}.self_attn.out_proj", attention.transpose(1, 2).flatten(2))
-            inner = self.linear(f"{layer}.mlp.fc1", self.layer_norm(f"{layer}.layer_norm2", x))
-            x = x + self.linear(f"{layer}.mlp.fc2", inner * torch.sigmoid(1.702 * inner))
-        hidden = self.linear("model.mm_projector.mlp.mlp.0", x[:, 1:])
+        x = self.clip(PREFIX, pixel_values, HEADS, VISION_LAYERS - 1)  # all but the last
+        hidden = self.linear("model.mm_projector.mlp.mlp.0", x)
         hidden = self.linear("model.mm_projector.mlp.mlp.2", functional.gelu(hidden))
         pooled = functional.adaptive_avg_pool2d(hidden.mT.unflatten(2, (IMAGE // PATCH, -1)), (12, 12))
         kernel, bias = (self.weights[f"model.mm_projector.peg.peg.0.{name}"] for name in ("weight", "bias"))
         return (pooled + functional.conv2d(pooled, kernel, bias, padding=1, groups=WIDTH)).flatten(2).mT
 
-    def rms_norm(self, name: str, x: Tensor) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weights[f"{name}.weight"]
-
     def rotated(self, x: Tensor) -> Tensor:
         """(length, heads, dim): the pairs (i, i + dim/2) turned by position · 10000^(−2i/dim)."""
         half = x.shape[-1] // 2
         angle = torch.arange(len(x))[:, None, None] * 1e4 ** -(torch.arange(half) / half)
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat((turned.real, turned.imag), dim=-1)
+        return turned(x, angle)
 
     def logits(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         x = self.weights["model.embed_tokens.weight"][input_ids[0]].clone()
@@ -158,7 +110,7 @@ class Published:
             x[input_ids[0] == 0] = self.features(pixel_values).flatten(0, 1)
         for index in range(TEXT_LAYERS):
             layer = f"model.layers.{index}"
-            normed = self.rms_norm(f"{layer}.input_layernorm", x)
+            normed = self.rms_norm(f"{layer}.input_layernorm", x, 1e-6)
             q, k, v = (
                 self.linear(f"{layer}.self_attn.{name}_proj", normed).unflatten(-1, (HEADS, -1)) for name in "qkv"
             )
@@ -166,10 +118,10 @@ class Published:
             unseen = torch.full((len(x), len(x)), -math.inf).triu(1)
             attention = (q @ k.mT / math.sqrt(q.shape[-1]) + unseen).softmax(-1) @ v
             x = x + self.linear(f"{layer}.self_attn.o_proj", attention.transpose(0, 1).flatten(1))
-            normed = self.rms_norm(f"{layer}.post_attention_layernorm", x)
+            normed = self.rms_norm(f"{layer}.post_attention_layernorm", x, 1e-6)
             gate = functional.silu(self.linear(f"{layer}.mlp.gate_proj", normed))
             x = x + self.linear(f"{layer}.mlp.down_proj", gate * self.linear(f"{layer}.mlp.up_proj", normed))
-        return self.linear("lm_head", self.rms_norm("model.norm", x))
+        return self.linear("lm_head", self.rms_norm("model.norm", x, 1e-6))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, parity
 from vlmc.exporter.processor import describe
 
+from .reference import Equations, Weights, turned
+
 QUESTION = "How many {red} boats are on the water? 42 €"
 WIDTH, HEADS, KV_HEADS, INNER, LAYERS = 32, 2, 1, 48, 2
 VISION, VISION_LAYERS, IMAGE, PATCH = 24, 3, 8, 2
@@ -78,31 +80,10 @@ def config(vocabulary_size: int) -> dict[str, Any]:
 
 def tensors(vocabulary_size: int) -> dict[str, Tensor]:
     """Random weights under the original names."""
-    generator = torch.Generator().manual_seed(7)
-    found: dict[str, Tensor] = {}
+    random = Weights(7)
+    add, linear = random.add, random.linear
 
-    def add(name: str, *shape: int, around: float = 0.0, scale: float = 0.2) -> None:
-        found[name] = around + scale * torch.randn(shape, generator=generator)
-
-    def linear(name: str, outputs: int, inputs: int, bias: bool = True) -> None:
-        add(f"{name}.weight", outputs, inputs)
-        if bias:
-            add(f"{name}.bias", outputs)
-
-    add(f"{VISION_PREFIX}.embeddings.class_embedding", VISION)
-    add(f"{VISION_PREFIX}.embeddings.patch_embedding.weight", VISION, 3, PATCH, PATCH)
-    add(f"{VISION_PREFIX}.embeddings.position_embedding.weight", 1 + (IMAGE // PATCH) ** 2, VISION)
-    norms = [f"{VISION_PREFIX}.pre_layrnorm", f"{VISION_PREFIX}.post_layernorm"]
-    for index in range(VISION_LAYERS):
-        layer = f"{VISION_PREFIX}.encoder.layers.{index}"
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            linear(f"{layer}.self_attn.{name}", VISION, VISION)
-        linear(f"{layer}.mlp.fc1", INNER, VISION)
-        linear(f"{layer}.mlp.fc2", VISION, INNER)
-        norms += [f"{layer}.layer_norm1", f"{layer}.layer_norm2"]
-    for name in norms:
-        add(f"{name}.weight", VISION, around=1.0)
-        add(f"{name}.bias", VISION)
+    random.clip(VISION_PREFIX, VISION, INNER, VISION_LAYERS, 1 + (IMAGE // PATCH) ** 2, PATCH)
     add("model.vision_embed_tokens.glb_GN", 1, 1, 4 * VISION, scale=1.0)
     add("model.vision_embed_tokens.sub_GN", 1, 1, 1, 4 * VISION, scale=1.0)
     linear("model.vision_embed_tokens.img_projection.0", WIDTH, 4 * VISION)
@@ -118,23 +99,17 @@ def tensors(vocabulary_size: int) -> dict[str, Tensor]:
             add(f"{layer}.{name}.weight", WIDTH, around=1.0)
     add("model.norm.weight", WIDTH, around=1.0)
     linear("lm_head", vocabulary_size, WIDTH, bias=False)
-    return found
+    return random.found
 
 
-class Published:
+class Published(Equations):
     """The equations of CLIP (arXiv:2103.00020), Phi-3.5-Vision's embedding of pictures and its decoder
     (arXiv:2404.14219), with LongRoPE (arXiv:2402.13753) for texts of the first context."""
 
     def __init__(self, folder: Path) -> None:
-        self.weights = load_file(folder / "model.safetensors")
+        super().__init__(load_file(folder / "model.safetensors"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.crops = json.loads((folder / "preprocessor_config.json").read_text())["num_crops"]
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
-
-    def layer_norm(self, name: str, x: Tensor) -> Tensor:
-        return functional.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
 
     def crops_of(self, image: Image.Image) -> tuple[Tensor, int, int]:
         """The whole and the tiles (1 + rows · columns, 3, IMAGE, IMAGE), rows, columns."""
@@ -158,23 +133,8 @@ class Published:
 
     def patches(self, pixel_values: Tensor) -> Tensor:
         """CLIP's last layer but one, as a picture: (tiles, side, side, VISION)."""
-        kernel = self.weights[f"{VISION_PREFIX}.embeddings.patch_embedding.weight"]
-        patches = functional.conv2d(pixel_values, kernel, stride=PATCH).flatten(2).mT
-        first = self.weights[f"{VISION_PREFIX}.embeddings.class_embedding"].expand(len(patches), 1, -1)
-        x = torch.cat((first, patches), dim=1) + self.weights[f"{VISION_PREFIX}.embeddings.position_embedding.weight"]
-        x = self.layer_norm(f"{VISION_PREFIX}.pre_layrnorm", x)
-        for index in range(VISION_LAYERS - 1):
-            layer = f"{VISION_PREFIX}.encoder.layers.{index}"
-            normed = self.layer_norm(f"{layer}.layer_norm1", x)
-            q, k, v = (
-                self.linear(f"{layer}.self_attn.{name}_proj", normed).unflatten(-1, (HEADS, -1)).transpose(1, 2)
-                for name in "qkv"
-            )
-            attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
-            x = x + self.linear(f"{layer}.self_attn.out_proj", attention.transpose(1, 2).flatten(2))
-            inner = self.linear(f"{layer}.mlp.fc1", self.layer_norm(f"{layer}.layer_norm2", x))
-            x = x + self.linear(f"{layer}.mlp.fc2", inner * torch.sigmoid(1.702 * inner))
-        return x[:, 1:].unflatten(1, (IMAGE // PATCH, -1))
+        x = self.clip(VISION_PREFIX, pixel_values, HEADS, VISION_LAYERS - 1)
+        return x.unflatten(1, (IMAGE // PATCH, -1))
 
     def lines(self, picture: Tensor) -> Tensor:
         """(height, width, VISION) → (lines · (tokens a line + 1), 4 · VISION): squares of four patches, their channels
@@ -211,15 +171,11 @@ class Published:
     def embed(self, ids: list[int]) -> Tensor:
         return self.weights["model.embed_tokens.weight"][ids]
 
-    def rms_norm(self, name: str, x: Tensor) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * self.weights[f"{name}.weight"]
-
     def rotated(self, x: Tensor) -> Tensor:
         """(length, heads, dim): the pairs (i, i + dim/2) turned by position / (factor · 10000^(2i/dim)), and scaled."""
         half = x.shape[-1] // 2
         angle = torch.arange(len(x))[:, None, None] / (torch.tensor(SHORT) * 1e4 ** (torch.arange(half) / half))
-        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
-        return torch.cat((turned.real, turned.imag), dim=-1) * math.sqrt(1 + math.log(131072 / 4096) / math.log(4096))
+        return turned(x, angle) * math.sqrt(1 + math.log(131072 / 4096) / math.log(4096))
 
     def logits(self, x: Tensor) -> Tensor:
         """(length, WIDTH) → (length, vocabulary)."""
