@@ -127,7 +127,7 @@ def build(folder: Path, name: str) -> None:
     """Builds NAME.trt and writes NAME.json: seconds, and what the inspector shows."""
     import tensorrt as trt
     from vlmc.engines import tensorrt_network
-    from vlmc.runtime.backends.tensorrt import logger
+    from vlmc.runtime.tensorrt_engine import logger
 
     start, form = time.perf_counter(), FORMS[name]
     parsed = tensorrt_network.parse(trt, folder / "onnx" / f"{name}.onnx", name, ("EXPLICIT_BATCH",))
@@ -155,7 +155,7 @@ def build(folder: Path, name: str) -> None:
 def measure(folder: Path) -> None:
     """Prints {"name": {"ms": median, "build_seconds", "layers", …}}; each run is one launch of a CUDA graph."""
     import tensorrt as trt
-    from vlmc.runtime.backends.tensorrt import Engine
+    from vlmc.runtime.tensorrt_engine import Engine
     from vlmc.runtime.cuda import Gpu, architecture
 
     gpu, launches = Gpu(), {}

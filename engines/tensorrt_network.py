@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..errors import VlmcError
-from ..runtime.backends.tensorrt import TITLES, logger
+from ..runtime.tensorrt_engine import TITLES, logger
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # the smallest, usual and largest shape of inputs that vary

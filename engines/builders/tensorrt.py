@@ -23,7 +23,7 @@ from ...files import write_bytes
 from ...profiles.device import Device
 from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
-from ...runtime.backends.tensorrt import ENGINE
+from ...runtime.tensorrt_engine import ENGINE, logger
 from .. import tensorrt_network
 from ..passes import float_weights, half_precision, opset17, patches_as_matmul, token_loop, two_segment_attention
 from ..tensorrt_network import Parsed, Profile, profile
@@ -181,7 +181,7 @@ class _TimingCache:
 def _inspected(trt: Any, parsed: Parsed, engine: Any) -> dict[str, Any]:
     """`products`, from the inspector where it shows layers; a region that Myelin fused shows none, so there what was
     asked for is counted and the key says so. `scratch_bytes`: device memory that the engine needs while it runs."""
-    loaded = trt.Runtime(backend.logger(trt)).deserialize_cuda_engine(engine)
+    loaded = trt.Runtime(logger(trt)).deserialize_cuda_engine(engine)
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(text, strict=False).get("Layers", [])  # its strings may hold raw control characters
     return {

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from ...artifact import KvContract
 from ...errors import VlmcError, reason
 from ...profiles.device import Device
-from ...runtime.backends.tensorrt import ENGINE
+from ...runtime.tensorrt_engine import ENGINE
 from .. import tensorrt_network
 from ..passes import half_precision, token_loop
 from ..tensorrt_network import Profile, profile

@@ -25,9 +25,11 @@ from vlmc.engines.passes import quantize
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.profiles.device import load_device
-from vlmc.runtime import kernels
+from vlmc.runtime import kernels, tensorrt_engine
 from vlmc.runtime.backends import tensorrt as backend
-from vlmc.runtime.backends.tensorrt import Engine, TensorrtDecoder, TensorrtRunner
+from vlmc.runtime.backends.tensorrt import TensorrtRunner
+from vlmc.runtime.tensorrt_decoder import TensorrtDecoder
+from vlmc.runtime.tensorrt_engine import Engine
 
 SIZE = 1 << 24
 
@@ -217,7 +219,7 @@ def spec(**settings: Any) -> EngineSpec:
 
 @pytest.fixture(autouse=True)
 def an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "architecture", lambda: 90)
+    monkeypatch.setattr(tensorrt_engine, "architecture", lambda: 90)
 
 
 @pytest.fixture
@@ -301,6 +303,7 @@ def test_a_file_that_is_no_engine_says_what_tensorrt_said(make: Callable[..., Ma
 def test_without_tensorrt_the_reason_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert "a Jetson has JetPack's" in backend.unavailable()
+    monkeypatch.setattr(backend, "architecture", lambda: 90)
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
     assert backend.unavailable() == ""
     monkeypatch.setattr(backend, "architecture", lambda: "no NVIDIA driver is installed")
