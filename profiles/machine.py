@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import memory
+from . import memory, nvidia
 
 ROOT = Path("/")
 PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch", "transformers", "tokenizers")
@@ -110,15 +110,17 @@ def _cpu(root: Path) -> str:
 
 
 def _gpu() -> str:
-    return _command(
-        ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"], "no NVIDIA driver"
-    )
+    return _nvidia_smi("name,driver_version")
 
 
 def _gpu_state() -> str:
-    """Clocks, temperature, power and why the clocks are held back, of GPU 0."""
-    fields = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
-    return _command(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"], "no NVIDIA driver")
+    """Clocks, temperature, power and why the clocks are held back, of the GPU that vlmc runs on."""
+    return _nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active")
+
+
+def _nvidia_smi(fields: str) -> str:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={nvidia.name()}"]
+    return _command(command, "no NVIDIA driver")
 
 
 def _os_name(root: Path) -> str:

@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from . import nvidia
+
 ROOT = Path("/")
 
 
@@ -37,14 +39,14 @@ def _kibibytes(path: Path, field: str) -> int | None:
 
 
 def device_bytes() -> int | str:
-    """What this process holds on GPU 0 now, as the driver counts it, or "unavailable: " and why it does not tell."""
+    """What this process holds on its GPU now, as the driver counts it, or "unavailable: " and why it does not tell."""
     try:
         import pynvml
     except ImportError:
         return "unavailable: pynvml is not installed (`pip install nvidia-ml-py`)"
     try:
         pynvml.nvmlInit()
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        gpu = nvidia.handle(pynvml)
         for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu):
             if process.pid == os.getpid() and process.usedGpuMemory is not None:
                 return int(process.usedGpuMemory)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import nvidia
 from . import Where
 
 
 def probe(where: Where) -> str:
-    """ "" where GPU 0 has the counter."""
+    """ "" where the GPU has the counter."""
     try:
         Counter(where).close()
     except ImportError:
@@ -27,7 +28,7 @@ def open_meter(where: Where) -> Counter:
 
 
 class Counter:
-    """Energy of GPU 0, the one that vlmc runs on."""
+    """Energy of the GPU that vlmc runs on."""
 
     def __init__(self, where: Where) -> None:
         del where
@@ -36,7 +37,7 @@ class Counter:
         self._nvml: Any = pynvml
         try:
             pynvml.nvmlInit()
-            self._gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+            self._gpu = nvidia.handle(pynvml)
         except pynvml.NVMLError as error:
             raise OSError(f"NVML does not start: {error}") from None
         self._start = self._read()
