@@ -1,9 +1,9 @@
 """Which form of a ViT's graph TensorRT runs fastest: two layers, many forms, float16 and INT8.
 
-    python benchmarks/tensorrt_variants.py make FOLDER            here: lowered graphs, one a form (see `FORMS`)
-    python benchmarks/skeleton.py strip FOLDER SMALL; … fill      to another machine without the weights
-    python benchmarks/tensorrt_variants.py build FOLDER NAME      there, one process a form
+    python benchmarks/tensorrt_variants.py make FOLDER            with PyTorch: lowered graphs, one a form (see `FORMS`)
+    python benchmarks/tensorrt_variants.py build FOLDER NAME      on the GPU, one process a form
     python benchmarks/tensorrt_variants.py time FOLDER            there: milliseconds of each, in rounds, as JSON
+    ncu … python benchmarks/tensorrt_variants.py launch FOLDER NAME   there: one run, for the names of its kernels
 
 SigLIP-base as SmolVLM-256M has it (768 wide, 512×512 pixels, 1,024 tokens), cut to LAYERS layers, random weights.
 """
@@ -152,20 +152,39 @@ def build(folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(record))
 
 
+def load(folder: Path, name: str, gpu: Any) -> tuple[Any, Any]:
+    """The engine, and an execution context with all its buffers."""
+    import tensorrt as trt
+    from vlmc.runtime.cuda import architecture
+    from vlmc.runtime.tensorrt_engine import Engine
+
+    spec: Any = SimpleNamespace(settings={"version": str(trt.__version__), "sm": architecture()}, device="h100")
+    engine = Engine(trt, gpu, spec, folder / f"{name}.trt")
+    context = engine.context()
+    context.bind(engine.allocate(context))
+    context.use_profile(0, engine.profiles[0])
+    return engine, context
+
+
+def launch(folder: Path, name: str) -> None:
+    """Runs the form twice, the first time to set itself up."""
+    from vlmc.runtime.cuda import Gpu
+
+    gpu = Gpu()
+    _engine, context = load(folder, name, gpu)
+    for _ in range(2):
+        context.enqueue()
+        gpu.wait()
+
+
 def measure(folder: Path) -> None:
     """Prints {"name": {"ms": median, "build_seconds", "layers", …}}; each run is one launch of a CUDA graph."""
-    import tensorrt as trt
-    from vlmc.runtime.tensorrt_engine import Engine
-    from vlmc.runtime.cuda import Gpu, architecture
+    from vlmc.runtime.cuda import Gpu
 
     gpu, launches = Gpu(), {}
-    spec: Any = SimpleNamespace(settings={"version": str(trt.__version__), "sm": architecture()}, device="h100")
     for name in FORMS:
         if (folder / f"{name}.trt").is_file():
-            engine = Engine(trt, gpu, spec, folder / f"{name}.trt")
-            context = engine.context()
-            context.bind(engine.allocate(context))
-            context.use_profile(0, engine.profiles[0])
+            engine, context = load(folder, name, gpu)
             context.enqueue()
             gpu.wait()
             launches[name] = (gpu.capture(context.enqueue), engine, context)
@@ -197,4 +216,4 @@ def summary(folder: Path, name: str, values: list[float]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     command, path, *names = sys.argv[1:]
-    {"make": make, "build": build, "time": measure}[command](Path(path), *names)
+    {"make": make, "build": build, "time": measure, "launch": launch}[command](Path(path), *names)

@@ -1,0 +1,191 @@
+"""Everything that is measured on the GPU host of shared/gpu/README.md, in one command, by the host's own Python.
+
+    bash benchmarks/gpu_unpack.sh                                           after the last part of gpu_pack.sh
+    python3 benchmarks/gpu_host.py --seconds 1200 demo smolvlm-256m vit2 …  writes logs and records under /tmp/gpu
+
+For each model: `vlmc export` and `vlmc calibrate` (the host's Python, with PyTorch), engines built several at once,
+`vlmc build` to choose between them, then `vlmc profile` (PROFILED) or PyTorch's float16 times alone (torch_times.py).
+`vit2` stands for the forms of tensorrt_variants.py. What is timed has its GPU to itself: builds share it, and timing
+waits until they are done. Models go to the GPUs in turns, the first ones first. What is not finished in time is missing
+from the results, and its log says where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+HOME = Path("/tmp/gpu")
+LOGS, DATA = HOME / "logs", HOME / "data"
+TORCH, TENSORRT = str(HOME / "torch-python"), str(HOME / "tensorrt-python")  # interpreters that gpu_unpack.sh made
+PROFILED = ("demo", "smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")
+ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
+from vlmc.engines.candidate import Candidate, build
+build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""
+FORMS = "vit2"  # not a model: the forms of a ViT's graph
+BUILDERS = 6  # engines in the making on one GPU
+
+
+class Gpu:
+    """One of the machine's GPUs: many may build on it at once, and one who times has it alone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._changed = threading.Condition()
+        self._builders, self._alone = 0, False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone and self._builders < BUILDERS)
+            self._builders += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._builders -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._alone and not self._builders)
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._alone = False
+                self._changed.notify_all()
+
+
+class Run:
+    """What all models share: the clock, the log of steps, and how many exports fit the memory at once."""
+
+    def __init__(self, seconds: float, exports: int, threads: int) -> None:
+        self.begin, self.end = time.monotonic(), time.monotonic() + seconds
+        self.exports, self.threads = threading.Semaphore(exports), threads
+
+    def step(self, name: str, gpu: Gpu, python: str, *arguments: str, most: float = 600) -> bool:
+        """Runs it to its end or to the end of the time; whether it went well. Its output is logs/NAME.log."""
+        left = min(most, self.end - time.monotonic())
+        if left < 5:
+            return False
+        environment = os.environ | {
+            "CUDA_VISIBLE_DEVICES": str(gpu.number),
+            "OMP_NUM_THREADS": str(self.threads),
+            "COLUMNS": "100",
+        }
+        start = time.monotonic()
+        with (LOGS / f"{name}.log").open("w") as log:
+            process = subprocess.Popen(
+                [python, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+            try:
+                code: int | str = process.wait(left)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = "out of time"
+        now = time.monotonic()
+        line = f"{now - self.begin:6.0f} s  {name:44s} {now - start:6.1f} s  GPU {gpu.number}  {code or 'ok'}"
+        with (LOGS / "steps.txt").open("a") as steps:
+            print(line, file=steps)
+        return code == 0
+
+
+def model(run: Run, name: str, gpu: Gpu) -> None:
+    """One model from checkpoint to times."""
+    folder = DATA / name
+    vlmc = ("-m", "vlmc")
+    random = [] if name == "demo" else ["--random-weights"]
+    with run.exports:
+        ok = run.step(f"{name}-export", gpu, TORCH, *vlmc, "export", name, *random, "-o", str(folder))
+        ok = ok and run.step(f"{name}-calibrate", gpu, TORCH, *vlmc, "calibrate", str(folder), "--recipe", "int8")
+    if not ok:
+        return
+
+    def engine(component: str, backend: str, precision: str) -> None:
+        with gpu.shared():
+            arguments = ("-c", ENGINE, str(folder), component, backend, precision)
+            run.step(f"{name}-engine-{component}-{precision}", gpu, TENSORRT, *arguments)
+
+    components = sorted(path.stem for path in (folder / "onnx").glob("*.onnx"))
+    wanted = [(part, "tensorrt", precision) for precision in ("fp16", "int8") for part in components]
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        list(pool.map(lambda made: engine(*made), [made for made in wanted if made[0] != "embed_tokens"]))
+    with gpu.alone():
+        run.step(f"{name}-build", gpu, TENSORRT, *vlmc, "build", str(folder), "--device", "h100", "--int8")
+        if name not in PROFILED:
+            run.step(f"{name}-torch", gpu, TORCH, "benchmarks/torch_times.py", str(folder), most=240)
+            return
+        if name == "demo":
+            picture, question = str(folder / "golden" / "00.png"), "Describe the picture briefly."
+            run.step(
+                "demo-run", gpu, TENSORRT, *vlmc, "run", str(folder), picture, "--device", "h100", "--prompt", question
+            )
+        profile = (
+            "profile",
+            str(folder),
+            "--device",
+            "h100",
+            "--runs",
+            "16",
+            "--tokens",
+            "64",
+            "--torch-python",
+            TORCH,
+        )
+        run.step(f"{name}-profile", gpu, TENSORRT, *vlmc, *profile)
+        run.step(f"{name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", str(folder), most=120)
+
+
+def forms(run: Run, gpu: Gpu) -> None:
+    """The forms of tensorrt_variants.py, and the names of the kernels that they run."""
+    script, folder = "benchmarks/tensorrt_variants.py", str(DATA / FORMS)
+    if not run.step(f"{FORMS}-make", gpu, TORCH, script, "make", folder):
+        return
+
+    def build(name: str) -> None:
+        with gpu.shared():
+            run.step(f"{FORMS}-{name}", gpu, TENSORRT, script, "build", folder, name, most=240)
+
+    names = sorted(path.stem for path in (DATA / FORMS / "onnx").glob("*.onnx"))
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(build, names))
+    with gpu.alone():
+        run.step(f"{FORMS}-time", gpu, TENSORRT, script, "time", folder)
+        for name in ("fp16", "int8"):
+            kernels = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, script, "launch", folder, name)
+            run.step(f"{FORMS}-kernels-{name}", gpu, "ncu", *kernels, most=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--seconds", type=float, default=1200)
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--exports", type=int, default=4, help="at once")
+    arguments = parser.parse_args()
+    LOGS.mkdir(parents=True, exist_ok=True)
+    DATA.mkdir(parents=True, exist_ok=True)
+    threads = max((os.cpu_count() or 1) // (2 * arguments.exports), 2)
+    run = Run(arguments.seconds, arguments.exports, threads)
+    gpus = [Gpu(number) for number in range(arguments.gpus)]
+    with ThreadPoolExecutor(len(arguments.models)) as pool:
+        for index, name in enumerate(arguments.models):
+            gpu = gpus[index % len(gpus)]
+            pool.submit(forms, run, gpu) if name == FORMS else pool.submit(model, run, name, gpu)
+    (HOME / "done").touch()
+
+
+if __name__ == "__main__":
+    main()

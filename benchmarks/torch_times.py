@@ -1,0 +1,60 @@
+"""PyTorch in float16 on a GPU, eager and as CUDA graphs: the vision encoder and a decode step of one artefact.
+
+    python benchmarks/torch_times.py ARTEFACT        writes ARTEFACT/torch.json: medians in milliseconds
+
+The same golden inputs and the same loop as the trial of `vlmc build` (engines/trial.py), so both stand side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from vlmc.artifact import Artifact
+from vlmc.calibration.cuda_baseline import open_session
+from vlmc.engines import trial
+
+MODES = ("eager", "graph")
+
+
+def times(artifact: Artifact, mode: str, golden: dict[str, Any]) -> dict[str, float]:
+    session = open_session(artifact, "fp32", mode)
+    spec = artifact.manifest.components["vision_encoder"]
+    pictures = {tensor.name: golden[f"0.{tensor.name}"] for tensor in spec.inputs}
+    found = {"vision_ms": statistics.median(trial._timed(lambda: session.vision.run(pictures)))}
+    decoder, steps = session.decoder, []
+    prompt = golden["0.inputs_embeds"][:, : decoder.capacity - 1]
+    further = trial._further(artifact, golden, "0", prompt.shape[1])
+    found["prefill_ms"] = statistics.median(trial._timed(lambda: decoder.prefill(prompt, **further)))
+    room = min(trial.ANSWER, decoder.capacity - prompt.shape[1])
+
+    def answer() -> None:
+        decoder.prefill(prompt, **further)
+        start = trial.time.perf_counter()
+        decoder.decode(room)
+        steps.append((trial.time.perf_counter() - start) * 1000 / room)
+
+    trial._timed(answer)
+    return found | {"decode_ms": statistics.median(steps[1:])}
+
+
+def main() -> None:
+    artifact = Artifact(Path(sys.argv[1]))
+    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
+        golden = {name: file[name] for name in file.files}
+    found: dict[str, Any] = {}
+    for mode in MODES:
+        try:
+            found[mode] = times(artifact, mode, golden)
+        except Exception as error:  # one mode that fails must not lose the other's times
+            found[mode] = f"{type(error).__name__}: {str(error)[:300]}"
+        print(mode, found[mode], flush=True)
+        (artifact.root / "torch.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
