@@ -24,9 +24,12 @@ FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph 
     "fp16": {},
     "fp16-merged-qkv": {"merge": True},
     "fp16-typed": {"half": True},
+    "fp16-scaled-scores": {"scores": True},
     "int8": {"int8": "*"},
     "int8-merged-qkv": {"int8": "*", "merge": True},
     "int8-mlp": {"int8": "*.fc?"},
+    "int8-attention": {"int8": "*", "products": True},
+    "int8-attention-merged-qkv": {"int8": "*", "products": True, "merge": True},
     "int8-level-5": {"int8": "*", "level": 5},
     "int8-erf": {"int8": "*", "gelu": "none"},
     "int8-typed": {"int8": "*", "half": True},
@@ -68,6 +71,8 @@ def lower(
     patches: bool = True,
     half: bool = False,
     gelu: str = "",
+    scores: bool = False,
+    products: bool = False,
     level: int = 3,
 ) -> None:
     """The canonical graph in one of the forms; `int8` names the layers (fnmatch), with scales that do not matter."""
@@ -91,8 +96,47 @@ def lower(
     if patches:
         patches_as_matmul.apply(model)
     opset17.apply(model)
+    if scores:
+        scale_scores(model)
+    if products:
+        quantize_attention(model)
     if half:
         half_precision.apply(model)
+
+
+def scale_scores(model: Any) -> None:
+    """The scale of attention behind its first product and not before it."""
+    from vlmc.engines.passes import insert, prune
+
+    for product in [node for node in model.graph if str(node.name).endswith(".scores")]:
+        scaled = product.inputs[0].producer()
+        users = list(product.outputs[0].uses())
+        product.replace_input_with(0, scaled.inputs[0])
+        behind = insert(users[0].node, "Mul", [product.outputs[0], scaled.inputs[1]], f"{product.name}.scaled").outputs[
+            0
+        ]
+        behind.dtype = product.outputs[0].dtype
+        for user in users:
+            user.node.replace_input_with(user.idx, behind)
+    prune(model)
+
+
+def quantize_attention(model: Any) -> None:
+    """Q/DQ on both operands of attention's two products, with scales that do not matter."""
+    import numpy as np
+    import onnx_ir as ir
+    from vlmc.engines.passes import constant, insert
+
+    for product in [node for node in model.graph if str(node.name).endswith((".scores", ".values"))]:
+        for index, value in enumerate(product.inputs):
+            name = f"{product.name}.{index}"
+            scale = constant(model.graph, f"{name}.scale", np.array(0.05, np.float32))
+            zero = constant(model.graph, f"{name}.zero", np.array(0, np.int8))
+            quantised = insert(product, "QuantizeLinear", [value, scale, zero], f"{name}.quantised").outputs[0]
+            quantised.dtype = ir.DataType.INT8
+            again = insert(product, "DequantizeLinear", [quantised, scale, zero], f"{name}.dequantised").outputs[0]
+            again.dtype = value.dtype
+            product.replace_input_with(index, again)
 
 
 def merge_qkv(model: Any) -> None:
