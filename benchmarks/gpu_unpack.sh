@@ -5,7 +5,7 @@
 set -eu
 resource=$(mktemp -p /tmp)
 cat /tmp/gpu/parts/res.xz.* | xz -dc -T0 > "$resource" & # by far the largest library, packed on its own
-bash "$(dirname "$0")/../.gpu/part-00/unpack.sh" all
+bash .gpu/part-00/unpack.sh all
 wait && mv "$resource" /tmp/gpu/py310/lib/python3.10/site-packages/tensorrt/libnvinfer_builder_resource.so.8.6.0
 rm -f /tmp/gpu/parts/*
 ln -sfn "$PWD" /tmp/gpu/vlmc
