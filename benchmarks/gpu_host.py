@@ -1,18 +1,19 @@
 """Everything that is measured on the GPU host of shared/gpu/README.md, in one command, by the host's own Python.
 
     bash benchmarks/gpu_unpack.sh                                           after the last part of gpu_pack.sh
-    python3 benchmarks/gpu_host.py --seconds 1200 demo smolvlm-256m vit2 …  writes logs and records under /tmp/gpu
+    python3 benchmarks/gpu_host.py --seconds 1200 demo,vit2 smolvlm-256m …  writes logs and records under /tmp/gpu
 
 For each model: `vlmc export` and `vlmc calibrate` (the host's Python, with PyTorch), engines built several at once,
 `vlmc build` to choose between them, then `vlmc profile` (PROFILED) or PyTorch's float16 times alone (torch_times.py).
 `vit2` stands for the forms of tensorrt_variants.py. What is timed has its GPU to itself: builds share it, and timing
-waits until they are done. Models go to the GPUs in turns, the first ones first. What is not finished in time is missing
-from the results, and its log says where it was.
+waits until they are done. Each argument is what one of the GPUs does. What is not finished in time is missing from the
+results, and its log says where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -29,8 +30,16 @@ TORCH, TENSORRT = str(HOME / "torch-python"), str(HOME / "tensorrt-python")  # i
 PROFILED = ("demo", "smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
+from vlmc.engines.builders import tensorrt
+if sys.argv.pop() == "few": tensorrt.PROMPTS = ()
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""
+IMPLICIT = ("demo", "smolvlm-256m")
 FORMS = "vit2"  # not a model: the forms of a ViT's graph
+WARM = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
+from vlmc.calibration.cuda_baseline import open_session; from vlmc.exporter import golden
+artifact = Artifact(Path(sys.argv[1])); arrays = golden.read(artifact)[1]
+session = open_session(artifact, "fp32", "compile"); session.vision.run({"pixel_values": arrays["0.pixel_values"]})
+session.decoder.prefill(arrays["0.inputs_embeds"]); session.decoder.decode(4)"""  # torch.compile, ahead of timing
 BUILDERS = 6  # engines in the making on one GPU
 
 
@@ -107,48 +116,50 @@ def model(run: Run, name: str, gpu: Gpu) -> None:
     folder = DATA / name
     vlmc = ("-m", "vlmc")
     random = [] if name == "demo" else ["--random-weights"]
+    limit = [] if name == "demo" else ["--limit", "4"]  # random weights: scales that are of the right size will do
+    implicit = ["--recipe", "int8-implicit"]
     with run.exports:
         ok = run.step(f"{name}-export", gpu, TORCH, *vlmc, "export", name, *random, "-o", str(folder))
-        ok = ok and run.step(f"{name}-calibrate", gpu, TORCH, *vlmc, "calibrate", str(folder), "--recipe", "int8")
+        ok = ok and run.step(f"{name}-calibrate", gpu, TORCH, *vlmc, "calibrate", str(folder), *limit)
     if not ok:
         return
 
     def engine(component: str, backend: str, precision: str) -> None:
         with gpu.shared():
-            arguments = ("-c", ENGINE, str(folder), component, backend, precision)
+            prompts = "all" if name in PROFILED else "few"  # of a family a step and a picture are timed, so few will do
+            arguments = ("-c", ENGINE, str(folder), component, backend, precision, prompts)
             run.step(f"{name}-engine-{component}-{precision}", gpu, TENSORRT, *arguments)
 
-    components = sorted(path.stem for path in (folder / "onnx").glob("*.onnx"))
+    components = json.loads((folder / "manifest.json").read_text())["components"]
     wanted = [(part, "tensorrt", precision) for precision in ("fp16", "int8") for part in components]
-    with ThreadPoolExecutor(len(wanted)) as pool:
+
+    def warm() -> None:
+        with gpu.shared():
+            run.step(f"{name}-warm", gpu, TORCH, "-c", WARM, str(folder))
+
+    with ThreadPoolExecutor(len(wanted) + 1) as pool:
+        if name in PROFILED:
+            pool.submit(warm)
         list(pool.map(lambda made: engine(*made), [made for made in wanted if made[0] != "embed_tokens"]))
     with gpu.alone():
         run.step(f"{name}-build", gpu, TENSORRT, *vlmc, "build", str(folder), "--device", "h100", "--int8")
         if name not in PROFILED:
             run.step(f"{name}-torch", gpu, TORCH, "benchmarks/torch_times.py", str(folder), most=240)
+            for weights in [*folder.glob("onnx/*.data"), *folder.glob("engines/h100/*/*/*.trt")]:
+                weights.unlink()  # the disk is for the next
             return
         if name == "demo":
-            picture, question = str(folder / "golden" / "00.png"), "Describe the picture briefly."
-            run.step(
-                "demo-run", gpu, TENSORRT, *vlmc, "run", str(folder), picture, "--device", "h100", "--prompt", question
-            )
-        profile = (
-            "profile",
-            str(folder),
-            "--device",
-            "h100",
-            "--runs",
-            "16",
-            "--tokens",
-            "64",
-            "--torch-python",
-            TORCH,
-        )
-        run.step(f"{name}-profile", gpu, TENSORRT, *vlmc, *profile)
+            question = ("--device", "h100", "--prompt", "Describe the picture briefly.")
+            run.step("demo-run", gpu, TENSORRT, *vlmc, "run", str(folder), str(folder / "golden" / "00.png"), *question)
+        settings = ("--device", "h100", "--runs", "12", "--tokens", "64", "--torch-python", TORCH)
+        run.step(f"{name}-profile", gpu, TENSORRT, *vlmc, "profile", str(folder), *settings)
         run.step(f"{name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", str(folder), most=120)
+    if name in IMPLICIT and run.step(f"{name}-samples", gpu, TORCH, *vlmc, "calibrate", str(folder), *limit, *implicit):
+        with gpu.alone():
+            run.step(f"{name}-implicit", gpu, TENSORRT, *vlmc, "build", str(folder), "--device", "h100", *implicit)
 
 
-def forms(run: Run, gpu: Gpu) -> None:
+def forms(run: Run, _: str, gpu: Gpu) -> None:
     """The forms of tensorrt_variants.py, and the names of the kernels that they run."""
     script, folder = "benchmarks/tensorrt_variants.py", str(DATA / FORMS)
     if not run.step(f"{FORMS}-make", gpu, TORCH, script, "make", folder):
@@ -170,20 +181,19 @@ def forms(run: Run, gpu: Gpu) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("gpus", nargs="+", help="models of each GPU, with commas")
     parser.add_argument("--seconds", type=float, default=1200)
-    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--exports", type=int, default=4, help="at once")
     arguments = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
     DATA.mkdir(parents=True, exist_ok=True)
-    threads = max((os.cpu_count() or 1) // (2 * arguments.exports), 2)
-    run = Run(arguments.seconds, arguments.exports, threads)
-    gpus = [Gpu(number) for number in range(arguments.gpus)]
-    with ThreadPoolExecutor(len(arguments.models)) as pool:
-        for index, name in enumerate(arguments.models):
-            gpu = gpus[index % len(gpus)]
-            pool.submit(forms, run, gpu) if name == FORMS else pool.submit(model, run, name, gpu)
+    run = Run(arguments.seconds, arguments.exports, max((os.cpu_count() or 1) // arguments.exports, 2))
+    work = [(name, Gpu(number)) for number, names in enumerate(arguments.gpus) for name in names.split(",")]
+    gpus = {gpu.number: gpu for _, gpu in work}
+    with ThreadPoolExecutor(len(work)) as pool:
+        done = [pool.submit(forms if name == FORMS else model, run, name, gpus[gpu.number]) for name, gpu in work]
+    for future in done:
+        future.result()
     (HOME / "done").touch()
 
 

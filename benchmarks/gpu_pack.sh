@@ -13,7 +13,7 @@
 set -euo pipefail
 what=$1 work=$(mkdir -p "$2" && cd "$2" && pwd)
 shared=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../shared/gpu" && pwd)
-part=57M
+part=${PART:-57M}
 
 wheels() { # PYTHON FOLDER PACKAGE…: one by one, for pip would refuse the CPU-only resolution of what they need
   local python=$1 folder=$2 package && shift 2

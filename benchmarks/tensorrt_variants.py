@@ -80,7 +80,7 @@ def lower(
 
     import onnx_ir as ir
     from vlmc.calibration.plan import ModulePlan
-    from vlmc.engines.passes import half_precision, opset17, patches_as_matmul, quantize, weight_of
+    from vlmc.engines.passes import float_weights, half_precision, opset17, patches_as_matmul, quantize, weight_of
 
     if merge:
         merge_qkv(model)
@@ -96,6 +96,7 @@ def lower(
     if patches:
         patches_as_matmul.apply(model)
     opset17.apply(model)
+    float_weights.apply(model)
     if scores:
         scale_scores(model)
     if products:

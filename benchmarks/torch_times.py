@@ -10,23 +10,30 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from vlmc.artifact import Artifact
-from vlmc.calibration.cuda_baseline import open_session
+from vlmc.calibration.cuda_baseline import GpuDecoder, GpuRunner
 from vlmc.engines import trial
+from vlmc.exporter.checkpoint import load_components
 
 MODES = ("eager", "graph")
 
 
-def times(artifact: Artifact, mode: str, golden: dict[str, Any]) -> dict[str, float]:
-    session = open_session(artifact, "fp32", mode)
-    spec = artifact.manifest.components["vision_encoder"]
-    pictures = {tensor.name: golden[f"0.{tensor.name}"] for tensor in spec.inputs}
-    found = {"vision_ms": statistics.median(trial._timed(lambda: session.vision.run(pictures)))}
-    decoder, steps = session.decoder, []
+def times(artifact: Artifact, parts: Any, mode: str, golden: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for name, module in parts.items():
+        if name.endswith("_encoder"):
+            spec = artifact.manifest.components[name]
+            runner = GpuRunner(module, spec, mode, "cuda")
+            inputs = {tensor.name: golden[f"0.{tensor.name}"] for tensor in spec.inputs}
+            found[f"{name}_ms"] = statistics.median(trial._timed(lambda: runner.run(inputs)))  # noqa: B023
+    if "decoder" not in artifact.manifest.components:
+        return found
+    decoder, steps = GpuDecoder(parts, artifact.manifest.components, artifact.manifest.kv, mode, "cuda"), []
     prompt = golden["0.inputs_embeds"][:, : decoder.capacity - 1]
     further = trial._further(artifact, golden, "0", prompt.shape[1])
     found["prefill_ms"] = statistics.median(trial._timed(lambda: decoder.prefill(prompt, **further)))
@@ -34,9 +41,9 @@ def times(artifact: Artifact, mode: str, golden: dict[str, Any]) -> dict[str, fl
 
     def answer() -> None:
         decoder.prefill(prompt, **further)
-        start = trial.time.perf_counter()
+        start = time.perf_counter()
         decoder.decode(room)
-        steps.append((trial.time.perf_counter() - start) * 1000 / room)
+        steps.append((time.perf_counter() - start) * 1000 / room)
 
     trial._timed(answer)
     return found | {"decode_ms": statistics.median(steps[1:])}
@@ -46,10 +53,11 @@ def main() -> None:
     artifact = Artifact(Path(sys.argv[1]))
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         golden = {name: file[name] for name in file.files}
+    parts = load_components(artifact).map(lambda _, module: module.half().to("cuda"))
     found: dict[str, Any] = {}
     for mode in MODES:
         try:
-            found[mode] = times(artifact, mode, golden)
+            found[mode] = times(artifact, parts, mode, golden)
         except Exception as error:  # one mode that fails must not lose the other's times
             found[mode] = f"{type(error).__name__}: {str(error)[:300]}"
         print(mode, found[mode], flush=True)
