@@ -13,16 +13,15 @@ Nothing here knows torch, ONNX or a backend: this module is read on the device.
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from .errors import VlmcError
 from .files import inside, read_json, sha256_of, write_json
+from .records import REMAKE, T
+from .records import from_json as from_json
+from .records import to_json as to_json
 
 SCHEMA = 1
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")  # that every artefact has; see Artifact.components
@@ -89,6 +88,20 @@ class PromptSpec:
 
 
 @dataclass(frozen=True)
+class MatchSpec:
+    """What a model that matches does around its two encoders.
+
+    `logit_scale` multiplies cosines before the softmax. `text_length`: most tokens of a text, special ones included.
+    `begin_token_ids` and `end_token_ids` stand around every text; `pad_token_id` fills up a batch's shorter ones."""
+
+    logit_scale: float
+    text_length: int
+    begin_token_ids: tuple[int, ...]
+    end_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
 class Source:
     """Where the weights came from. `kind`: demo, folder, hub or random; `sha256` covers config and weights."""
 
@@ -138,6 +151,8 @@ class Manifest:
     files: dict[str, FileSpec]
     versions: dict[str, str]
     created: str
+    matching: MatchSpec | None = None  # where the model matches pictures with texts and generates nothing
+    peak_memory_bytes: int | None = None  # resident set of the process that finished the export; None where not told
 
 
 @dataclass(frozen=True)
@@ -214,70 +229,6 @@ class BuildSpec:
     remaining: str = ""
 
 
-T = TypeVar("T")
-
-
-def to_json(value: Any) -> Any:
-    """A dataclass as dictionaries, ready for `json`."""
-    return dataclasses.asdict(value)
-
-
-def from_json(kind: type[T], data: Any, where: str) -> T:
-    """`data` as the dataclass `kind`, every field checked; what does not fit is named by its path in `where`."""
-    return typing.cast(T, _convert(kind, data, where))
-
-
-def _convert(kind: Any, data: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return data
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _convert_fields(kind, data, where)
-    if origin is tuple and isinstance(data, list):
-        return tuple(_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(data))
-    if origin is dict and isinstance(data, dict):
-        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
-    if origin in (typing.Union, types.UnionType):
-        if data is None and type(None) in arguments:
-            return None
-        for option in arguments:
-            if option is not type(None):
-                try:
-                    return _convert(option, data, where)
-                except VlmcError as error:
-                    failure = error
-        raise failure
-    if kind is float and isinstance(data, (int, float)) and not isinstance(data, bool):
-        if abs(data) <= sys.float_info.max:  # not so for NaN
-            return float(data)
-        raise VlmcError(f"{where} is no finite number", fix=_REMAKE)
-    if (
-        origin is None
-        and isinstance(kind, type)
-        and isinstance(data, kind)
-        and not (kind is int and isinstance(data, bool))
-    ):
-        return data
-    expected = getattr(kind, "__name__", str(kind))
-    raise VlmcError(f"{where} has the wrong type", found=type(data).__name__, expected=expected, fix=_REMAKE)
-
-
-_REMAKE = "make the artefact again with this version of vlmc"
-
-
-def _convert_fields(kind: Any, data: Any, where: str) -> Any:
-    if not isinstance(data, dict):
-        raise VlmcError(f"{where} is no JSON object", found=type(data).__name__, fix=_REMAKE)
-    hints = typing.get_type_hints(kind, vars(sys.modules[kind.__module__]))
-    values = {}
-    for item in dataclasses.fields(kind):
-        if item.name in data:
-            values[item.name] = _convert(hints[item.name], data[item.name], f"{where}.{item.name}")
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise VlmcError(f"{where} lacks the field {item.name!r}", fix=_REMAKE)
-    return kind(**values)
-
-
 class Artifact:
     """An opened artefact. Opening reads and checks the manifest; a file's sha256 is checked on first use."""
 
@@ -303,7 +254,7 @@ class Artifact:
         path = inside(self.root, relative)
         known = self.manifest.files.get(relative)
         if known is None:
-            raise VlmcError(f"{relative} is not listed in {self.root / 'manifest.json'}", fix=_REMAKE)
+            raise VlmcError(f"{relative} is not listed in {self.root / 'manifest.json'}", fix=REMAKE)
         self._check(path, known)
         return path
 
@@ -345,7 +296,7 @@ class Artifact:
         for name, known in spec.files.items():
             self._check(inside(folder, name), known)
         if spec.file not in spec.files:
-            raise VlmcError(f"{spec.file} is not listed in {folder / 'engine.json'}", fix=_REMAKE)
+            raise VlmcError(f"{spec.file} is not listed in {folder / 'engine.json'}", fix=REMAKE)
         return spec, inside(folder, spec.file)
 
     def builds(self) -> list[BuildSpec]:
@@ -376,7 +327,7 @@ def read_record(kind: type[T], path: Path) -> T:
             f"{path} has a schema that this version of vlmc does not read",
             found=str(schema),
             expected=str(SCHEMA),
-            fix=_REMAKE,
+            fix=REMAKE,
         )
     return from_json(kind, data, path.name)
 
@@ -389,14 +340,12 @@ def write_record(path: Path, record: Any) -> None:
 def check_file(path: Path, known: FileSpec) -> None:
     """Raises where the file is missing, of another size, or of other content than recorded."""
     if not path.is_file():
-        raise VlmcError(f"{path} is missing", fix=_REMAKE)
+        raise VlmcError(f"{path} is missing", fix=REMAKE)
     size = path.stat().st_size
     if size != known.bytes:
-        raise VlmcError(
-            f"{path} is truncated or altered", found=f"{size} bytes", expected=f"{known.bytes}", fix=_REMAKE
-        )
+        raise VlmcError(f"{path} is truncated or altered", found=f"{size} bytes", expected=f"{known.bytes}", fix=REMAKE)
     if sha256_of(path) != known.sha256:
-        raise VlmcError(f"{path} was altered: its sha256 is not the recorded one", fix=_REMAKE)
+        raise VlmcError(f"{path} was altered: its sha256 is not the recorded one", fix=REMAKE)
 
 
 def describe_files(folder: Path) -> dict[str, FileSpec]:

@@ -110,17 +110,20 @@ def writing(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, key: str = "") -> Iterator[Path]:
     """A folder to fill, which becomes `target` only when the block ends without an exception.
 
-    What an earlier, killed run left beside the target is removed first.
+    What an earlier, killed run left beside the target is removed first. A `key` (letters and digits) stands for all
+    that decides what will be in the folder: one that a run of the same key was filling when it was killed or
+    interrupted is handed out again as it was left, and the caller has to find out what in it is whole.
     """
     with writing(target):
         target = target.resolve()  # `.` has no name, and a link is to stay one
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target)
-        stage, retired = _beside(target, "partial"), _beside(target, "old")
-        stage.mkdir()
+        stage, retired = _beside(target, f"partial-{key}" if key else "partial"), _beside(target, "old")
+        remove_leftovers(target, stage if key else None)
+        stage.mkdir(exist_ok=bool(key))
+        keep = False
         try:
             yield stage
             for path in stage.rglob("*"):
@@ -130,10 +133,14 @@ def staged_folder(target: Path) -> Iterator[Path]:
                 os.replace(target, retired)
             os.replace(stage, target)
             _sync(target.parent)
+        except BaseException as error:
+            keep = bool(key) and not isinstance(error, Exception)  # Ctrl-C, not a failure that would only come again
+            raise
         finally:
             if retired.exists() and not target.exists():  # interrupted between the two renames
                 os.replace(retired, target)
-            _discard(stage)
+            if not keep:
+                _discard(stage)
             _discard(retired)
 
 
@@ -142,14 +149,18 @@ def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.{kind}")
 
 
-def remove_leftovers(target: Path) -> None:
-    """Clears away what killed runs left beside the target, and brings back one that was cut off between renames."""
+def remove_leftovers(target: Path, stage: Path | None = None) -> None:
+    """Clears away what killed runs left beside the target, and brings back one that was cut off between renames. One
+    folder that differs from `stage` in nothing but its process is not cleared away: it becomes `stage`."""
     for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        ours = re.fullmatch(rf"\.{re.escape(target.name)}\.([0-9]+)\.(partial|old)", path.name)
+        ours = re.fullmatch(rf"\.{re.escape(target.name)}\.([0-9]+)\.(partial(?:-[0-9A-Za-z]+)?|old)", path.name)
         if ours is None or _works(int(ours[1])):
             continue
         if ours[2] == "old" and not target.exists():
             os.replace(path, target)
+        elif stage is not None and stage == _beside(target, ours[2]) and (path == stage or not stage.exists()):
+            with contextlib.suppress(FileNotFoundError):  # another run of the same key was faster
+                os.replace(path, stage)
         else:
             _discard(path)
 

@@ -19,6 +19,7 @@ from ..exporter.matching import Encoders, torch_matcher
 from ..exporter.torch_runner import torch_session
 from ..runtime.matching import Matcher
 from ..runtime.session import Session
+from . import samples
 from .observation import Layer, Observation, Report, layers_of
 from .observers import LEVELS, RANGES
 from .plan import ModulePlan, Plan, SetRecord
@@ -42,7 +43,8 @@ def plan_for(
     data: CalibrationSet | None,
     report: Report,
 ) -> Plan:
-    """`calibrate`, for a session that runs these components in PyTorch."""
+    """`calibrate`, for a session that runs these components in PyTorch. What TensorRT is to calibrate itself is written
+    to the session's artefact, ahead of the plan that names it."""
     layers = layers_of(components)
     source = session.artifact.manifest.source.sha256
     rules = {path: recipe.precision(path) for path in layers}
@@ -51,6 +53,8 @@ def plan_for(
         return Plan(SCHEMA, recipe, source, None, modules, {})
     if data is None:
         raise VlmcError(f"The recipe {recipe.name!r} needs a calibration set", fix="give one with --set")
+    if recipe.implicit:
+        return _sampled(session, recipe, data)
 
     observation = Observation(session, components, data, report)
     groups = observation.groups()
@@ -95,6 +99,21 @@ def plan_for(
         absorbers={path: _numbers(values) for path, values in absorbers.items()},
         notes=tuple(_notes(rules, modules)),
     )
+
+
+def _sampled(session: Session | Matcher, recipe: Recipe, data: CalibrationSet) -> Plan:
+    """The plan of a recipe whose scales TensorRT finds: no numbers, but the inputs to find them from."""
+    if recipe.observer not in samples.OBSERVERS:
+        raise VlmcError(
+            "TensorRT has no calibrator of that kind",
+            found=recipe.observer,
+            expected=" or ".join(samples.OBSERVERS),
+            fix="leave --observer out",
+        )
+    kept = {component: samples.keep(session, recipe.name, component, data) for component in recipe.implicit}
+    rows = min(len(data.rows), samples.MOST)
+    seen = SetRecord(data.name, data.sha256, rows, data.pictures)
+    return Plan(SCHEMA, recipe, session.artifact.manifest.source.sha256, seen, {}, {}, samples=kept)
 
 
 def _absorbers(

@@ -77,6 +77,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "observer": plan.recipe.observer if data else None,
         "set": {"name": data.name, "sha256": data.sha256, "rows": data.rows} if data else None,
         "components": components,
+        "samples": list(plan.samples),
         "notes": list(plan.notes),
     }
 
@@ -93,7 +94,13 @@ def _print(plan: Plan, path: Path) -> None:
             smoothed = counts.pop("smoothed")
             table.add_row(component, ", ".join(f"{n} × {kind}" for kind, n in counts.items()), str(smoothed))
         output.print(table)
-    if data := plan.calibrated_on:
+    if plan.samples and plan.calibrated_on:
+        parts = ", ".join(plan.samples)
+        output.print(
+            f"Kept {plan.calibrated_on.rows} inputs of {parts} for TensorRT, which calibrates by "
+            f"{plan.recipe.observer} itself while it builds."
+        )
+    elif data := plan.calibrated_on:
         output.print(
             f"Observed on {data.rows} questions about {len(data.pictures)} pictures of the set {data.name!r}; "
             f"ranges by {plan.recipe.observer}."

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..artifact import Artifact, ComponentSpec, KvSpec
-from ..errors import VlmcError
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
 from ..runtime.runner import Array
@@ -39,15 +38,12 @@ def open_session(artifact: Artifact, recipe: str, mode: str, threads: int = 0, w
     if plan is not None:
         components = components.map(lambda name, module: apply_plan(module, plan, name))
     specs = artifact.manifest.components
-    if further := specs["decoder"].further_inputs():
-        what = "The PyTorch baselines on a GPU keep a step there and know plain decoders alone"
-        raise VlmcError(what, found=f"a decoder that takes {', '.join(further)}", fix="measure with --no-baselines")
     halves = components.map(lambda name, module: module.half().to(where))
     return Session(
         artifact,
         vision=GpuRunner(halves.vision_encoder, specs["vision_encoder"], mode, where),
         embed=GpuRunner(halves.embed_tokens, specs["embed_tokens"], "eager", where),
-        decoder=GpuDecoder(halves, artifact.manifest.kv, mode, where),
+        decoder=GpuDecoder(halves, specs, artifact.manifest.kv, mode, where),
         fusion=None if halves.fusion is None else GpuRunner(halves.fusion, specs["fusion"], mode, where),
     )
 
@@ -81,17 +77,29 @@ class GpuRunner:
 
 
 class GpuDecoder:
-    """The decoder over a cache on the GPU; a step looks the token up, runs, and chooses the next one there."""
+    """The decoder over a cache on the GPU; a step looks the token up, runs, and chooses the next one there. What a
+    decoder takes further is there as well, by the rules of `runner.HostDecoder`."""
 
     stride = STRIDE
 
-    def __init__(self, parts: Components, kv: KvSpec, mode: str, where: str) -> None:
+    def __init__(
+        self, parts: Components, specs: Mapping[str, ComponentSpec], kv: KvSpec, mode: str, where: str
+    ) -> None:
         self.capacity, self._where = kv.capacity, where
         self._embed, self._decoder = parts.embed_tokens, parts.decoder
+        self._embeds = [tensor.name for tensor in specs["embed_tokens"].outputs]
+        named = {tensor.name: tensor for tensor in specs["decoder"].inputs}
+        self._rows = [int(size) for size in named["position_ids"].shape[:-1]]  # of the positions that a token has
+        self._kept: dict[str, Tensor] = {}  # what every step takes as it is
+        if "image_features" in named:
+            sizes = [int(size) for size in named["image_features"].shape]
+            self._kept["image_features"] = torch.zeros(sizes, dtype=torch.float16, device=where)
         shape = (1, kv.kv_heads, kv.capacity, kv.head_dim)
         self._past = [torch.zeros(shape, dtype=torch.float16, device=where) for _ in range(2 * kv.layers)]
         self._token, self._position = (torch.zeros(1, dtype=torch.long, device=where) for _ in range(2))
-        self._zero = torch.zeros(1, dtype=torch.long, device=where)
+        self._zero, self._ahead = (torch.zeros(1, dtype=torch.long, device=where) for _ in range(2))
+        if "prefix_length" in named:
+            self._kept["prefix_length"] = self._zero  # a new token sees all before it anyway
         self._logits: Tensor = torch.empty(0)
         self._step_logits: Tensor | None = None
         self._forward = torch.compile(self._one, dynamic=False) if mode == "compile" else self._one
@@ -100,9 +108,13 @@ class GpuDecoder:
     @torch.inference_mode()
     def prefill(self, inputs_embeds: NDArray[np.float32], **further: Array) -> int:
         length = inputs_embeds.shape[1]
-        embeds = torch.from_numpy(np.ascontiguousarray(inputs_embeds)).to(self._where).half()
-        positions = torch.arange(length, device=self._where)[None]
-        self._logits, _ = self._decoder(embeds, positions, self._zero, self._zero + (length - 1), self._past)
+        given = {name: self._there(array) for name, array in further.items()}
+        positions = given.pop("position_ids", torch.arange(length, device=self._where)[None])
+        self._ahead.copy_(positions.max() + 1 - length)
+        if "image_features" in given:
+            self._kept["image_features"].copy_(given["image_features"])
+        embeds, last = self._there(inputs_embeds), self._zero + (length - 1)
+        self._logits, _ = self._decoder(embeds, positions, self._zero, last, self._past, **given)
         if self._mode != "eager" and self._step_logits is None:
             self._capture()
         self._token.copy_(self._logits.argmax(-1))
@@ -126,9 +138,16 @@ class GpuDecoder:
         values: NDArray[np.float32] = self._logits[0].float().cpu().numpy()
         return values
 
+    def _there(self, array: Array) -> Tensor:
+        """On the GPU, a float as float16."""
+        value = torch.from_numpy(np.ascontiguousarray(array)).to(self._where)
+        return value.half() if value.is_floating_point() else value
+
     def _one(self, token: Tensor, position: Tensor) -> Tensor:
-        embeds = self._embed(token[None])
-        logits: Tensor = self._decoder(embeds, position[None], position, self._zero, self._past)[0]
+        made: Made = self._embed(token[None])
+        further = dict(zip(self._embeds, (made,) if isinstance(made, Tensor) else made, strict=True)) | self._kept
+        embeds, positions = further.pop("inputs_embeds"), (position + self._ahead).expand(*self._rows, 1)
+        logits: Tensor = self._decoder(embeds, positions, position, self._zero, self._past, **further)[0]
         return logits
 
     def _step(self) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..artifact import Artifact, read_record, write_record
+from ..artifact import Artifact, FileSpec, read_record, write_record
 from ..errors import VlmcError
 from .recipes import Recipe
 
@@ -50,7 +50,7 @@ class ModulePlan:
 @dataclass(frozen=True)
 class Plan:
     """`source_sha256` is the manifest's, of the weights that the numbers belong to. `absorbers`: what each output
-    channel of a module is divided by."""
+    channel of a module is divided by. `samples`: of components that TensorRT calibrates itself, the file of inputs."""
 
     schema: int
     recipe: Recipe
@@ -59,16 +59,26 @@ class Plan:
     modules: dict[str, ModulePlan]
     absorbers: dict[str, tuple[float, ...]]
     notes: tuple[str, ...] = ()
+    samples: dict[str, FileSpec] = field(default_factory=dict)
 
 
 def plan_path(artifact: Artifact, recipe: str) -> Path:
     return artifact.root / "plans" / f"{recipe}.json"
 
 
+def samples_path(artifact: Artifact, recipe: str, component: str, spec: FileSpec) -> Path:
+    """Named by its content, so that until a new plan is there the old one has its own."""
+    return artifact.root / "plans" / f"{recipe}.{component}.{spec.sha256[:12]}.npz"
+
+
 def write_plan(artifact: Artifact, plan: Plan) -> Path:
-    """Replaces the recipe's plan in one step and returns its path."""
-    path = plan_path(artifact, plan.recipe.name)
+    """Replaces the recipe's plan in one step and returns its path; samples of the plan before go."""
+    name = plan.recipe.name
+    path = plan_path(artifact, name)
     write_record(path, plan)
+    kept = [samples_path(artifact, name, component, spec) for component, spec in plan.samples.items()]
+    for old in set(path.parent.glob(f"{name}.*.npz")).difference(kept):
+        old.unlink()
     return path
 
 

@@ -15,11 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from ..artifact import FLOATS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
+from ..calibration import recipes
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
 from ..files import remove_leftovers
 from ..profiles.device import Device
-from ..runtime import cuda
+from ..runtime import backends, cuda
 from . import builders, child, verdict, work
 from .candidate import Candidate, cached, record_trial
 
@@ -45,18 +46,20 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
     choices: dict[str, Choice] = {}
     for component in artifact.components:
         own = {c: s for c, s in specs.items() if c.component == component}
+        first, refused = next(iter(own)).backend, ""
+        if quantises(artifact, component, recipe):
+            why = refuses(builders.load(first), artifact, component, recipe, device)
+            refused = f"; {recipe} is not offered: {why}" if why else ""
         if here:
-            preferred = [candidate.engine for candidate in own if candidate.backend == next(iter(own)).backend]
-            why = refuses(builders.load(next(iter(own)).backend), artifact, component, recipe, device)
-            refused = f"; {recipe} is not offered: {why}" if why and quantises(artifact, component, recipe) else ""
+            preferred = [candidate.engine for candidate in own if candidate.backend == first]
             choices[component] = verdict.unmeasured(preferred[-1], here + refused, [c.engine for c in own])
-        elif len(own) == 1:
-            choices[component] = Choice(next(iter(own)).engine, "nothing else is offered for it", {})
         else:
-            report(f"trying {component}", len(todo), len(todo))
+            if len(own) > 1:
+                report(f"trying {component}", len(todo), len(todo))
             embed = next((c.engine for c in todo if c.component == "embed_tokens"), "")
-            reports = _try(artifact, device, component, own, embed)
-            choices[component] = verdict.choose(component, reports, artifact.manifest.source.random_weights)
+            choice = _verdict(artifact, device, component, own, embed)
+            why = "" if any(candidate.precision == recipe for candidate in own) else refused
+            choices[component] = dataclasses.replace(choice, reason=choice.reason + why)
     record = BuildSpec(
         schema=SCHEMA,
         device=device.name,
@@ -86,22 +89,27 @@ def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Cand
         def refusal(builder: ModuleType, precision: str = "", component: str = component) -> str:
             return refuses(builder, artifact, component, precision or builder.FLOAT, device)
 
-        floats = {name: builder.FLOAT for name, builder in usable.items() if not refusal(builder)}
+        def offered(name: str, precision: str, component: str = component) -> bool:
+            if name not in usable and not cached(artifact, Candidate(device.name, component, name, precision)):
+                return False  # an engine that was built elsewhere needs no builder here
+            return not refusal(known[name], precision)
+
+        floats = {name: builder.FLOAT for name, builder in known.items() if offered(name, builder.FLOAT)}
         if not floats:
             reasons = [f"{name}: {builder.unavailable() or refusal(builder)}" for name, builder in known.items()]
             what = f"No backend of the device {device.name!r} can build the {component} here"
             raise VlmcError(what, found="; ".join(reasons), fix="see `vlmc doctor`")
         yield from (Candidate(device.name, component, name, precision) for name, precision in floats.items())
         if quantises(artifact, component, recipe):
-            quantising = [name for name in floats if not refusal(usable[name], recipe)]
+            quantising = [name for name in floats if offered(name, recipe)]
             yield from (Candidate(device.name, component, name, recipe) for name in quantising)
 
 
 def refuses(builder: ModuleType, artifact: Artifact, component: str, precision: str, device: Device) -> str:
     """Why the builder does not offer this component of this model; empty where it does."""
+    if precision not in FLOATS and recipes.load(precision).implicit and builder is not builders.load("tensorrt"):
+        return "its INT8 scales are found by TensorRT (up to 10.11) while it builds on the device"
     spec = artifact.manifest.components[component]
-    if builder.PROFILES and component == "decoder" and (further := spec.further_inputs()):
-        return f"its decode step stays on the GPU, and has no place for {', '.join(further)} yet"
     free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
     if builder.PROFILES and component != "decoder" and (others := sorted(free - {"tiles", "length"})):
         return f"optimisation profiles for its free sizes ({', '.join(others)}) are not made yet"
@@ -109,9 +117,11 @@ def refuses(builder: ModuleType, artifact: Artifact, component: str, precision: 
 
 
 def quantises(artifact: Artifact, component: str, recipe: str) -> bool:
-    """Whether the recipe's plan names anything of the component."""
-    modules = {} if recipe in FLOATS else read_plan(artifact, recipe).modules
-    return any(path.startswith(f"{component}/") for path in modules)
+    """Whether the recipe's plan names anything of the component, or leaves it to TensorRT to quantise it."""
+    if recipe in FLOATS:
+        return False
+    plan = read_plan(artifact, recipe)
+    return component in plan.samples or any(path.startswith(f"{component}/") for path in plan.modules)
 
 
 def reason_not_here(device: Device) -> str:
@@ -127,6 +137,24 @@ def reason_not_here(device: Device) -> str:
     return ""
 
 
+def _verdict(
+    artifact: Artifact, device: Device, component: str, own: dict[Candidate, EngineSpec], embed: str
+) -> Choice:
+    """The choice among those that this interpreter can run; of the others it says why they were not tried."""
+    elsewhere = {candidate: why for candidate in own if (why := backends.unavailable(candidate.backend))}
+    tried = {candidate: spec for candidate, spec in own.items() if candidate not in elsewhere}
+    if len(tried) == 1:
+        choice = Choice(next(iter(tried)).engine, "nothing else is offered for it", {})
+    else:
+        reports = _try(artifact, device, component, tried, embed)
+        choice = verdict.choose(component, reports, artifact.manifest.source.random_weights)
+    for candidate, why in elsewhere.items():
+        record_trial(artifact, candidate, {"work": _work(artifact, candidate, own[candidate])})
+        reason = f"{choice.reason}; {candidate.engine} was not tried here: {why}"
+        choice = Choice(choice.engine, reason, choice.candidates | {candidate.engine: {}})
+    return choice
+
+
 def _try(
     artifact: Artifact, device: Device, component: str, own: dict[Candidate, EngineSpec], embed: str
 ) -> dict[str, BuildReport]:
@@ -135,21 +163,25 @@ def _try(
         what, engines = f"Trying {component} on this machine", [c.engine for c in own]
         trials = json.loads(child.run("trial", what, str(artifact.root), device.name, component, embed, *engines))
         for candidate, spec in own.items():
-            counted = _work(artifact, candidate, spec) | {"weight_bytes": float(spec.report.size_bytes)}
-            own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | {"work": counted})
+            counted = {"work": _work(artifact, candidate, spec)}
+            own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | counted)
     return {candidate.engine: spec.report for candidate, spec in own.items()}
 
 
 def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[str, float]:
     """Operations and bytes of the golden run that trials are timed on (see `work`); `int8_…` are those of the
-    operations that the plan quantised."""
+    operations that the plan quantised, or all where TensorRT is to choose; `weight_bytes` are the engine's."""
     model = ir.load(artifact.graph(candidate.component))
     kv, prefix = artifact.manifest.kv, f"{candidate.component}/"
-    modules = {} if candidate.precision in FLOATS else read_plan(artifact, candidate.precision).modules
-    quantised = {path.removeprefix(prefix) for path in modules if path.startswith(prefix)}
+    plan = None if candidate.precision in FLOATS else read_plan(artifact, candidate.precision)
+    quantised = None
+    if plan is None or candidate.component not in plan.samples:
+        quantised = {path.removeprefix(prefix) for path in (plan.modules if plan else ()) if path.startswith(prefix)}
     component = artifact.manifest.components[candidate.component]
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
         case = {t.name: golden[f"0.{t.name}"] for t in component.inputs if f"0.{t.name}" in golden.files}
+
+    weights = {"weight_bytes": float(spec.report.size_bytes)}
 
     def both(name: str, sizes: dict[str, int], keys: int = 0) -> dict[str, float]:
         return {name: work.flops(model, sizes, keys), f"int8_{name}": work.flops(model, sizes, keys, quantised)}
@@ -157,12 +189,12 @@ def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[st
     sizes = work.free_sizes(component, case)
     if candidate.component != "decoder":
         counts = {name: float(size) for name, size in sizes.items() if name == "tiles"}
-        return both("flops", sizes) | {"io_bytes": work.io_bytes(model, sizes)} | counts
+        return both("flops", sizes) | {"io_bytes": work.io_bytes(model, sizes)} | counts | weights
     length = sizes["length"]
     prefill = both("prefill_flops", {"length": length, "capacity": kv.capacity}, length)
     step = both("decode_flops", {"length": 1, "capacity": kv.capacity}, length)
-    cached = work.kv_bytes(kv, length, np.dtype(spec.kv.dtype if spec.kv else np.float32).itemsize)
-    return prefill | step | {"decode_kv_bytes": cached, "length": float(length)}
+    cached_bytes = work.kv_bytes(kv, length, np.dtype(spec.kv.dtype if spec.kv else np.float32).itemsize)
+    return prefill | step | {"decode_kv_bytes": cached_bytes, "length": float(length)} | weights
 
 
 def _build(artifact: Artifact, candidate: Candidate) -> None:

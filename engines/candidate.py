@@ -26,7 +26,8 @@ from ..artifact import (
     to_json,
     write_record,
 )
-from ..calibration.plan import read_plan
+from ..calibration import samples
+from ..calibration.plan import Plan, read_plan
 from ..errors import VlmcError
 from ..files import staged_folder, write_json
 from ..profiles.device import load_device
@@ -85,8 +86,12 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
     graph = artifact.graph(candidate.component)
     with staged_folder(candidate.folder(artifact)) as folder:
         model = ir.load(graph)
+        calibration = None
         if candidate.precision not in FLOATS:
-            quantize.apply(model, read_plan(artifact, candidate.precision), candidate.component)
+            plan = read_plan(artifact, candidate.precision)
+            quantize.apply(model, plan, candidate.component)
+            if candidate.component in plan.samples:
+                calibration = _calibration(artifact, candidate, plan)
         job = builders.Job(
             component=candidate.component,
             precision=candidate.precision,
@@ -96,6 +101,7 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
             embed=lambda: ir.load(artifact.graph("embed_tokens")),
             tiles=_most_tiles(artifact),
             cache=candidate.folder(artifact).parent.parent / "timing.cache",
+            calibration=calibration,
         )
         built = builder.build(model, job)
         files = describe_files(folder)
@@ -126,6 +132,13 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
     return engine
 
 
+def _calibration(artifact: Artifact, candidate: Candidate, plan: Plan) -> builders.Calibration:
+    """Its cache outlives a build that was killed, and counts only while all that goes into the engine is the same."""
+    name = f"calibration-{candidate.component}-{key(artifact, candidate)[:12]}.cache"
+    batches = samples.read(artifact, plan, candidate.component)
+    return builders.Calibration(plan.recipe.observer, batches, candidate.folder(artifact).parent.parent / name)
+
+
 def record_trial(artifact: Artifact, candidate: Candidate, trial: dict[str, Any]) -> EngineSpec:
     """Adds what the trial measured to the engine's report."""
     path = candidate.folder(artifact) / "engine.json"
@@ -146,7 +159,15 @@ def _size(files: dict[str, FileSpec]) -> int:
 
 def _versions(backend: str) -> dict[str, str]:
     packages = ("onnx-ir", *builders.load(backend).PACKAGES)
-    return {"vlmc": __version__} | {name: metadata.version(name) for name in packages}
+    return {"vlmc": __version__} | {name: _installed(name) for name in packages}
+
+
+def _installed(package: str) -> str:
+    """The version; empty where it is not there, which is that of no engine."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def main(root: str, device: str, component: str, backend: str, precision: str) -> None:

@@ -9,12 +9,13 @@ import click
 
 from .. import console
 from ..artifact import Artifact, BuildSpec
+from ..calibration import recipes
 
 
 @click.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.option("--device", default="cpu", show_default=True, help="One of `vlmc devices`.")
-@click.option("--recipe", default="", help="What precision each part gets: fp32, int8, int8-minmax, w8, w4.")
+@click.option("--recipe", default="", help=f"What precision each part gets: {', '.join(recipes.names())}.")
 @click.option("--int8", is_flag=True, help="Short for --recipe int8.")
 @click.option("--set", "set_file", type=click.Path(path_type=Path), help="Calibration set, where no plan is there yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print every engine as JSON.")

@@ -16,9 +16,8 @@ import onnx_ir as ir
 
 from ..errors import VlmcError
 from ..runtime.tensorrt_engine import TITLES, logger
+from .tensorrt_profiles import Profile
 
-Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # the smallest, usual and largest shape of inputs that vary
 WEIGHT_ONLY = {"INT4": "w4", "INT8": "w8"}
 FLOATS = {"HALF": "float16", "FLOAT": "float32", "BF16": "bfloat16", "FP8": "float8"}
 PASSED_ON = ("SHUFFLE", "CAST", "IDENTITY", "UNSQUEEZE", "SQUEEZE")  # layers that leave a product's operand what it is
@@ -57,19 +56,6 @@ def fix_dimension(model: ir.Model, name: str, size: int) -> None:
         if value.shape is not None:
             dimensions = [size if isinstance(d, ir.SymbolicDim) and d.value == name else d for d in value.shape]
             value.shape = ir.Shape(dimensions)
-
-
-def profile(model: ir.Model, smallest: int, usual: int, largest: int) -> Profile:
-    """The shapes of every input that has a free dimension, for these sizes of it."""
-
-    def shape(value: ir.Value, size: int) -> Shape:
-        return tuple(d if isinstance(d, int) else size for d in value.shape or ())
-
-    return {
-        str(value.name): (shape(value, smallest), shape(value, usual), shape(value, largest))
-        for value in model.graph.inputs
-        if any(not isinstance(d, int) for d in value.shape or ())
-    }
 
 
 def parse(trt: Any, path: Path, what: str, flags: Sequence[str] = ("STRONGLY_TYPED",)) -> Parsed:
@@ -148,7 +134,7 @@ def _product(layer: Any, made: Mapping[str, Any]) -> str:
     operands = [layer.get_input(index) for index in range(2) if index < layer.num_inputs and layer.get_input(index)]
     sources = [_source(tensor, made) for tensor in operands]
     constant = layer.type.name == "CONVOLUTION" or any(_is_constant(source, made) for source in sources)
-    stored = [source.get_input(0).dtype.name if _is(source, "DEQUANTIZE") else "" for source in sources]
+    stored = [_stored(source, made) for source in sources]
     weight = next((WEIGHT_ONLY[name] for name in stored[1:] if name in WEIGHT_ONLY), "")
     kind = "int8" if stored == ["INT8", "INT8"] else weight or _float(operands[0])
     return kind + ("" if constant else " attention")
@@ -162,9 +148,20 @@ def _source(tensor: Any, made: Mapping[str, Any]) -> Any:
     return layer
 
 
+def _stored(source: Any, made: Mapping[str, Any]) -> str:
+    """The type that an operand is dequantised from, empty where it is not."""
+    if not _is(source, "DEQUANTIZE"):
+        return ""
+    if _is(_source(source.get_input(0), made), "QUANTIZE") and source.get_input(0).dtype.name in FLOATS:
+        return "INT8"  # TensorRT 8 types a quantised tensor only when it builds
+    name: str = source.get_input(0).dtype.name
+    return name
+
+
 def _is_constant(layer: Any, made: Mapping[str, Any]) -> bool:
-    if _is(layer, "DEQUANTIZE"):
-        layer = _source(layer.get_input(0), made)
+    for kind in ("DEQUANTIZE", "QUANTIZE"):
+        if _is(layer, kind):
+            layer = _source(layer.get_input(0), made)
     return _is(layer, "CONSTANT")
 
 

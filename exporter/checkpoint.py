@@ -5,9 +5,11 @@ Only safetensors are read, and no remote code is ever run.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,28 @@ def resolve(model: str, random_weights: bool = False, seed: int = 0) -> Checkpoi
         expected="`demo`, a folder with config.json and safetensors, or ORG/NAME",
         fix=f"did you mean {' or '.join(near)}" if near else "run `vlmc models` to see what there is",
     )
+
+
+@contextlib.contextmanager
+def watched(report: Callable[[int, int], None]) -> Iterator[None]:
+    """While open, `report` hears how many of a checkpoint's weights transformers has put in their places, and of how
+    many. Random weights make none of these calls."""
+    from transformers.utils import logging
+
+    def counted(weights: Collection[Any]) -> Iterator[Any]:
+        for done, weight in enumerate(weights):
+            report(done, len(weights))
+            yield weight
+        report(len(weights), len(weights))
+
+    def bar(usual: Callable[..., Any], given: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        return counted(*given) if settings.get("desc") == "Loading weights" else usual(*given, **settings)
+
+    before = logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def load_model(checkpoint: Checkpoint) -> nn.Module:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .. import console
 from ..artifact import Artifact
+
+if TYPE_CHECKING:  # torch and rich's bars are imported where they are used
+    from rich.progress import Progress
+
+    from .export import Report
 
 
 @click.command()
@@ -45,17 +51,25 @@ def export(
         run = matching.export
     options = Options(capacity, cases or (2 if random_weights else 16), pictures, force=force)
     with console.progress() as bar:
-        task = bar.add_task("resolving", total=1)
-        artifact = run(
-            resolved,
-            output,
-            options,
-            lambda stage, done, n: bar.update(task, description=stage, completed=done, total=n),
-        )
+        artifact = run(resolved, output, options, follow(bar))
     if as_json:
         console.print_json([asdict(level) for level in artifact.manifest.parity])
     else:
         _print(artifact)
+
+
+def follow(bar: Progress) -> Report:
+    """Shows the stage in work on the bar: how far it is, or, where nobody can tell, that something moves."""
+
+    def show(stage: str, done: int, total: int) -> None:
+        known = {task.description: task.id for task in bar.tasks}
+        if stage not in known:  # a stage of its own, for the time that remains is the stage's
+            for task in known.values():
+                bar.remove_task(task)
+            known[stage] = bar.add_task(stage, total=None)
+        bar.update(known[stage], completed=done, total=total or None)
+
+    return show
 
 
 def _print(artifact: Artifact) -> None:
@@ -76,6 +90,9 @@ def _print(artifact: Artifact) -> None:
         output.print("Random weights: its answers mean nothing; its speed and size are real.")
     parameters = sum(spec.parameters for spec in manifest.components.values())
     size = sum(known.bytes for known in manifest.files.values())
+    peak = manifest.peak_memory_bytes
+    times = f"{peak / 1e6:,.0f} MB, {peak / (4 * parameters):.1f} times the float32 weights" if peak else ""
+    output.print(f"Peak memory of the export: {times or 'unavailable: the system does not tell'}.")
     output.print(
         f"{artifact.root}: {parameters / 1e6:.1f} M parameters, {size / 1e6:.1f} MB. Next: vlmc build {artifact.root}",
         soft_wrap=True,  # a command that is broken in two cannot be copied

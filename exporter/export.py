@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
+import json
 import platform
-from collections.abc import Callable
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import nn
 
 from .. import __version__
 from ..artifact import (
@@ -16,21 +23,23 @@ from ..artifact import (
     SCHEMA,
     Artifact,
     ComponentSpec,
+    FileSpec,
     KvSpec,
     Manifest,
     ParityLevel,
-    PromptSpec,
-    describe_files,
+    check_file,
+    read_record,
+    to_json,
     write_record,
 )
 from ..errors import VlmcError
-from ..files import sha256_of, staged_folder
-from ..runtime.session import Session
+from ..files import inside, sha256_of, staged_folder
+from ..profiles import memory
 from . import checkpoint, golden, graph, parity, processor
-from .family import Components, VisionInput
+from .family import Components
 from .torch_runner import torch_session
 
-Report = Callable[[str, int, int], None]  # stage, done, total
+Report = Callable[[str, int, int], None]  # stage, done, total; 0 of 0 where nobody can tell
 
 
 @dataclass(frozen=True)
@@ -45,43 +54,215 @@ class Options:
     force: bool = False
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A part's graph that is written, with the files that it is: kept in the stage until the export is whole, for one
+    that is killed to go on from."""
+
+    schema: int
+    spec: ComponentSpec
+    files: dict[str, FileSpec]
+
+
+_FINISHED = "finished"  # the folder of these records
+
+
+class Kind(ABC):
+    """What models that generate (`Generating`) and models that match (`matching.Matching`) export differently. `parts`
+    is what the family's `split` gives: modules by name, in the order in which their graphs are written."""
+
+    files: ClassVar[Mapping[str, str]]  # of each part's graph
+
+    @abstractmethod
+    def describe(self, model: checkpoint.Checkpoint, stage: Path) -> dict[str, Any]:
+        """Writes the tokenizer; gives those fields of the manifest that need no weights."""
+
+    @abstractmethod
+    def signature(self, name: str, parts: Any, specs: Mapping[str, ComponentSpec], kv: KvSpec) -> graph.Signature:
+        """Of any part but the vision encoder; `specs` are those of the parts before it."""
+
+    @abstractmethod
+    def complete(self, described: dict[str, Any], parts: Any, specs: Mapping[str, ComponentSpec]) -> dict[str, Any]:
+        """What was described and the fields `hidden_size`, `vocab_size` and whatever else needs the weights."""
+
+    @abstractmethod
+    def record(
+        self, artifact: Artifact, parts: Any, cases: Sequence[golden.Case], options: dict[str, Any]
+    ) -> Iterator[int]:
+        """Writes PyTorch's goldens; yields the number of cases done."""
+
+    @abstractmethod
+    def climb(self, artifact: Artifact) -> Iterator[ParityLevel]:
+        """The parity ladder, level by level."""
+
+
+class Generating(Kind):
+    files = GRAPH_FILES
+
+    def describe(self, model: checkpoint.Checkpoint, stage: Path) -> dict[str, Any]:
+        processor.save_tokenizer(model.folder, stage / "tokenizer.json")
+        preprocessing, prompt = processor.describe(model.folder)
+        return {
+            "preprocessing": preprocessing | (model.preset["preprocessing"] if model.preset else {}),
+            "prompt": prompt,
+        }
+
+    def signature(
+        self, name: str, parts: Components, specs: Mapping[str, ComponentSpec], kv: KvSpec
+    ) -> graph.Signature:
+        if name == "embed_tokens":
+            return graph.embed_signature(parts.embed_tokens)
+        if name == "fusion":
+            return graph.fusion_signature(specs["vision_encoder"], int(specs["embed_tokens"].outputs[0].shape[-1]))
+        return graph.decoder_signature(parts.decoder, specs["embed_tokens"], kv, specs["vision_encoder"])
+
+    def complete(
+        self, described: dict[str, Any], parts: Components, specs: Mapping[str, ComponentSpec]
+    ) -> dict[str, Any]:
+        vocabulary, hidden = next(parts.embed_tokens.parameters()).shape
+        return described | {"hidden_size": hidden, "vocab_size": vocabulary}
+
+    def record(
+        self, artifact: Artifact, parts: Components, cases: Sequence[golden.Case], options: dict[str, Any]
+    ) -> Iterator[int]:
+        return golden.record(torch_session(artifact, parts), artifact.root, cases, options)
+
+    def climb(self, artifact: Artifact) -> Iterator[ParityLevel]:
+        return parity.climb(artifact)
+
+
 def export(model: checkpoint.Checkpoint, target: Path, options: Options, report: Report) -> Artifact:
     """Writes the artefact `target`, whole or not at all. One that holds the same export already is left as it is."""
+    return export_as(Generating(), model, target, options, report)
+
+
+def export_as(kind: Kind, model: checkpoint.Checkpoint, target: Path, options: Options, report: Report) -> Artifact:
+    """`export` of a model of any kind. One that is killed or interrupted goes on, when it is run again, from the graphs
+    and goldens that were finished."""
     if (found := existing(model, target, options)) is not None:
         return found
-    with staged_folder(target) as stage:
-        # What is quick to refuse comes first; graphs take a minute.
-        preprocessing, prompt = _describe_inputs(model, stage)
-        cases = golden.write_pictures(stage, options.cases, options.picture_set)
-        report("loading the weights", 0, 1)
-        torch_model = checkpoint.load_model(model)
-        components = model.family.split(torch_model)
-        kv = model.family.kv(torch_model, options.capacity)
-        vocabulary, hidden = next(components.embed_tokens.parameters()).shape
-        specs = _write_graphs(stage, components, model.family.vision_inputs(torch_model), kv, report)
-        manifest = Manifest(
-            schema=SCHEMA,
-            name=model.name,
-            family=str(model.config["model_type"]),
-            source=model.source,
-            components=specs,
-            kv=kv,
-            hidden_size=hidden,
-            vocab_size=vocabulary,
-            preprocessing=preprocessing,
-            prompt=prompt,
-            parity=(),
-            files=describe_files(stage),
-            versions=tool_versions(),
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        )
+    with staged_folder(target, _key(model, options)) as stage:
+        artifact = _lacking_its_ladder(stage) or _make(kind, model, stage, options, report)
+        graph.forget()  # the ladder maps the weights from the files
+        levels: list[ParityLevel] = []
+        total = parity.height(artifact, options.cases)
+        report("parity ladder", 0, total)
+        for level in kind.climb(artifact):
+            parity.require(level)
+            levels.append(level)
+            report("parity ladder", len(levels), total)
+        peak = memory.peak_rss_bytes()
+        manifest = replace(artifact.manifest, parity=tuple(levels), peak_memory_bytes=peak)
         write_record(stage / "manifest.json", manifest)
-        _write_goldens(stage, torch_session(Artifact(stage), components), cases, options, report)
-        manifest = replace(manifest, files=describe_files(stage))
-        write_record(stage / "manifest.json", manifest)
-        levels = _climb(Artifact(stage), report)
-        write_record(stage / "manifest.json", replace(manifest, parity=tuple(levels)))
+        shutil.rmtree(stage / _FINISHED, ignore_errors=True)
     return Artifact(target)
+
+
+def _make(kind: Kind, model: checkpoint.Checkpoint, stage: Path, options: Options, report: Report) -> Artifact:
+    """All but the parity ladder. PyTorch's model does not outlive this function."""
+    finished = _take_up(stage, report)
+    # What is quick to refuse comes first; graphs take a minute.
+    described = kind.describe(model, stage)
+    cases = golden.write_pictures(stage, options.cases, options.picture_set)
+    report("loading the weights", 0, 0)
+    with checkpoint.watched(lambda done, total: report("loading the weights", done, total)):
+        torch_model = checkpoint.load_model(model)
+    parts = model.family.split(torch_model)
+    kv = model.family.kv(torch_model, options.capacity)
+    modules = parts.items()
+    specs: dict[str, ComponentSpec] = {}
+    for index, (name, component) in enumerate(modules):
+        if name not in finished:
+            where = f"graph {index + 1} of {len(modules)}, {name}"
+            if name == "vision_encoder":
+                signature = graph.vision_signature(model.family.vision_inputs(torch_model))
+            else:
+                signature = kind.signature(name, parts, specs, kv)
+            finished[name] = _write_graph(stage, kind.files[name], name, component, signature, where, report)
+            write_record(stage / _FINISHED / f"{name}.json", finished[name])
+        specs[name] = finished[name].spec
+    manifest = Manifest(
+        schema=SCHEMA,
+        name=model.name,
+        family=str(model.config["model_type"]),
+        source=model.source,
+        components=specs,
+        kv=kv,
+        parity=(),
+        files=_files(stage, finished),
+        versions=tool_versions(),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **kind.complete(described, parts, specs),
+    )
+    write_record(stage / "manifest.json", manifest)
+    report("goldens from PyTorch", 0, len(cases))
+    for done in kind.record(Artifact(stage), parts, cases, golden_options(options)):
+        report("goldens from PyTorch", done, len(cases))
+    write_record(stage / "manifest.json", replace(manifest, files=_files(stage, finished)))
+    return Artifact(stage)
+
+
+def _write_graph(
+    stage: Path, file: str, name: str, component: nn.Module, signature: graph.Signature, where: str, report: Report
+) -> Finished:
+    report(f"{where}: tracing", 0, 0)
+    exported = graph.export_component(name, component, signature)
+    graph.save(exported, stage / file, lambda done, n: report(f"{where}: writing MB", done // 10**6, n // 10**6))
+    spec = ComponentSpec(
+        file=file,
+        inputs=graph.tensor_specs(list(exported.graph.inputs)),
+        outputs=graph.tensor_specs(list(exported.graph.outputs)),
+        parameters=graph.count_parameters(component),
+    )
+    written = [path for path in (file, f"{file}.data") if (stage / path).exists()]
+    return Finished(SCHEMA, spec, {path: _describe(stage / path) for path in written})
+
+
+def _describe(path: Path) -> FileSpec:
+    return FileSpec(sha256_of(path), path.stat().st_size)
+
+
+def _files(stage: Path, finished: Mapping[str, Finished]) -> dict[str, FileSpec]:
+    """Every file of the artefact; those of the graphs, which may be gigabytes, are not read again."""
+    known = {name: spec for part in finished.values() for name, spec in part.files.items()}
+    paths = [path for path in sorted(stage.rglob("*")) if path.is_file() and path.parent != stage / _FINISHED]
+    names = {path.relative_to(stage).as_posix(): path for path in paths if path != stage / "manifest.json"}
+    return {name: known.get(name) or _describe(path) for name, path in names.items()}
+
+
+def _key(model: checkpoint.Checkpoint, options: Options) -> str:
+    """Stands for all that decides what an export comes to."""
+    decides = [to_json(model.source), options.capacity, golden_options(options), tool_versions()]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _lacking_its_ladder(stage: Path) -> Artifact | None:
+    """What a killed run left, where that is all but the parity ladder, every file checked."""
+    with contextlib.suppress(VlmcError):
+        artifact = Artifact(stage)
+        for name in artifact.manifest.files:
+            artifact.path_of(name)
+        if "golden/golden.json" in artifact.manifest.files:
+            return artifact
+    return None
+
+
+def _take_up(stage: Path, report: Report) -> dict[str, Finished]:
+    """The graphs that a killed run had finished, every file of them checked; what else it left is removed."""
+    finished: dict[str, Finished] = {}
+    for record in sorted((stage / _FINISHED).glob("*.json")):
+        report(f"checking the graph of {record.stem}, which is there", 0, 0)
+        with contextlib.suppress(VlmcError):
+            part = read_record(Finished, record)
+            for name, known in part.files.items():
+                check_file(inside(stage, name), known)
+            finished[record.stem] = part
+    whole = {stage / name for part in finished.values() for name in part.files}
+    whole |= {stage / _FINISHED / f"{name}.json" for name in finished}
+    for path in list(stage.rglob("*")):
+        if path.is_file() and path not in whole:
+            path.unlink()
+    return finished
 
 
 def existing(model: checkpoint.Checkpoint, target: Path, options: Options) -> Artifact | None:
@@ -109,56 +290,9 @@ def existing(model: checkpoint.Checkpoint, target: Path, options: Options) -> Ar
     )
 
 
-def _describe_inputs(model: checkpoint.Checkpoint, stage: Path) -> tuple[dict[str, Any], PromptSpec]:
-    """Writes the tokenizer; returns the manifest's `preprocessing` and `prompt`."""
-    processor.save_tokenizer(model.folder, stage / "tokenizer.json")
-    preprocessing, prompt = processor.describe(model.folder)
-    return preprocessing | (model.preset["preprocessing"] if model.preset else {}), prompt
-
-
-def _write_graphs(
-    stage: Path, components: Components, vision_inputs: dict[str, VisionInput], kv: KvSpec, report: Report
-) -> dict[str, ComponentSpec]:
-    specs: dict[str, ComponentSpec] = {}
-    for index, (name, component) in enumerate(components.items()):
-        report(f"exporting {name}", index, len(components.items()))
-        if name == "vision_encoder":
-            signature = graph.vision_signature(vision_inputs)
-        elif name == "embed_tokens":
-            signature = graph.embed_signature(component)
-        elif name == "fusion":
-            signature = graph.fusion_signature(specs["vision_encoder"], int(specs["embed_tokens"].outputs[0].shape[-1]))
-        else:
-            signature = graph.decoder_signature(component, specs["embed_tokens"], kv, specs["vision_encoder"])
-        exported = graph.export_component(name, component, signature)
-        graph.save(exported, stage / GRAPH_FILES[name])
-        specs[name] = ComponentSpec(
-            file=GRAPH_FILES[name],
-            inputs=graph.tensor_specs(list(exported.graph.inputs)),
-            outputs=graph.tensor_specs(list(exported.graph.outputs)),
-            parameters=graph.count_parameters(component),
-        )
-    return specs
-
-
 def golden_options(options: Options) -> dict[str, Any]:
     pictures = sha256_of(options.picture_set) if options.picture_set else "demo"
     return {"pictures": pictures, "cases": options.cases, "max_new_tokens": options.max_new_tokens}
-
-
-def _write_goldens(stage: Path, session: Session, cases: list[golden.Case], options: Options, report: Report) -> None:
-    report("goldens from PyTorch", 0, len(cases))
-    for done in golden.record(session, stage, cases, golden_options(options)):
-        report("goldens from PyTorch", done, len(cases))
-
-
-def _climb(artifact: Artifact, report: Report) -> list[ParityLevel]:
-    levels = []
-    report("parity ladder", 0, 1)
-    for level in parity.climb(artifact):
-        parity.require(level)
-        levels.append(level)
-    return levels
 
 
 def tool_versions() -> dict[str, str]:

@@ -40,7 +40,7 @@ class Case:
 
 def write_pictures(folder: Path, count: int, picture_set: Path | None) -> list[Case]:
     """`count` cases with their pictures copied as PNG: from a JSONL set, or else from the demo's generator."""
-    (folder / "golden").mkdir()
+    (folder / "golden").mkdir(exist_ok=True)
     cases = []
     for index, (image, prompt, task) in enumerate(_pictures(count, picture_set)):
         name = f"golden/{index:02d}.png"

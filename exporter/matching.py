@@ -1,5 +1,4 @@
-"""`vlmc export` for families of two encoders (CLIP): graphs, goldens and the parity ladder, as export.py has them for
-those that generate.
+"""`vlmc export` for families of two encoders (CLIP): what export.py does for those that generate.
 
 golden/golden.json   the pictures with their prompts; every picture is matched with every prompt
 golden/golden.npz    of the first cases what both encoders take and give; of all, the cosines
@@ -7,9 +6,8 @@ golden/golden.npz    of the first cases what both encoders take and give; of all
 
 from __future__ import annotations
 
-import datetime
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,28 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..artifact import (
-    GRAPH_FILES,
-    SCHEMA,
-    Artifact,
-    ComponentSpec,
-    KvSpec,
-    Manifest,
-    ParityLevel,
-    PromptSpec,
-    describe_files,
-    to_json,
-)
+from ..artifact import GRAPH_FILES, Artifact, ComponentSpec, KvSpec, MatchSpec, ParityLevel, PromptSpec
 from ..errors import VlmcError
-from ..files import staged_folder, write_json
+from ..files import write_json
 from ..runtime import preprocessing
 from ..runtime.backends import onnxruntime as backend
 from ..runtime.images import open_image
-from ..runtime.matching import Matcher, MatchSpec
+from ..runtime.matching import Matcher
 from ..runtime.runner import Array
 from . import checkpoint, golden, graph, parity, processor
-from .export import Options, Report, existing, golden_options, tool_versions
-from .family import Family, VisionInput
+from .export import Kind, Options, Report, export_as
+from .family import Family
 from .torch_runner import TorchRunner
 
 FILES = {"vision_encoder": GRAPH_FILES["vision_encoder"], "text_encoder": "onnx/text_model.onnx"}
@@ -67,6 +54,11 @@ class Encoders:
     def items(self) -> list[tuple[str, nn.Module]]:
         return [(name, getattr(self, name)) for name in FILES]
 
+    def map(self, change: Callable[[str, nn.Module], nn.Module]) -> Encoders:
+        """Each encoder changed, called with its name."""
+        made = {name: change(name, encoder) for name, encoder in self.items()}
+        return replace(self, vision_encoder=made["vision_encoder"], text_encoder=made["text_encoder"])
+
 
 class MatchingFamily(Family):
     """A family that matches pictures with texts and writes nothing."""
@@ -74,6 +66,10 @@ class MatchingFamily(Family):
     @abstractmethod
     def encoders(self, model: nn.Module) -> Encoders:
         """The model's parts, sharing its weights."""
+
+    def describe_pictures(self, folder: Path) -> dict[str, Any]:
+        """The manifest's `preprocessing` for the checkpoint in `folder`; here of CLIP's picture processor."""
+        return describe_pictures(folder)
 
     def split(self, model: nn.Module) -> Encoders:  # type: ignore[override]
         return self.encoders(model)
@@ -83,55 +79,44 @@ class MatchingFamily(Family):
         return KvSpec(layers=0, kv_heads=0, head_dim=0, capacity=0)
 
 
-def export(model: checkpoint.Checkpoint, target: Path, options: Options, report: Report) -> Artifact:
-    """Writes the artefact `target`, whole or not at all. One that holds the same export already is left as it is.
-    Of the options only cases, picture_set and force count; a golden picture is matched with every golden prompt."""
-    family, options = model.family, replace(options, capacity=0, max_new_tokens=0)
-    assert isinstance(family, MatchingFamily)
-    if (found := existing(model, target, options)) is not None:
-        return found
-    with staged_folder(target) as stage:
+class Matching(Kind):
+    files = FILES
+
+    def describe(self, model: checkpoint.Checkpoint, stage: Path) -> dict[str, Any]:
+        family = model.family
+        assert isinstance(family, MatchingFamily)
         processor.save_tokenizer(model.folder, stage / "tokenizer.json")
-        described = model.preset["preprocessing"] if model.preset else describe_pictures(model.folder)
+        described = model.preset["preprocessing"] if model.preset else family.describe_pictures(model.folder)
         preprocessing.load(described)  # what the runtime would refuse is refused now
-        around = describe_texts(model.folder)
-        cases = golden.write_pictures(stage, options.cases, options.picture_set)
-        report("loading the weights", 0, 1)
-        torch_model = checkpoint.load_model(model)
-        encoders = family.encoders(torch_model)
-        specs = _write_graphs(stage, encoders, family.vision_inputs(torch_model), report)
-        manifest = Manifest(
-            schema=SCHEMA,
-            name=model.name,
-            family=str(model.config["model_type"]),
-            source=model.source,
-            components=specs,
-            kv=family.kv(torch_model, 0),
-            hidden_size=int(specs["vision_encoder"].outputs[0].shape[-1]),
-            vocab_size=encoders.vocabulary,
-            preprocessing=described,
-            prompt=PromptSpec(with_image="", text_only="{text}", image_token="", eos_token_ids=()),
-            parity=(),
-            files=describe_files(stage),
-            versions=tool_versions(),
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        )
-        matching = MatchSpec(logit_scale=float(encoders.logit_scale), text_length=encoders.text_length, **around)
-        _write(stage, manifest, matching)
-        _write_goldens(torch_matcher(Artifact(stage), encoders), cases, golden_options(options), report)
-        manifest = replace(manifest, files=describe_files(stage))
-        _write(stage, manifest, matching)
-        report("parity ladder", 0, 1)
-        levels = []
-        for level in climb(Artifact(stage)):
-            parity.require(level)
-            levels.append(level)
-        _write(stage, replace(manifest, parity=tuple(levels)), matching)
-    return Artifact(target)
+        return {
+            "preprocessing": described,
+            "prompt": PromptSpec(with_image="", text_only="{text}", image_token="", eos_token_ids=()),
+            "matching": describe_texts(model.folder),
+        }
+
+    def signature(self, name: str, parts: Encoders, specs: Mapping[str, ComponentSpec], kv: KvSpec) -> graph.Signature:
+        return text_signature(parts.text_length)
+
+    def complete(
+        self, described: dict[str, Any], parts: Encoders, specs: Mapping[str, ComponentSpec]
+    ) -> dict[str, Any]:
+        matching = MatchSpec(float(parts.logit_scale), parts.text_length, **described["matching"])
+        size = int(specs["vision_encoder"].outputs[0].shape[-1])
+        return described | {"matching": matching, "hidden_size": size, "vocab_size": parts.vocabulary}
+
+    def record(
+        self, artifact: Artifact, parts: Encoders, cases: Sequence[golden.Case], options: dict[str, Any]
+    ) -> Iterator[int]:
+        return record(torch_matcher(artifact, parts), cases, options)
+
+    def climb(self, artifact: Artifact) -> Iterator[ParityLevel]:
+        return climb(artifact)
 
 
-def _write(stage: Path, manifest: Manifest, matching: MatchSpec) -> None:
-    write_json(stage / "manifest.json", to_json(manifest) | {"matching": to_json(matching)})
+def export(model: checkpoint.Checkpoint, target: Path, options: Options, report: Report) -> Artifact:
+    """Writes the artefact `target`, as `export.export` does. Of the options only cases, picture_set and force count; a
+    golden picture is matched with every golden prompt."""
+    return export_as(Matching(), model, target, replace(options, capacity=0, max_new_tokens=0), report)
 
 
 def describe_pictures(folder: Path) -> dict[str, Any]:
@@ -169,27 +154,6 @@ def describe_texts(folder: Path) -> dict[str, Any]:
         }
 
 
-def _write_graphs(
-    stage: Path, encoders: Encoders, vision_inputs: dict[str, VisionInput], report: Report
-) -> dict[str, ComponentSpec]:
-    signatures = {
-        "vision_encoder": graph.vision_signature(vision_inputs),
-        "text_encoder": text_signature(encoders.text_length),
-    }
-    specs = {}
-    for index, (name, component) in enumerate(encoders.items()):
-        report(f"exporting {name}", index, len(signatures))
-        exported = graph.export_component(name, component, signatures[name])
-        graph.save(exported, stage / FILES[name])
-        specs[name] = ComponentSpec(
-            file=FILES[name],
-            inputs=graph.tensor_specs(list(exported.graph.inputs)),
-            outputs=graph.tensor_specs(list(exported.graph.outputs)),
-            parameters=graph.count_parameters(component),
-        )
-    return specs
-
-
 def text_signature(longest: int) -> graph.Signature:
     """Of the text encoder."""
     free = {0: torch.export.Dim("texts"), 1: torch.export.Dim("length", max=longest)}
@@ -209,10 +173,10 @@ def canonical_matcher(artifact: Artifact) -> Matcher:
     return Matcher(artifact, vision, text)
 
 
-def _write_goldens(matcher: Matcher, cases: Sequence[golden.Case], options: dict[str, Any], report: Report) -> None:
+def record(matcher: Matcher, cases: Sequence[golden.Case], options: dict[str, Any]) -> Iterator[int]:
+    """Runs PyTorch over the cases and writes the goldens; yields the number of cases done."""
     folder, arrays, features = matcher.artifact.root, dict[str, Array](), []
     for index, case in enumerate(cases):
-        report("goldens from PyTorch", index, len(cases))
         inputs = {**matcher.preprocess([open_image(folder / case.image)]).vision}
         found = matcher.vision.run(inputs)
         features.append(found["image_features"])
@@ -220,6 +184,7 @@ def _write_goldens(matcher: Matcher, cases: Sequence[golden.Case], options: dict
             inputs["input_ids"] = matcher.encode([case.prompt])
             found |= matcher.text.run({"input_ids": inputs["input_ids"]})
             arrays |= {f"{index}.{name}": array for name, array in (inputs | found).items()}
+        yield index + 1
     arrays["cosines"] = np.concatenate(features) @ matcher.text_features([case.prompt for case in cases]).T
     if not np.isfinite(arrays["cosines"]).all():
         raise VlmcError("The model's features are not finite numbers", fix="check the checkpoint's weights")

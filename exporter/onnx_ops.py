@@ -22,6 +22,11 @@ from transformers.modeling_utils import AttentionInterface
 IMPLEMENTATION = "vlmc"  # the name under which transformers finds attention() and its mask
 
 
+def exporting() -> bool:
+    """Whether a graph is being exported; PyTorch 2.11 says so of torch.compile too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def _emit(operator: str, inputs: list[Tensor], attributes: dict[str, Any], like: Tensor, version: int) -> Tensor:
     return torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=like.dtype, shape=like.shape, version=version)
 
@@ -38,7 +43,7 @@ def attention(
     """Attention-23. query (batch, heads, length, dim), key and value (batch, kv_heads, keys, dim), boolean mask
     broadcastable to (batch, heads, length, keys); returns (batch, length, heads, dim)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if torch.compiler.is_exporting():
+    if exporting():
         inputs = [query, key, value] + ([] if attention_mask is None else [attention_mask])
         output = _emit("Attention", inputs, {"scale": scale}, query, 23)
     else:
@@ -58,7 +63,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RotaryEmbedding-23 on x (batch, heads, length, dim), turned by cos and sin (batch, length, dim / 2)."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return _emit("RotaryEmbedding", [x, cos, sin], {}, x, 23)
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
@@ -70,7 +75,7 @@ def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
     weight = module.weight
     epsilon = float(getattr(module, "variance_epsilon", 0.0) or getattr(module, "eps", 1e-6))
     assert isinstance(weight, Tensor)
-    if torch.compiler.is_exporting():
+    if exporting():
         return _emit("RMSNormalization", [x, weight], {"axis": -1, "epsilon": epsilon}, x, 23)
     return functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
 
@@ -78,7 +83,7 @@ def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
 def tensor_scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
     """TensorScatter-24 on axis 2: update (1, kv_heads, length, dim) written into past (1, kv_heads, capacity, dim) at
     write_index (1,). Outside of export it writes in place, as every engine does."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return _emit("TensorScatter", [past, update, write_index], {"axis": 2}, past, 24)
     if fixed_shapes(past):
         return past.index_copy_(2, write_index + torch.arange(update.shape[2], device=past.device), update)
@@ -91,7 +96,7 @@ def fixed_shapes(past: Tensor) -> bool:
     """Whether attention goes over the whole capacity, hidden part and all: in a graph, and on a GPU, where asking for
     the position would make the host wait. Elsewhere only the filled part is read, so PyTorch is no slower than it has
     to be."""
-    return torch.compiler.is_exporting() or past.is_cuda
+    return exporting() or past.is_cuda
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[misc]

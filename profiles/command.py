@@ -85,6 +85,7 @@ def profile(
 
 def _questions(artifact: Artifact, recipe: str, set_file: Path | None, pictures: int) -> list[Question] | str:
     """The evaluation set, or why there is no accuracy."""
+    from .matching import read_labels
     from .questions import demo_set, read_set, refuse_calibrated
 
     if artifact.manifest.source.random_weights:
@@ -93,7 +94,10 @@ def _questions(artifact: Artifact, recipe: str, set_file: Path | None, pictures:
         return "unavailable: not asked for (--samples 0)"
     if set_file is None and artifact.manifest.source.kind != "demo":
         return "unavailable: no evaluation set was given (--set FILE)"
-    questions = read_set(set_file or demo_set(artifact, pictures), pictures)
+    if artifact.manifest.matching is not None and set_file is not None:
+        questions = read_labels(set_file, pictures)
+    else:
+        questions = read_set(set_file or demo_set(artifact, pictures), pictures)
     refuse_calibrated(artifact, recipe, questions)
     return questions
 

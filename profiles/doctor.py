@@ -19,6 +19,7 @@ PACKAGES = {  # distribution: what it is for
     "transformers": "export and calibration",
     "onnx": "export and build",
     "onnxruntime": "the backend onnxruntime",
+    "onnxruntime-gpu": "the backend onnxruntime_gpu",
     "openvino": "the backend openvino",
     "tensorrt": "the backend tensorrt",
     "tensorrt-rtx-cu13": "the backend tensorrt_rtx",

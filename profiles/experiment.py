@@ -17,6 +17,7 @@ from ..runtime.images import open_image
 from . import harness, limits, machine, power, questions
 from .device import Device, load_device
 from .harness import Measurement, Progress, Settings
+from .matching import labels_of
 from .questions import Question
 from .variants import Variant, Variants, engine_specs, variants
 
@@ -58,6 +59,7 @@ def profile(
         power_source=power.choose(device.power_sources, where),
         power_rails=device.power_rails,
         device_memory="none" if device.sm is None else "unified" if device.unified_memory else "nvml",
+        labels=labels_of(asked) if artifact.manifest.matching is not None and isinstance(asked, list) else (),
     )
     key = measurement.key(here)
     run = harness.unfinished(folder, key)
@@ -110,6 +112,7 @@ def _description(
             "name": manifest.name,
             "family": manifest.family,
             "random_weights": manifest.source.random_weights,
+            "matching": manifest.matching is not None,
             "parameters": {name: spec.parameters for name, spec in manifest.components.items()},
         },
         "device": {
@@ -127,6 +130,7 @@ def _description(
         "variants": [_variant(variant, specs) for variant in found.measured],
         "skipped": found.skipped,
         "choices": {name: asdict(choice) for name, choice in build.choices.items()},
+        "labels": list(measurement.labels),
         "examples": [],
     }
 

@@ -50,7 +50,7 @@ class Settings:
 @dataclass(frozen=True)
 class Measurement:
     """All that the workers are told. `power_source` may be an "unavailable: reason"; `device_memory` is "nvml",
-    "unified" or "none"; `cases` is the number of golden cases."""
+    "unified" or "none"; `cases` is the number of golden cases; `labels` are what a model that matches chooses from."""
 
     artifact: Path
     variants: Sequence[Variant]
@@ -60,6 +60,7 @@ class Measurement:
     power_source: str
     power_rails: tuple[str, ...]
     device_memory: str
+    labels: tuple[str, ...] = ()
 
     def key(self, machine: dict[str, Any]) -> str:
         """Changes with whatever would make samples incomparable."""
@@ -116,6 +117,7 @@ def measure(folder: Path, measurement: Measurement, progress: Progress) -> dict[
             for variant in measurement.variants:
                 crew.time(variant, turn)
         for variant in measurement.variants:
+            crew.measure_energy(variant)
             crew.ask_questions(variant)
         return crew.failures
 
@@ -138,7 +140,8 @@ class _Crew:
         self.failures: dict[str, str] = {}
         with writing(folder):
             (folder / "jobs").mkdir(parents=True, exist_ok=True)
-        each = measurement.settings.runs + measurement.cases + len(measurement.questions)
+        self._metered = not measurement.power_source.startswith("unavailable")
+        each = measurement.settings.runs + measurement.cases + len(measurement.questions) + self._metered
         self._done, self._all = 0, each * len(measurement.variants)
 
     def time(self, variant: Variant, turn: int) -> None:
@@ -153,6 +156,16 @@ class _Crew:
         if left:
             self._ask(variant, "time", indices=left, turn=turn, seconds=settings.seconds / TURNS)
         self._advance(variant, before + len(share) - self._done)
+
+    def measure_energy(self, variant: Variant) -> None:
+        """What the meter counts over many runs, where there is a meter."""
+        if not self._metered:
+            return
+        rows = samples.read(self._samples(variant))
+        before = self._done
+        if not samples.of_kind(rows, "energy") and not samples.of_kind(rows, "power"):
+            self._ask(variant, "energy")
+        self._advance(variant, before + 1 - self._done)
 
     def ask_questions(self, variant: Variant) -> None:
         """The golden cases, for agreement, and the evaluation set, for accuracy."""
@@ -195,6 +208,7 @@ class _Crew:
             "samples": str(self._samples(variant)),
             "tokens": todo.settings.tokens,
             "answer_tokens": todo.settings.answer_tokens,
+            "labels": list(todo.labels),
             "power_source": todo.power_source,
             "power_rails": list(todo.power_rails),
             "device_memory": todo.device_memory,

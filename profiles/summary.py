@@ -7,15 +7,16 @@ Nothing but these files is read, so that the report can be made again anywhere. 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..artifact import SCHEMA
 from ..errors import VlmcError
 from ..evaluation import accuracy, agreement, tasks
+from ..evaluation import matching as score_matches
 from ..files import read_json
-from . import roofline, samples, statistics, verdict
+from . import matching, roofline, samples, statistics, verdict
 from .harness import slug
 from .samples import Row
 
@@ -23,12 +24,16 @@ from .samples import Row
 PARTS: dict[str, Callable[[Row], list[float]]] = {
     "preprocess": lambda row: [row["preprocess_s"] * 1e3],
     "vision": lambda row: [row["vision_s"] * 1e3],
+    "text": lambda row: [row["text_s"] * 1e3],
     "prefill": lambda row: [row["prefill_s"] * 1e3],
     "time_to_first_token": lambda row: [(row["preprocess_s"] + row["vision_s"] + row["prefill_s"]) * 1e3],
     "decode_per_token": lambda row: [seconds * 1e3 for seconds in row["decode_s"]],
     "end_to_end": lambda row: [row["wall_s"] * 1e3],
 }
+GENERATING = ("preprocess", "vision", "prefill", "time_to_first_token", "decode_per_token", "end_to_end")
+MATCHING = ("preprocess", "vision", "text", "end_to_end")
 COMPARED = {"vision": "vision", "prefill": "prefill", "decode": "decode_per_token", "end_to_end": "end_to_end"}
+COMPARED_MATCHING = {"vision": "vision", "text": "text", "end_to_end": "end_to_end"}
 
 
 def summarize(folder: Path) -> dict[str, Any]:
@@ -70,15 +75,22 @@ def _report(at: Path, run: dict[str, Any]) -> dict[str, Any]:
         "settings": run["settings"],
         "variants": [_variant(info, rows[info["name"]], run, at) for info in measured],
         "not_measured": run["skipped"] | run["failures"],
-        "speedups": _speedups(measured, rows),
+        "speedups": _speedups(measured, rows, COMPARED_MATCHING if _matches(run) else COMPARED),
         "comparisons": _comparisons(measured, rows, run),
     }
-    return report | {"verdict": {"sentences": verdict.sentences(report, run["choices"]), "choices": run["choices"]}}
+    sentences = matching.sentences if _matches(run) else verdict.sentences
+    return report | {"verdict": {"sentences": sentences(report, run["choices"]), "choices": run["choices"]}}
+
+
+def _matches(run: dict[str, Any]) -> bool:
+    """Whether the model matches pictures with texts and generates nothing."""
+    return bool(run["artifact"].get("matching"))
 
 
 def _variant(info: dict[str, Any], rows: list[Row], run: dict[str, Any], at: Path) -> dict[str, Any]:
-    runs = samples.of_kind(rows, "run")
-    latency = {part: statistics.summarize([ms for row in runs for ms in of(row)]) for part, of in PARTS.items()}
+    runs, matches = samples.of_kind(rows, "run"), _matches(run)
+    parts = MATCHING if matches else GENERATING
+    latency = {part: statistics.summarize([ms for row in runs for ms in PARTS[part](row)]) for part in parts}
     latency["load"] = statistics.summarize([row["load_s"] * 1e3 for row in samples.of_kind(rows, "open")])
     agreed = [(row["tokens"], row["golden"]) for row in samples.of_kind(rows, "agreement")]
     return {
@@ -88,17 +100,17 @@ def _variant(info: dict[str, Any], rows: list[Row], run: dict[str, Any], at: Pat
         "engines": info["engines"],
         "latency_ms": latency,
         "waited_share": _waited(runs, run["machine"]),
-        "tokens_per_s": statistics.summarize([len(row["decode_s"]) / sum(row["decode_s"]) for row in runs]),
+        **_rate(runs, matches),
         "memory": _memory(info, rows),
-        "energy": _energy(runs, samples.of_kind(rows, "power"), run["power"]["source"]),
+        "energy": _energy(rows, run["power"], matches),
         "roofline": roofline.table(info["work"], info["engines"], run["limits"], latency)
         or "unavailable: the build did not count this variant's operations and bytes",
         "products": info["products"],
         "component_bytes": info["component_bytes"],
-        "answer_tokens": _answer_tokens(rows),
-        "accuracy": accuracy.summarize(_scored(rows)) if _scored(rows) else run["no_accuracy"],
+        "answer_tokens": _answer_tokens(rows) if not matches else "unavailable: a model that matches writes nothing",
+        "accuracy": _accuracy(rows, run),
         "agreement": agreement.summarize(agreed) if agreed else "unavailable: the golden cases were not run",
-        "answers": _answers(rows, run["examples"], at),
+        "answers": _answers(rows, run, at),
     }
 
 
@@ -126,35 +138,69 @@ def _memory(info: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def _energy(runs: list[Row], faults: list[Row], source: str) -> dict[str, Any]:
+def _rate(runs: list[Row], matches: bool) -> dict[str, Any]:
+    """How many tokens follow the first in a second, or how many pictures are matched with a text each."""
+    if matches:
+        return {"pairs_per_s": statistics.summarize([1 / row["wall_s"] for row in runs])}
+    return {"tokens_per_s": statistics.summarize([len(row["decode_s"]) / sum(row["decode_s"]) for row in runs])}
+
+
+def _energy(rows: list[Row], power: dict[str, Any], matches: bool) -> dict[str, Any]:
     """joules_per_image: from the picture to the first token; joules_per_token: each further one; idle power included
-    in both. A picture with n tokens costs joules_per_image + (n - 1) joules_per_token."""
-    read = [row for row in runs if row["joules"] is not None]
-    if not read:
-        reason = f"unavailable: {faults[0]['reason'] if faults else f'{source} gave no reading'}"
-        reason = source if source.startswith("unavailable") else reason
-        return dict.fromkeys(("joules_per_image", "joules_per_token", "tokens_per_s_per_watt", "watts"), reason)
-    per_token = sum(row["joules"][1] for row in read) / sum(len(row["decode_s"]) for row in read)
-    total = sum(sum(row["joules"]) for row in read)
-    return {
-        "joules_per_image": sum(row["joules"][0] for row in read) / len(read),
-        "joules_per_token": per_token,
-        "tokens_per_s_per_watt": 1 / per_token if per_token else "unavailable: the meter did not move",
-        "watts": total / sum(row["wall_s"] for row in read),
-    }
+    in both, and without it in those …_above_idle. A picture with n tokens costs joules_per_image + (n - 1)
+    joules_per_token. Of a model that matches joules_per_pair, of a picture and a text."""
+    spent = sorted(samples.of_kind(rows, "energy"), key=lambda row: int(row["tokens"]))
+    costs = ("joules_per_pair",) if matches else ("joules_per_image", "joules_per_token")
+    if len(spent) < len(costs) or not spent[0]["joules"]:
+        faults, source = samples.of_kind(rows, "power"), str(power["source"])
+        silent = "the meter did not move" if spent else f"{source} gave no reading"
+        reason = (
+            source if source.startswith("unavailable") else f"unavailable: {faults[0]['reason'] if faults else silent}"
+        )
+        above = [f"{name}_above_idle" for name in costs]
+        return dict.fromkeys((*costs, *above, "watts", *(() if matches else ("tokens_per_s_per_watt",))), reason)
+    idle = power["idle_watts"]
+    found: dict[str, Any] = dict(zip(costs, _costs(spent, 0.0), strict=True))
+    for name, cost in zip(costs, _costs(spent, 0.0 if isinstance(idle, str) else idle), strict=True):
+        found[f"{name}_above_idle"] = idle if isinstance(idle, str) else cost
+    found["watts"] = spent[-1]["joules"] / spent[-1]["seconds"]
+    if not matches:
+        per_token = found["joules_per_token"]
+        found["tokens_per_s_per_watt"] = 1 / per_token if per_token > 0 else "unavailable: less than the meter resolves"
+    return found
 
 
-def _scored(rows: list[Row]) -> list[Row]:
+def _costs(spent: list[Row], watts: float) -> list[float]:
+    """Joules of a run to its first token, and of each further token, less so many watts all the while."""
+    each = [(row["joules"] - watts * row["seconds"]) / row["runs"] for row in spent]
+    steps = [row["tokens"] - spent[0]["tokens"] for row in spent[1:]]
+    return each[:1] + [(cost - each[0]) / count for cost, count in zip(each[1:], steps, strict=True)]
+
+
+def _accuracy(rows: list[Row], run: dict[str, Any]) -> dict[str, Any] | str:
+    answers = samples.of_kind(rows, "answer")
+    if not answers:
+        return str(run["no_accuracy"])
+    return score_matches.summarize(answers, run["labels"]) if _matches(run) else accuracy.summarize(_scored(rows, run))
+
+
+def _scored(rows: list[Row], run: dict[str, Any]) -> list[Row]:
     """The answers as evaluation wants them: image, task, prompt and score."""
+    if _matches(run):
+        return score_matches.zero_shot(samples.of_kind(rows, "answer"))
     return [
         {
             "image": row["file"],
             "task": row["task"],
             "prompt": row["prompt"],
-            "score": tasks.score(row["task"], row["answer"], row["gold"], row["facts"]),
+            "score": _score(row),
         }
         for row in samples.of_kind(rows, "answer")
     ]
+
+
+def _score(row: Row) -> float:
+    return tasks.score(row["task"], row["answer"], row["gold"], row["facts"])
 
 
 def _answer_tokens(rows: list[Row]) -> dict[str, float | int] | str:
@@ -163,15 +209,15 @@ def _answer_tokens(rows: list[Row]) -> dict[str, float | int] | str:
     return statistics.summarize(counts) if counts else "unavailable: no questions were asked"
 
 
-def _answers(rows: list[Row], examples: Sequence[dict[str, Any]], at: Path) -> list[dict[str, Any]]:
+def _answers(rows: list[Row], run: dict[str, Any], at: Path) -> list[dict[str, Any]]:
     """The answers to the few questions that the report shows, with their pictures."""
     by_row = {row["row"]: row for row in samples.of_kind(rows, "answer")}
     shown = []
-    for example in examples:
+    for example in run["examples"]:
         row, picture = by_row.get(example["row"]), at / example["image"]
         if row is None:
             continue
-        score = tasks.score(row["task"], row["answer"], row["gold"], row["facts"])
+        score = float(row["answer"] in row["facts"]) if _matches(run) else _score(row)
         data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
         shown.append(
             {
@@ -179,7 +225,7 @@ def _answers(rows: list[Row], examples: Sequence[dict[str, Any]], at: Path) -> l
                 "image_data": f"data:image/png;base64,{data}" if data else "",
                 "task": row["task"],
                 "prompt": row["prompt"],
-                "gold": row["gold"],
+                "gold": ", ".join(row["facts"]) if _matches(run) else row["gold"],
                 "answer": row["answer"],
                 "right": score == 1.0,
                 "score": score,
@@ -188,7 +234,9 @@ def _answers(rows: list[Row], examples: Sequence[dict[str, Any]], at: Path) -> l
     return shown
 
 
-def _speedups(measured: list[dict[str, Any]], rows: dict[str, list[Row]]) -> list[dict[str, Any]]:
+def _speedups(
+    measured: list[dict[str, Any]], rows: dict[str, list[Row]], compared: dict[str, str]
+) -> list[dict[str, Any]]:
     """Every engine over every baseline, and every other engine over the float engines: ratios of medians, and the
     lowest and highest end-to-end ratio of any turn."""
     references = [info for info in measured if info["kind"] == "baseline" or info["recipe"] == "fp32"]
@@ -197,7 +245,7 @@ def _speedups(measured: list[dict[str, Any]], rows: dict[str, list[Row]]) -> lis
         for over in references:
             if info["kind"] == "engine" and over is not info:
                 a, b = (samples.of_kind(rows[one["name"]], "run") for one in (info, over))
-                ratios = {name: _median(b, part) / _median(a, part) for name, part in COMPARED.items()}
+                ratios = {name: _median(b, part) / _median(a, part) for name, part in compared.items()}
                 by_turn = [
                     _median(b, "end_to_end", turn) / _median(a, "end_to_end", turn)
                     for turn in sorted({row["turn"] for row in a} & {row["turn"] for row in b})
@@ -217,7 +265,7 @@ def _comparisons(
 ) -> list[dict[str, Any]]:
     """Whether the kept engines really answer otherwise than each float variant, on the same questions."""
     kept = verdict.kept_name(measured, run["choices"])
-    answers = {info["name"]: _scored(rows[info["name"]]) for info in measured}
+    answers = {info["name"]: _scored(rows[info["name"]], run) for info in measured}
     return [
         {"of": kept, "over": info["name"]} | accuracy.paired(answers[kept], answers[info["name"]])
         for info in measured

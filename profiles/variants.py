@@ -5,24 +5,31 @@ A variant is opened by name ("module:function") in a process of its own, so noth
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..artifact import FLOATS, Artifact, BuildSpec, EngineSpec, read_record
-from ..files import sha256_of
+from ..files import read_json, sha256_of
 from ..runtime import backends
 from .device import load_device
 
 TITLES = {
     "numpy": "NumPy",
     "onnxruntime": "ONNX Runtime",
+    "onnxruntime_gpu": "ONNX Runtime CUDA",
     "openvino": "OpenVINO",
     "tensorrt": "TensorRT",
     "tensorrt_rtx": "TensorRT-RTX",
 }
 
+ASK = """\
+import sys
+from vlmc.runtime import backends
+print(next(filter(None, map(backends.unavailable, sys.argv[1:])), ""))"""
 EAGER = "PyTorch eager"
 GPU_FLOATS = {"eager": "PyTorch eager FP16", "graph": "PyTorch CUDA graph FP16", "compile": "torch.compile FP16"}
 
@@ -57,21 +64,37 @@ def variants(
     """The float engines, the recipe's quantised engines and the kept mix (where it is neither), then the PyTorch
     baselines: float, and fake-quant with the same scales. For a device with a GPU they run there in float16, the float
     one eagerly, in a CUDA graph and through torch.compile; `torch_python` is the interpreter that has PyTorch, where
-    that is not ours."""
+    that is not ours. Engines whose backend is there and not here run there too."""
     found = Variants()
     specs = engine_specs(artifact, build)
     for name, recipe, engines in _mixes(artifact.components, build, specs):
-        reasons = [backends.unavailable(specs[part, engine].backend) for part, engine in engines.items()]
-        if reason := next(filter(None, reasons), ""):
-            found.skipped[name] = reason
-            continue
+        used = tuple(dict.fromkeys(specs[part, engine].backend for part, engine in engines.items()))
+        python = ""
+        if reason := next(filter(None, map(backends.unavailable, used)), ""):
+            elsewhere = _unavailable_under(torch_python, used) if torch_python else reason
+            if elsewhere:
+                found.skipped[name] = f"{reason}; under {torch_python}: {elsewhere}" if torch_python else reason
+                continue
+            python = torch_python
         arguments = {"device": build.device, "engines": engines, "threads": threads}
         identity = " ".join(specs[part, engine].key for part, engine in sorted(engines.items()))
         opener = "vlmc.runtime.session:open_session"
-        found.measured.append(Variant(name, "engine", opener, arguments, engines, recipe, identity))
+        found.measured.append(Variant(name, "engine", opener, arguments, engines, recipe, identity, python))
     if baselines:
         _add_baselines(found, artifact, build, threads, torch_python)
     return found
+
+
+@functools.cache
+def _unavailable_under(python: str, names: tuple[str, ...]) -> str:
+    """Why one of these backends cannot run under that interpreter; empty where all can."""
+    try:
+        asked = subprocess.run([python, "-c", ASK, *names], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"it does not start ({error})"
+    if asked.returncode:
+        return (asked.stderr.strip().splitlines() or ["no message"])[-1]
+    return asked.stdout.strip()
 
 
 def engine_specs(artifact: Artifact, build: BuildSpec) -> dict[tuple[str, str], EngineSpec]:
@@ -129,6 +152,8 @@ def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, thread
             found.skipped[name] = f"{' and '.join(missing)} not installed (`pip install vlm-compile[export]`)"
         elif recipe != "fp32" and not plan.is_file():
             found.skipped[name] = f"no plan {plan} (`vlmc calibrate {artifact.root} --recipe {recipe}`)"
+        elif recipe != "fp32" and read_json(plan).get("samples"):
+            found.skipped[name] = "the plan has no scales: TensorRT found them itself"
         else:
             identity = artifact.manifest.source.sha256 + (sha256_of(plan) if recipe != "fp32" else "")
             arguments = {"recipe": recipe, "threads": threads, **mode}

@@ -114,7 +114,8 @@ def _energy(kept: Group, source: Group) -> str:
     if isinstance(energy["joules_per_image"], str):
         return f"Energy: {energy['joules_per_image']}."
     idle = source["idle_watts"]
-    told = idle if isinstance(idle, str) else f"{idle:.3g} W idle power included"
+    above = [energy["joules_per_image_above_idle"], energy["joules_per_token_above_idle"]]
+    told = idle if isinstance(idle, str) else f"{above[0]:.3g} and {above[1]:.3g} J without {idle:.3g} W of idle power"
     return (
         f"A picture to its first token costs {energy['joules_per_image']:.3g} J and each further token "
         f"{energy['joules_per_token']:.3g} J, at {energy['watts']:.3g} W ({told}; {source['source']})."

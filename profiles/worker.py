@@ -8,30 +8,33 @@ A request is one JSON object a line; the answer is one line for every finished i
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
+import numpy as np
 from PIL import Image
 
 from ..artifact import Artifact
 from ..errors import VlmcError
 from ..files import read_json
 from ..runtime.images import open_image
-from ..runtime.session import Session
 from . import machine, memory, power, samples
+
+ENERGY_SECONDS = 2.0  # of either measurement of energy: 20 times what the slowest meter needs to move on
 
 
 def main(job_file: Path) -> None:
     replies = _take_stdout()
     try:
         job = read_json(job_file)
-        worker = Worker(job)
+        worker = open_worker(job)
         _reply(replies, {"done": True})
         for line in sys.stdin:
             request = json.loads(line)
@@ -43,19 +46,26 @@ def main(job_file: Path) -> None:
         sys.exit(1)
 
 
+def open_worker(job: dict[str, Any]) -> Worker:
+    """For a model that answers, or one that matches."""
+    matches = Artifact(Path(job["artifact"])).manifest.matching is not None
+    return (MatchWorker if matches else Worker)(job)
+
+
 class Worker:
     """A loaded variant. Its public methods are the requests; each yields once a finished item."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.log = Path(job["samples"])
         self.tokens, self.answer_tokens = int(job["tokens"]), int(job["answer_tokens"])
+        self.labels: list[str] = job["labels"]
         self.device_memory = str(job["device_memory"])
         self.free_at_start = memory.available_bytes()
         start = perf_counter()
         artifact = Artifact(Path(job["artifact"]))
         module, _, function = job["opener"].partition(":")
         opener = getattr(importlib.import_module(module), function)
-        self.session: Session = opener(artifact, **job["arguments"])
+        self.session: Any = opener(artifact, **job["arguments"])  # a Session; for a MatchWorker a Matcher
         self._write(kind="open", load_s=perf_counter() - start)
         self.cases = read_json(artifact.path_of("golden/golden.json"))["cases"]
         self.images = [_opened(artifact.path_of(case["image"])) for case in self.cases]
@@ -90,34 +100,28 @@ class Worker:
             self._write(kind="answer", **row, answer=answer, tokens=self.session.timings.tokens, **self._memory())
             yield "answer"
 
+    def energy(self) -> Iterator[str]:
+        """Joules of golden runs, one after the other for ENERGY_SECONDS: to the first token alone, and to the last. One
+        run can be shorter than the time between two readings of a meter."""
+        for tokens in (1, self.tokens):
+            yield from self._spend(tokens, functools.partial(self._answer, tokens=tokens))
+
     def run(self, index: int) -> dict[str, Any]:
         """One picture and question to `tokens` tokens, the end of text ignored so that every variant does the same
-        work: seconds of each part, wall clock, and joules up to the first token and after it (None: no meter)."""
+        work: seconds of each part, and wall clock."""
         case = index % len(self.cases)
-        paused = 0.0
-        readings: list[float] = []
+        length = 0
 
-        def read_meter() -> None:
-            nonlocal paused
-            before = perf_counter()
-            readings.extend(self._joules())
-            paused += perf_counter() - before
+        def work() -> None:
+            nonlocal length
+            length = self._answer(index, self.tokens)
 
-        read_meter()
-        waited = machine.waited_seconds()
-        paused, start = 0.0, perf_counter()
-        inputs = self.session.prepare([self.images[case]], self.cases[case]["prompt"])
-        for produced, _ in enumerate(self.session.generate(inputs, self.tokens, ignore_eos=True), 1):
-            if produced == 1:
-                read_meter()
-        wall = perf_counter() - start - paused
-        read_meter()
-        waited_after = machine.waited_seconds()
+        cost = self._cost(work)
         timings = self.session.timings
         if not timings.decode:
             raise VlmcError(
                 f"Golden case {case} leaves no room for further tokens in the KV cache",
-                found=f"a prompt of {len(inputs.input_ids)} tokens",
+                found=f"a prompt of {length} tokens",
                 fix="export with a larger --capacity",
             )
         return {
@@ -126,22 +130,45 @@ class Worker:
             "vision_s": timings.vision,
             "prefill_s": timings.prefill,
             "decode_s": timings.decode,
-            "wall_s": wall,
-            "waited_s": None if waited is None or waited_after is None else waited_after - waited,
             "tokens": timings.tokens,
-            "prompt_tokens": len(inputs.input_ids),
-            "joules": [readings[1] - readings[0], readings[2] - readings[1]] if len(readings) == 3 else None,
+            "prompt_tokens": length,
+            **cost,
         }
 
-    def _joules(self) -> list[float]:
+    def _answer(self, index: int, tokens: int) -> int:
+        """Golden case `index`, the cases coming round again, to that many tokens; returns the length of its prompt."""
+        case = index % len(self.cases)
+        inputs = self.session.prepare([self.images[case]], self.cases[case]["prompt"])
+        for _ in self.session.generate(inputs, tokens, ignore_eos=True):
+            pass
+        return len(inputs.input_ids)
+
+    def _cost(self, work: Callable[[], object]) -> dict[str, Any]:
+        """Seconds of the wall clock and of waiting for a processor."""
+        waited, start = machine.waited_seconds(), perf_counter()
+        work()
+        wall, waited_after = perf_counter() - start, machine.waited_seconds()
+        return {
+            "wall_s": wall,
+            "waited_s": None if waited is None or waited_after is None else waited_after - waited,
+        }
+
+    def _spend(self, tokens: int, run: Callable[[int], object]) -> Iterator[str]:
+        """Writes what runs of that many tokens take of the meter."""
         if self.meter is None:
-            return []
+            return
         try:
-            return [self.meter.joules()]
+            before, start, runs = self.meter.joules(), perf_counter(), 0
+            while (seconds := perf_counter() - start) < ENERGY_SECONDS:
+                run(runs)
+                runs += 1
+            joules = self.meter.joules() - before
         except (OSError, ValueError) as error:
             self.meter = None
             self._write(kind="power", reason=f"the sensor stopped answering: {error}")
-            return []
+            return
+        self._write(kind="energy", tokens=tokens, runs=runs, seconds=seconds, joules=joules)
+        yield "energy"
 
     def _memory(self) -> dict[str, Any]:
         free = memory.available_bytes()
@@ -153,6 +180,45 @@ class Worker:
 
     def _write(self, **row: Any) -> None:
         samples.append(self.log, row)
+
+
+class MatchWorker(Worker):
+    """The same of a model that matches."""
+
+    def agree(self, cases: list[int]) -> Iterator[str]:
+        """Which of the golden prompts is nearest to each picture, and which is by PyTorch."""
+        artifact: Artifact = self.session.artifact
+        with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as arrays:
+            golden = arrays["cosines"].argmax(axis=1)
+        prompts = [case["prompt"] for case in self.cases]
+        for index in cases:
+            nearest = self.session.match([self.images[index]], prompts).cosines.argmax()
+            self._write(kind="agreement", case=index, tokens=[int(nearest)], golden=[int(golden[index])])
+            yield "agreement"
+
+    def evaluate(self, rows: list[dict[str, Any]]) -> Iterator[str]:
+        """Every picture's cosines with all labels; `answer` is the nearest."""
+        texts = self.session.text_features(self.labels)
+        for row in rows:
+            cosines = (self.session.image_features([open_image(Path(row["file"]))]) @ texts.T)[0]
+            answer = self.labels[int(cosines.argmax())]
+            self._write(kind="answer", **row, answer=answer, cosines=cosines.tolist(), **self._memory())
+            yield "answer"
+
+    def energy(self) -> Iterator[str]:
+        yield from self._spend(0, self._match)
+
+    def run(self, index: int) -> dict[str, Any]:
+        """One golden picture matched with its prompt: seconds of each part, and wall clock."""
+        case = index % len(self.cases)
+        cost = self._cost(lambda: self._match(index))
+        timings = self.session.timings
+        parts = {f"{part}_s": getattr(timings, part) for part in ("preprocess", "vision", "text")}
+        return {"case": case, **parts, **cost}
+
+    def _match(self, index: int) -> None:
+        case = index % len(self.cases)
+        self.session.match([self.images[case]], [self.cases[case]["prompt"]])
 
 
 def _meter(source: str, rails: tuple[str, ...]) -> power.Meter | None:

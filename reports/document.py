@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..artifact import from_json
 from ..errors import VlmcError
 from ..files import read_json
+from ..records import from_json
 
 SCHEMA = 1
 ABSENT = "unavailable: not in the report"
@@ -97,6 +97,7 @@ class Variant:
     engines: dict[str, str] = field(default_factory=dict)
     latency_ms: dict[str, Statistics | str] | str = ABSENT
     tokens_per_s: Statistics | str = ABSENT
+    pairs_per_s: Statistics | str = ABSENT  # of a model that matches
     memory: dict[str, Number] | str = ABSENT
     energy: dict[str, Number] | str = ABSENT
     roofline: dict[str, Roofline | str] | str = ABSENT
@@ -111,6 +112,7 @@ class Model:
     name: str
     family: str = ""
     random_weights: bool = False
+    matching: bool = False  # it matches pictures with texts and generates nothing
     parameters: dict[str, int] = field(default_factory=dict)
 
 
@@ -121,6 +123,7 @@ class Speedup:
     of: str
     over: str
     vision: Number = ABSENT
+    text: Number = ABSENT  # of a model that matches
     prefill: Number = ABSENT
     decode: Number = ABSENT
     end_to_end: Number = ABSENT
@@ -156,6 +159,47 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What a kind of model is measured by, each figure by its key with its title. `first`: the time that says most
+    beside vision; `rate`: a Variant's attribute; `energies`: the first is for the headline; `parts`: of a Speedup;
+    `bars`: the times that add up to the whole but for `rest`, which has none of its own."""
+
+    times: Mapping[str, str]
+    first: tuple[str, str]
+    rate: tuple[str, str]
+    energies: Mapping[str, str]
+    parts: Mapping[str, str]
+    bars: tuple[str, ...]
+    rest: str = ""
+
+
+_BEGIN = {"load": "loading", "preprocess": "preprocessing", "vision": "vision"}
+GENERATING = Terms(
+    times=_BEGIN
+    | {
+        "prefill": "prefill",
+        "time_to_first_token": "first token",
+        "decode_per_token": "each further token",
+        "end_to_end": "end to end",
+    },
+    first=("time_to_first_token", "first token"),
+    rate=("tokens_per_s", "tokens/s"),
+    energies={"joules_per_image": "J/picture", "joules_per_token": "J/token", "watts": "W"},
+    parts={"vision": "vision", "prefill": "prefill", "decode": "decode", "end_to_end": "end to end"},
+    bars=("preprocess", "vision", "prefill"),
+    rest="decode",
+)
+MATCHING = Terms(
+    times=_BEGIN | {"text": "text", "end_to_end": "end to end"},
+    first=("text", "text"),
+    rate=("pairs_per_s", "pairs/s"),
+    energies={"joules_per_pair": "J/pair", "watts": "W"},
+    parts={"vision": "vision", "text": "text", "end_to_end": "end to end"},
+    bars=("preprocess", "vision", "text"),
+)
+
+
+@dataclass(frozen=True)
 class Report:
     schema: int
     artifact: Model
@@ -175,6 +219,15 @@ class Report:
         """The variant that runs just the engines that the verdict chose."""
         chosen = {component: choice.engine for component, choice in self.verdict.choices.items()}
         return next((v for v in self.variants if chosen and chosen.items() <= v.engines.items()), None)
+
+    @property
+    def terms(self) -> Terms:
+        return MATCHING if self.artifact.matching else GENERATING
+
+    def rate(self, variant: Variant) -> Statistics | str:
+        """The variant's tokens/s or pairs/s."""
+        found: Statistics | str = getattr(variant, self.terms.rate[0])
+        return found
 
     @property
     def reference(self) -> Variant:

@@ -70,8 +70,10 @@ def key_figures(report: Report) -> list[Figure]:
         return []
     faster = next((entry for entry in report.speedups_of(kept) if entry.over == report.reference.name), None)
     vision = f"{words.ratio(faster.vision)} as fast" if faster and isinstance(faster.vision, float) else ""
-    decode = f"{words.ratio(faster.decode)} as fast" if faster and isinstance(faster.decode, float) else ""
-    first, right = tables.statistics(kept, "time_to_first_token"), kept.accuracy
+    quicker = faster and (faster.end_to_end if report.artifact.matching else faster.decode)
+    rate = f"{words.ratio(quicker)} as fast" if isinstance(quicker, float) else ""
+    terms = report.terms
+    first, right = tables.statistics(kept, terms.first[0]), kept.accuracy
     slowest = "" if isinstance(first, str) else f"99 % within {words.number(first.p99)} ms"
     disk, peak = look(kept.memory, "disk_bytes"), look(kept.memory, "peak_rss_bytes")
     resident = "" if isinstance(peak, str) else f"{words.size(peak)} in memory"
@@ -79,8 +81,8 @@ def key_figures(report: Report) -> list[Figure]:
     interval = "" if isinstance(right, str) else f"95 % interval {words.interval(right.overall)}"
     return [
         _figure("vision", tables.median(tables.statistics(kept, "vision")), lambda x: f"{words.number(x)} ms", vision),
-        _figure("first token", tables.median(first), lambda x: f"{words.number(x)} ms", slowest),
-        _figure("tokens/s", tables.median(kept.tokens_per_s), words.number, decode),
+        _figure(terms.first[1], tables.median(first), lambda x: f"{words.number(x)} ms", slowest),
+        _figure(terms.rate[1], tables.median(report.rate(kept)), words.number, rate),
         _figure("on disk", disk, words.size, resident),
         _figure("right answers", accuracy, words.percent, interval),
     ]

@@ -20,6 +20,7 @@ from .tables import median, statistics
 PARTS = {
     "preprocess": ("preprocessing", "part1", "dark_text"),
     "vision": ("vision", "part2", "dark_text"),
+    "text": ("text", "part3", "light_text"),
     "prefill": ("prefill", "part3", "light_text"),
     "decode": ("decoding", "part4", "light_text"),
 }
@@ -54,10 +55,13 @@ def draw(report: Report) -> list[Plot]:
 
 
 def latency(report: Report) -> Plot:
-    plot = Plot("latency", "Where does the time of an answer go?", "Milliseconds from picture to end of text, medians.")
+    question, caption = "Where does the time of an answer go?", "Milliseconds from picture to end of text, medians."
+    if report.artifact.matching:
+        question, caption = "Where does the time go?", "Milliseconds to match a picture with a text, medians."
+    plot = Plot("latency", question, caption)
     rows = {}
     for variant in report.variants:
-        parts = _parts(variant, plot)
+        parts = _parts(report, variant, plot)
         rows[variant.name] = parts
         if parts:
             told = ", ".join(f"{PARTS[part][0]} {words.number(ms)}" for part, ms in parts.items())
@@ -65,7 +69,8 @@ def latency(report: Report) -> Plot:
     longest = max((sum(parts.values()) for parts in rows.values()), default=0)
     if not longest:
         return plot
-    canvas = Canvas(report, len(rows), legend=[(title, colour) for title, colour, _ in PARTS.values()])
+    shown = filter(None, (*report.terms.bars, report.terms.rest))
+    canvas = Canvas(report, len(rows), legend=[PARTS[part][:2] for part in shown])
     for name, parts in rows.items():
         canvas.row(name)
         left = 0.0
@@ -80,21 +85,24 @@ def latency(report: Report) -> Plot:
     return plot
 
 
-def _parts(variant: Variant, plot: Plot) -> dict[str, float]:
-    """Milliseconds per part; decoding is what the end-to-end median leaves. Empty where a part is missing."""
-    entries = {part: median(statistics(variant, part)) for part in ("preprocess", "vision", "prefill", "end_to_end")}
+def _parts(report: Report, variant: Variant, plot: Plot) -> dict[str, float]:
+    """Milliseconds per part; the rest is what the end-to-end median leaves. Empty where a part is missing."""
+    entries = {part: median(statistics(variant, part)) for part in (*report.terms.bars, "end_to_end")}
     found = {part: plot.number(variant.name, entry) for part, entry in entries.items()}
     known = {part: ms for part, ms in found.items() if ms is not None}
     if len(known) < len(found):
         return {}
-    total = known.pop("end_to_end")
-    return known | {"decode": max(0.0, total - sum(known.values()))}
+    total, rest = known.pop("end_to_end"), report.terms.rest
+    return known | ({rest: max(0.0, total - sum(known.values()))} if rest else {})
 
 
 def rate(report: Report) -> Plot:
     caption = "Tokens per second while decoding: the median (slowest–fastest run)."
     plot = Plot("rate", "How fast does the text come?", caption)
-    spans = {v.name: v.tokens_per_s for v in report.variants}
+    if report.artifact.matching:
+        caption = "Pictures matched with a text each, in a second: the median (slowest–fastest run)."
+        plot = Plot("rate", "How many pairs in a second?", caption)
+    spans = {v.name: report.rate(v) for v in report.variants}
     found = {name: median(entry) for name, entry in spans.items()}
     _bars(report, plot, found, words.number, {n: (e.min, e.max) for n, e in spans.items() if isinstance(e, Statistics)})
     return plot
@@ -130,7 +138,9 @@ def energy(report: Report) -> Plot:
     plot = Plot(
         "energy", "What energy does a picture cost?", "Joules from the picture to the first token, idle power included."
     )
-    found = {v.name: look(v.energy, "joules_per_image") for v in report.variants}
+    if report.artifact.matching:
+        plot = Plot("energy", "What energy does a pair cost?", "Joules of a picture and a text, idle power included.")
+    found = {v.name: look(v.energy, next(iter(report.terms.energies))) for v in report.variants}
     _bars(report, plot, found, lambda joules: f"{words.number(joules)} J")
     return plot
 

@@ -12,7 +12,8 @@ from .tables import STATISTICS
 COLUMNS = ("model", "weights", "device", "variant", "kind", "recipe", "metric", "statistic", "value", "unit", "note")
 
 Line = tuple[str, str, Number, str]  # metric, statistic, value or reason, unit
-_MEMORY_UNIT, _ENERGY_UNITS = "bytes", {"joules_per_image": "J", "joules_per_token": "J", "watts": "W"}
+_JOULES = ("joules_per_image", "joules_per_token", "joules_per_pair")
+_ENERGY_UNITS = dict.fromkeys([*_JOULES, *(f"{name}_above_idle" for name in _JOULES)], "J") | {"watts": "W"}
 
 
 def render(report: Report) -> str:
@@ -23,16 +24,16 @@ def render(report: Report) -> str:
     weights = "random" if report.artifact.random_weights else "trained"
     for variant in report.variants:
         start = (report.artifact.name, weights, report.device_name, variant.name, variant.kind, variant.recipe)
-        for metric, statistic, value, unit in [*_lines(variant), *_speedups(report, variant)]:
+        for metric, statistic, value, unit in [*_lines(report, variant), *_speedups(report, variant)]:
             found = ("", unit, value) if isinstance(value, str) else (repr(value), unit, "")
             writer.writerow((*start, metric, statistic, *found))
     return text.getvalue()
 
 
-def _lines(variant: Variant) -> Iterator[Line]:
+def _lines(report: Report, variant: Variant) -> Iterator[Line]:
     yield from _group("latency", variant.latency_ms, "ms")
-    yield from _statistics("tokens_per_s", variant.tokens_per_s, "1/s")
-    yield from _group("memory", variant.memory, _MEMORY_UNIT)
+    yield from _statistics(report.terms.rate[0], report.rate(variant), "1/s")
+    yield from _group("memory", variant.memory, "bytes")
     yield from _group("energy", variant.energy, "")
     yield from _rooflines(variant)
     yield from _products(variant)
@@ -100,5 +101,5 @@ def _accuracy(variant: Variant) -> Iterator[Line]:
 def _speedups(report: Report, variant: Variant) -> Iterator[Line]:
     for entry in report.speedups:
         if entry.of == variant.name:
-            for part in ("vision", "prefill", "decode", "end_to_end"):
+            for part in report.terms.parts:
                 yield f"speedup.{part}", f"over {entry.over}", getattr(entry, part), "×"

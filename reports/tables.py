@@ -12,16 +12,6 @@ from . import words
 from .document import ABSENT, Number, Report, Roofline, Score, Statistics, Variant, look
 
 STATISTICS = ("mean", "std", "min", "max", "median", "p90", "p99", "count")
-TIMES = {  # keys of latency_ms
-    "load": "loading",
-    "preprocess": "preprocessing",
-    "vision": "vision",
-    "prefill": "prefill",
-    "time_to_first_token": "first token",
-    "decode_per_token": "each further token",
-    "end_to_end": "end to end",
-}
-
 _TRIED = {  # keys of a candidate
     "run": "ms",
     "prefill": "prefill ms",
@@ -68,20 +58,22 @@ def median(entry: Statistics | str) -> Number:
 
 def headline(report: Report) -> Table:
     """A row per variant: the numbers to choose by."""
-    columns = ["variant", "vision ms", "first token ms", "tokens/s", "memory", "J/picture", "accuracy %", "speed-up"]
-    title = (
-        "Medians; peak resident memory; joules to the first token; accuracy with its 95 % interval; speed-up end to end"
-    )
+    terms = report.terms
+    energy, joules = next(iter(terms.energies.items()))
+    columns = ["variant", "vision ms", f"{terms.first[1]} ms", terms.rate[1]]
+    columns += ["memory", joules, "accuracy %", "speed-up"]
+    cost = "joules of a picture with a text" if report.artifact.matching else "joules to the first token"
+    title = f"Medians; peak resident memory; {cost}; accuracy with its 95 % interval; speed-up end to end"
     table = Table(f"{title} over {report.reference.name}", columns)
     for variant in report.variants:
         table.add(
             [
                 variant.name,
                 table.cell(median(statistics(variant, "vision"))),
-                table.cell(median(statistics(variant, "time_to_first_token"))),
-                table.cell(median(variant.tokens_per_s)),
+                table.cell(median(statistics(variant, terms.first[0]))),
+                table.cell(median(report.rate(variant))),
                 table.cell(look(variant.memory, "peak_rss_bytes"), words.size),
-                table.cell(look(variant.energy, "joules_per_image")),
+                table.cell(look(variant.energy, energy)),
                 _score(a if isinstance(a := variant.accuracy, str) else a.overall, table),
                 "1"
                 if variant is report.reference
@@ -101,9 +93,10 @@ def _times_as_fast(variant: Variant, reference: Variant) -> Number:
 
 
 def speedups(report: Report) -> Table:
-    table = Table("How many times as fast", ["variant", "over", "vision", "prefill", "decode", "end to end"], names=2)
+    parts = report.terms.parts
+    table = Table("How many times as fast", ["variant", "over", *parts.values()], names=2)
     for entry in report.speedups:
-        values = (entry.vision, entry.prefill, entry.decode, entry.end_to_end)
+        values = [getattr(entry, part) for part in parts]
         row = [entry.of, entry.over, *(table.cell(value, words.ratio) for value in values)]
         table.add(row, kept=report.kept is not None and entry.of == report.kept.name)
     return table
@@ -113,13 +106,18 @@ def accuracy(report: Report) -> Table:
     """Share of right answers in per cent (captions: of facts) by task, and how many golden answers are met."""
     found = {v.name: v.accuracy if isinstance(v.accuracy, str) else v.accuracy.tasks for v in report.variants}
     names = list(dict.fromkeys(name for tasks in found.values() if not isinstance(tasks, str) for name in tasks))
-    columns = ["variant", *map(words.task, names), "all questions", "golden answers met (first difference)"]
+    met = "golden choices met" if report.artifact.matching else "golden answers met (first difference)"
+    columns = ["variant", *map(words.task, names), *([] if report.artifact.matching else ["all questions"]), met]
     table = Table("Right answers in %, with 95 % interval", columns)
     for variant in report.variants:
         overall, agreed = variant.accuracy, variant.agreement
         row = [_score(look(found[variant.name], name), table) for name in names]
-        row.append(_score(overall if isinstance(overall, str) else overall.overall, table))
-        row.append(table.cell(agreed) if isinstance(agreed, str) else words.agreement(agreed))
+        if report.artifact.matching:
+            met = table.cell(agreed) if isinstance(agreed, str) else f"{agreed.equal} of {agreed.cases}"
+        else:
+            row.append(_score(overall if isinstance(overall, str) else overall.overall, table))
+            met = table.cell(agreed) if isinstance(agreed, str) else words.agreement(agreed)
+        row.append(met)
         table.add([variant.name, *row], kept=variant is report.kept)
     return table
 
@@ -129,11 +127,12 @@ def _score(entry: Score | str, table: Table) -> str:
 
 
 def times(report: Report) -> Table:
-    """Every statistic of every time, and of tokens/s."""
-    table = Table("All times in milliseconds, rates in tokens/s", ["variant", "part", *STATISTICS], names=2)
+    """Every statistic of every time, and of the rate."""
+    rate = report.terms.rate[1]
+    table = Table(f"All times in milliseconds, rates in {rate}", ["variant", "part", *STATISTICS], names=2)
     for variant in report.variants:
-        measured = {title: statistics(variant, time) for time, title in TIMES.items()}
-        for title, entry in (measured | {"tokens/s": variant.tokens_per_s}).items():
+        measured = {title: statistics(variant, time) for time, title in report.terms.times.items()}
+        for title, entry in (measured | {rate: report.rate(variant)}).items():
             cells = [table.cell(entry if isinstance(entry, str) else getattr(entry, name)) for name in STATISTICS[:-1]]
             count = table.cell(entry if isinstance(entry, str) else entry.count, str)
             table.add([variant.name, title, *cells, count], kept=variant is report.kept)
@@ -143,8 +142,8 @@ def times(report: Report) -> Table:
 def footprint(report: Report) -> Table:
     """Memory, disk, energy, and in what precision the matrix products really run."""
     sizes = ("peak_rss_bytes", "peak_device_bytes", "disk_bytes", "build_peak_bytes")
-    energies = ("joules_per_image", "joules_per_token", "watts")
-    columns = ["variant", "peak resident", "peak on device", "on disk", "while building", "J/picture", "J/token", "W"]
+    energies = report.terms.energies
+    columns = ["variant", "peak resident", "peak on device", "on disk", "while building", *energies.values()]
     table = Table(
         "Memory and size, energy, and the precision that matrix products really run in", [*columns, "matrix products"]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from ..evaluation.matching import RECALL, ZERO_SHOT
 from ..evaluation.tasks import TASKS
 from .document import ABSENT, Agreement, Comparison, Report, Score, Speedup
 
@@ -15,6 +16,7 @@ _COMPONENTS = {
     "decoder_prefill": "decoder, prefill",
     "decoder_step": "decoder, a step",
 }
+_MATCHING = {ZERO_SHOT: "Label of a picture (zero-shot)", RECALL: "Picture of a label (recall@1)"}
 
 
 def component(name: str) -> str:
@@ -22,7 +24,7 @@ def component(name: str) -> str:
 
 
 def task(name: str) -> str:
-    return TASKS.get(name, name.replace("_", " "))
+    return (TASKS | _MATCHING).get(name, name.replace("_", " "))
 
 
 def number(value: float) -> str:

@@ -15,33 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..artifact import Artifact, from_json
+from ..artifact import Artifact, MatchSpec
 from ..errors import VlmcError
-from ..files import read_json
 from . import backends, preprocessing, prompt
 from .runner import Runner
 
 TEXTS = 32  # that are read at once: enough for a long list to be fast, few enough to fit a small board
 
 
-@dataclass(frozen=True)
-class MatchSpec:
-    """The manifest's `matching`: what is done around the two encoders.
-
-    `logit_scale` multiplies cosines before the softmax. `text_length`: most tokens of a text, special ones included.
-    `begin_token_ids` and `end_token_ids` stand around every text; `pad_token_id` fills up a batch's shorter ones."""
-
-    logit_scale: float
-    text_length: int
-    begin_token_ids: tuple[int, ...]
-    end_token_ids: tuple[int, ...]
-    pad_token_id: int
-
-
 def spec_of(artifact: Artifact) -> MatchSpec | None:
     """The manifest's `matching`; None where the model generates."""
-    spec = read_json(artifact.root / "manifest.json").get("matching")
-    return None if spec is None else from_json(MatchSpec, spec, "manifest.json.matching")
+    return artifact.manifest.matching
 
 
 @dataclass(frozen=True)
@@ -77,7 +61,7 @@ class Matcher:
     """The two encoders of one artefact, each on its backend."""
 
     def __init__(self, artifact: Artifact, vision: Runner, text: Runner) -> None:
-        spec = spec_of(artifact)
+        spec = artifact.manifest.matching
         if spec is None:
             raise VlmcError(f"{artifact.manifest.name} answers questions and matches nothing", fix="ask it a question")
         self.artifact, self.spec, self.vision, self.text = artifact, spec, vision, text

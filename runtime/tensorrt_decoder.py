@@ -48,18 +48,17 @@ class TensorrtDecoder:
         self._launch = self._capture_step()
 
     def prefill(self, inputs_embeds: NDArray[np.float32], **further: Array) -> int:
-        assert not further, "the builder refuses decoders with further inputs"
+        """See `Decoder`. What is in `further` stays on the GPU for the steps."""
         length = inputs_embeds.shape[1]
-        gpu, addresses, dtypes = self._gpu, self._addresses, self._engine.dtypes
-        uploads = {
-            addresses["inputs_embeds"]: np.ascontiguousarray(inputs_embeds, dtypes["inputs_embeds"]),
-            addresses["input_ids"]: np.full((1, length), -1, dtypes["input_ids"]),
-            addresses["position_ids"]: np.arange(length, dtype=dtypes["position_ids"])[None],
-            addresses["logits_index"]: np.array([length - 1], dtypes["logits_index"]),
-            self._state: np.zeros(3 * SLOT, np.int8),
-        }
+        given = {"position_ids": np.arange(length)[None], **further, "inputs_embeds": inputs_embeds}
+        given |= {"input_ids": np.full((1, length), -1), "logits_index": np.array([length - 1])}
+        if "position_offset" in self._engine.inputs:
+            given["position_offset"] = np.array([given["position_ids"].max() + 1 - length])
+        dtypes = self._engine.dtypes
+        uploads = {self._addresses[name]: np.ascontiguousarray(a, dtypes[name]) for name, a in given.items()}
+        uploads[self._state] = np.zeros(3 * SLOT, np.int8)
         for address, array in uploads.items():
-            gpu.upload(address, array)
+            self._gpu.upload(address, array)
         shapes = {name: self._at_length(name, length) for name in self._engine.inputs}
         self._prefill.use_profile(self._profile_for(length), shapes)
         self._prefill.enqueue()
@@ -117,10 +116,14 @@ class TensorrtDecoder:
         self._gpu.wait()
 
     def _capture_step(self) -> Any:
-        """The decode step as one CUDA graph. It reads token and position where the kernel before left them."""
-        step = {"input_ids": self._state + SLOT, "position_ids": self._state, "write_index": self._state}
-        self._step.use_profile(0, {name: self._at_length(name, 1) for name in self._engine.inputs})
-        self._step.bind(self._addresses | step | {"logits_index": self._zero})
+        """The decode step as one CUDA graph. It reads token and position where the kernel before left them; of several
+        positions the engine works out its own. What else a prompt gave stays (a prefix is what a step sees anyway)."""
+        inputs = self._engine.inputs
+        step = {"input_ids": self._state + SLOT, "write_index": self._state, "logits_index": self._zero}
+        if "position_offset" not in inputs:
+            step["position_ids"] = self._state
+        self._step.use_profile(0, {name: self._at_length(name, 1) for name in inputs})
+        self._step.bind(self._addresses | step)
 
         def enqueue() -> None:
             self._step.enqueue()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .cuda import Gpu, architecture
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 ENGINE = "engine.trt"  # the file of an engine in its folder
+APART = ("tiles", "texts")  # free sizes of things that have nothing to do with one another
 
 
 @functools.cache  # TensorRT keeps the process's first logger: where that was freed, a later builder hangs
@@ -37,6 +38,14 @@ def logger(trt: Any) -> Any:
                 self.warnings.append(message.strip())
 
     return Logger()
+
+
+def batch(shapes: Sequence[Sequence[int | str]]) -> str:
+    """The name of the size that is the first axis of all inputs and outputs of a component, these being their shapes,
+    and counts things that are apart: the inputs can then be run in parts. Empty where there is none."""
+    first = {shape[0] if shape else 1 for shape in shapes}
+    name = first.pop()
+    return name if not first and isinstance(name, str) and name in APART else ""
 
 
 class Engine:

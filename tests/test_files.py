@@ -28,8 +28,8 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
 
 
-def stage_with(target: Path, content: str, stopped_by: BaseException | None = None) -> None:
-    with staged_folder(target) as stage:
+def stage_with(target: Path, content: str, stopped_by: BaseException | None = None, key: str = "") -> None:
+    with staged_folder(target, key) as stage:
         (stage / "content").write_text(content)
         if stopped_by:
             raise stopped_by
@@ -269,6 +269,57 @@ def test_sigkill_leaves_the_old_folder_and_nothing_that_the_next_run_keeps(tmp_p
     stage_with(target, "new")
     assert (target / "content").read_text() == "new"
     assert leftovers(tmp_path) == []
+
+
+# A folder that a killed run goes on filling
+
+
+@pytest.mark.parametrize("name", ["target", "a[1]", "a.b"])
+@pytest.mark.parametrize("pid", [DEAD, os.getpid()], ids=["dead", "ours"])
+def test_a_killed_runs_folder_is_handed_out_again_for_the_same_key_alone(name: str, pid: int, tmp_path: Path) -> None:
+    for key in ("k1", "k2"):
+        (tmp_path / f".{name}.{pid}.partial-{key}").mkdir()
+        (tmp_path / f".{name}.{pid}.partial-{key}" / "half").write_text(key)
+    with staged_folder(tmp_path / name, "k1") as stage:
+        assert (stage / "half").read_text() == "k1"
+        assert leftovers(tmp_path) == [stage.name]
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["half"]
+    assert leftovers(tmp_path) == []
+
+
+def test_of_several_one_is_handed_out_and_the_others_are_cleared_away(tmp_path: Path) -> None:
+    for pid in (DEAD, DEAD + 1):
+        (tmp_path / f".target.{pid}.partial-k").mkdir()
+        (tmp_path / f".target.{pid}.partial-k" / "half").write_text("x")
+    with staged_folder(tmp_path / "target", "k") as stage:
+        assert (stage / "half").read_text() == "x"
+        assert leftovers(tmp_path) == [stage.name]
+
+
+def test_one_that_is_still_being_filled_is_not_handed_out(tmp_path: Path) -> None:
+    other = tmp_path / f".target.{os.getppid()}.partial-k"
+    other.mkdir()
+    with staged_folder(tmp_path / "target", "k") as stage:
+        assert stage != other
+    assert other.is_dir()
+
+
+def test_another_targets_folder_is_not_taken_for_one(tmp_path: Path) -> None:
+    others = [f".target.{DEAD}.{os.getppid()}.partial-k", f".target.{DEAD}.partial-my notes"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with staged_folder(tmp_path / "target", "k") as stage:
+        assert list(stage.iterdir()) == []
+    assert leftovers(tmp_path) == sorted(others)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), VlmcError("x"), KeyboardInterrupt(), SystemExit(1)])
+def test_an_interruption_keeps_the_folder_and_a_failure_does_not(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
+        stage_with(tmp_path / "target", "half", error, "k")
+    assert len(leftovers(tmp_path)) == (not isinstance(error, Exception))
+    with staged_folder(tmp_path / "target", "k") as stage:
+        assert (stage / "content").exists() != isinstance(error, Exception)
 
 
 # A full disk

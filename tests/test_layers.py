@@ -50,6 +50,7 @@ def test_the_layers_are_those_of_the_design() -> None:
         "runtime",
         "console",
         "artifact",
+        "records",
         "files",
         "errors",
         "demo",

@@ -34,12 +34,14 @@ FLOAT = Precision()
 @dataclass(frozen=True)
 class Recipe:
     """`rules` maps patterns on COMPONENT/MODULE.PATH (fnmatch) to precisions. The first that matches counts, and what
-    none matches stays float. `observer` chooses the range of activations (see `observers.RANGES`)."""
+    none matches stays float. `observer` chooses the range of activations (see `observers.RANGES`). `implicit`: the
+    components that TensorRT calibrates itself while it builds, by that observer, from inputs that the plan keeps."""
 
     name: str
     about: str
     rules: dict[str, Precision]
     observer: str = "minmax"
+    implicit: tuple[str, ...] = ()
 
     def precision(self, module: str) -> Precision:
         """The precision of the module COMPONENT/MODULE.PATH."""
@@ -48,7 +50,7 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether activations must be seen; weights alone need no calibration set."""
-        return any(rule.activation_bits or rule.smooth for rule in self.rules.values())
+        return bool(self.implicit) or any(rule.activation_bits or rule.smooth for rule in self.rules.values())
 
 
 def names() -> list[str]:

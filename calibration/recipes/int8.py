@@ -4,7 +4,8 @@ Alpha is between the paper's 0.5 and the 0.85 that its authors use for Llama: of
 demo's log probabilities nearest to float on held-out questions. Ranges are the largest values seen: after smoothing,
 cutting them (percentile, entropy, least squares) helped the picture's features a little and cost the decoder more.
 The head is quantised: on the demo that costs nothing, and it is a fifth of the bytes that SmolVLM-256M's decoder
-reads. The patch convolution stays float: it is below a hundredth of the work.
+reads. The patch convolution stays float: it is below a hundredth of the work. A text encoder and a fusion, which few
+models have, are treated like the rest; no trained one was measured yet.
 """
 
 from . import FLOAT, Precision, Recipe
@@ -14,5 +15,5 @@ W8A8 = Precision(weight_bits=8, activation_bits=8, smooth=0.65)
 RECIPE = Recipe(
     "int8",
     "8-bit weights and activations, smoothed",
-    {"*patch_embed*": FLOAT, "vision_encoder/*": W8A8, "decoder/*": W8A8},
+    {"*patch_embed*": FLOAT} | dict.fromkeys(("vision_encoder/*", "text_encoder/*", "fusion/*", "decoder/*"), W8A8),
 )

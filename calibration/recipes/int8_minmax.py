@@ -7,5 +7,5 @@ W8A8 = Precision(weight_bits=8, activation_bits=8)
 RECIPE = Recipe(
     "int8-minmax",
     "8-bit weights and activations, not smoothed, ranges of the largest values",
-    {"*patch_embed*": FLOAT, "vision_encoder/*": W8A8, "decoder/*": W8A8},
+    {"*patch_embed*": FLOAT} | dict.fromkeys(("vision_encoder/*", "text_encoder/*", "fusion/*", "decoder/*"), W8A8),
 )

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ...artifact import KvContract, KvSpec
 from ...profiles.device import Device
@@ -29,10 +31,21 @@ MODEL = "model.onnx"  # an engine that is a graph has this name in its folder
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a builder that finds INT8 scales itself finds them from: `observer` is `entropy` or `minmax`, a batch the
+    component's inputs by name, all batches of one shape; `cache` is the file where the scales are kept."""
+
+    observer: str
+    batches: Sequence[Mapping[str, NDArray[np.float32]]]
+    cache: Path
+
+
+@dataclass(frozen=True)
 class Job:
     """What is to be built, beside the graph: `folder` is where the engine goes; `embed()` gives the canonical graph of
     embed_tokens, for decoders that look up the next token themselves; `tiles` is the most that a golden picture has;
-    `cache` is a file that all engines of the device share, for what a builder finds out by timing."""
+    `cache` is a file that all engines of the device share, for what a builder finds out by timing; `calibration` where
+    the recipe leaves the scales to the builder."""
 
     component: str
     precision: str
@@ -42,6 +55,7 @@ class Job:
     embed: Callable[[], ir.Model]
     tiles: int
     cache: Path
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)

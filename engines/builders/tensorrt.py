@@ -5,7 +5,8 @@ One canonical graph, lowered as far as the device's TensorRT needs it:
   the decoder attends over two segments;
 - up to 10.11 the graph stays float32 and builder flags allow FP16 and INT8 (weak typing); from 10.12 on precision is in
   the graph (strong typing).
-INT8 is explicit Q/DQ in both. The timing cache lies in the device's folder of the artefact, for all its engines.
+INT8 is explicit Q/DQ in both; with weak typing TensorRT can also find the scales itself (`tensorrt_calibrator.py`). The
+timing cache lies in the device's folder of the artefact, for all its engines.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from typing import Any
 import onnx_ir as ir
 
 from ...artifact import FLOATS, KvContract, KvSpec
+from ...calibration import recipes
 from ...files import write_bytes
 from ...profiles.device import Device
 from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
 from ...runtime.tensorrt_engine import ENGINE, logger
-from .. import tensorrt_network
+from .. import tensorrt_calibrator, tensorrt_network
 from ..passes import float_weights, half_precision, opset17, patches_as_matmul, token_loop, two_segment_attention
-from ..tensorrt_network import Parsed, Profile, profile
+from ..tensorrt_network import Parsed
+from ..tensorrt_profiles import Profile, profile
 from . import Built, Job
 
 PACKAGES = ("tensorrt",)
@@ -62,6 +65,11 @@ def refuses(component: str, precision: str, device: Device) -> str:
     if (precision == "w4" and version(device) < INT4) or (precision == "w8" and version(device) < NATIVE):
         need = "10.0" if precision == "w4" else "10.15"
         return f"its weights in blocks need TensorRT {need}, and {device.title} has {device.tensorrt}"
+    implicit = () if precision in FLOATS else recipes.load(precision).implicit
+    if implicit and component not in implicit:
+        return "TensorRT's own calibration would need caches that earlier steps have filled"
+    if implicit and version(device) >= STRONG:
+        return f"TensorRT's own calibration needs weak typing, up to 10.11, and {device.title} has {device.tensorrt}"
     return ""
 
 
@@ -98,11 +106,11 @@ def profiles(model: ir.Model, kv: KvSpec, tiles: int) -> list[Profile]:
     length."""
     if any(value.name == "inputs_embeds" for value in model.graph.inputs):
         lengths = [length for length in PROMPTS if length < kv.capacity] + [kv.capacity]
-        ranges = [(1, 1, 1), *((1, length, length) for length in lengths)]
+        size, ranges = "length", [(1, 1, 1), *((1, length, length) for length in lengths)]
     else:
         most = min(max(tiles, 1), MOST_TILES)
-        ranges = [(1, 1, 1)] + ([(2, most, MOST_TILES)] if tiles > 1 else [])
-    return [profile(model, *sizes) for sizes in ranges]
+        size, ranges = "tiles", [(1, 1, 1)] + ([(2, most, MOST_TILES)] if tiles > 1 else [])
+    return [profile(model, {size: sizes}) for sizes in ranges]
 
 
 def build(model: ir.Model, job: Job) -> Built:
@@ -126,6 +134,8 @@ def build(model: ir.Model, job: Job) -> Built:
                 flags = ["FP16", "PREFER_PRECISION_CONSTRAINTS"] + ["INT8"] * (job.precision not in FLOATS)
                 for flag in flags:
                     config.set_flag(getattr(trt.BuilderFlag, flag))
+            if job.calibration is not None:
+                tensorrt_calibrator.use(trt, parsed.builder, config, job.calibration, cuda.Gpu())
             cache.use(config)
 
         engine = tensorrt_network.serialise(parsed, shapes, configure)

@@ -19,7 +19,7 @@ from ...profiles.device import Device
 from ...runtime.tensorrt_engine import ENGINE
 from .. import tensorrt_network
 from ..passes import half_precision, token_loop
-from ..tensorrt_network import Profile, profile
+from ..tensorrt_profiles import Profile, profile
 from . import MODEL, Built, Job
 
 PACKAGES = ("tensorrt-rtx-cu13",)
@@ -82,9 +82,9 @@ def profiles(model: ir.Model, job: Job) -> list[Profile]:
     """The shapes that the lowered graph is compiled for. Vision: up to a picture's tiles. Decoder: steps and prompts in
     one, best for steps; a profile for each packs the weights twice (docs/experiments.md)."""
     if job.component == "vision_encoder":
-        return [profile(model, 1, max(1, job.tiles), max(MOST_TILES, job.tiles))]
+        return [profile(model, {"tiles": (1, max(1, job.tiles), max(MOST_TILES, job.tiles))})]
     capacity = job.kv.capacity
-    return [profile(model, 1, 1, capacity)]
+    return [profile(model, {"length": (1, 1, capacity)})]
 
 
 def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:

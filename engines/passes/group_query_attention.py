@@ -6,8 +6,6 @@ writes the new keys and values itself, and rotates queries and keys from tables.
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -112,15 +110,11 @@ def _merged(attention: ir.Node) -> ir.Node:
 
 def _tables(model: ir.Model, rotary: ir.Node, capacity: int) -> dict[str, NDArray[Any]]:
     """cos and sin (capacity, dim / 2) of every position, computed by the graph's own nodes."""
-    import onnxruntime as ort
+    from onnx.reference import ReferenceEvaluator  # a few nodes; an ONNX Runtime need not be where this is built
 
     wanted = [value for value in rotary.inputs[1:3] if value is not None]
     positions = next(value for value in model.graph.inputs if value.name == "position_ids")
     part = ir.convenience.extract(model.graph, inputs=[positions], outputs=wanted)
-    small = ir.Model(part, ir_version=model.ir_version)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "tables.onnx"
-        ir.save(small, path)
-        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        tables = session.run(None, {"position_ids": np.arange(capacity, dtype=np.int64)[None]})
+    small = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=model.ir_version)))
+    tables = small.run(None, {"position_ids": np.arange(capacity, dtype=np.int64)[None]})
     return {name: np.asarray(table[0]) for name, table in zip(("rotary.cos", "rotary.sin"), tables, strict=True)}

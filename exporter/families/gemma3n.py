@@ -238,7 +238,7 @@ def _canonical_rotation() -> Iterator[None]:
     length, is the standard operator."""
     from transformers.models.gemma3n import modeling_gemma3n
 
-    if not torch.compiler.is_exporting():
+    if not onnx_ops.exporting():
         yield
         return
     with mock.patch.object(modeling_gemma3n, "apply_rotary_pos_emb", _rotate):

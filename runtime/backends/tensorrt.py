@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 
 from ...artifact import EngineSpec
+from ...errors import VlmcError
 from ..cuda import Gpu, architecture
 from ..runner import Array, Decoder, Runner
 from ..tensorrt_decoder import TensorrtDecoder
-from ..tensorrt_engine import Engine
+from ..tensorrt_engine import Engine, batch
+
+Shape = tuple[int, ...]
 
 
 def unavailable() -> str:
@@ -38,7 +41,7 @@ def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> D
 
 def runner(trt: Any, spec: EngineSpec, path: Path) -> TensorrtRunner:
     """`trt` is the module `tensorrt`, or one with its API."""
-    return TensorrtRunner(Engine(trt, Gpu(), spec, path))
+    return TensorrtRunner(Engine(trt, Gpu(), spec, path), spec)
 
 
 def decoder(trt: Any, spec: EngineSpec, path: Path) -> TensorrtDecoder:
@@ -47,34 +50,56 @@ def decoder(trt: Any, spec: EngineSpec, path: Path) -> TensorrtDecoder:
 
 
 class TensorrtRunner:
-    """A component without state; the first axis of its only input is a batch, which runs in parts that fit."""
+    """A component without state. Where its inputs are a batch of things that are apart, more of them than a profile
+    holds run in parts."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, spec: EngineSpec) -> None:
         self._engine, self._context = engine, engine.context()
         self._addresses = engine.allocate(self._context)
         self._context.bind(self._addresses)
-        (self._input,) = engine.inputs
-        self._ranges = [
-            (engine.smallest(self._input, index)[0], shapes[self._input][0])
-            for index, shapes in enumerate(engine.profiles)
-        ]
+        self._batched = bool(batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)]))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        array = np.ascontiguousarray(inputs[self._input], self._engine.dtypes[self._input])
+        dtypes = self._engine.dtypes
+        arrays = {name: np.ascontiguousarray(inputs[name], dtypes[name]) for name in self._engine.inputs}
+        if not self._batched:
+            return self._run(arrays, self._fitting(arrays)[1])
+        start, total = 0, min(map(len, arrays.values()))
         parts: list[dict[str, Array]] = []
-        start = 0
-        while start < len(array):
-            rest = len(array) - start
-            fitting = [(min(most, rest), index) for index, (least, most) in enumerate(self._ranges) if least <= rest]
-            count, profile = max(fitting)
-            parts.append(self._run(array[start : start + count], profile))
+        while start < total:
+            rest = {name: array[start:] for name, array in arrays.items()}
+            count, profile = self._fitting(rest)
+            parts.append(self._run({name: array[:count] for name, array in rest.items()}, profile))
             start += count
         return {name: np.concatenate([part[name] for part in parts]) for name in self._engine.outputs}
 
-    def _run(self, array: Array, profile: int) -> dict[str, Array]:
+    def _fitting(self, arrays: Mapping[str, Array]) -> tuple[int, int]:
+        """How many of the batch run at once, and in which profile: the first of those that hold the most. Without a
+        batch it is all or nothing."""
+        engine, found = self._engine, []
+        shapes = {name: array.shape for name, array in arrays.items()}
+        for index, largest in enumerate(engine.profiles):
+            count, tried = 0, shapes
+            if self._batched:
+                count = min(min(shape[0], largest[name][0]) for name, shape in shapes.items())
+                tried = {name: (count, *shape[1:]) for name, shape in shapes.items()}
+            if all(_within(engine.smallest(name, index), shape, largest[name]) for name, shape in tried.items()):
+                found.append((count, -index))
+        if not found:
+            raise VlmcError(
+                "The engine was not built for inputs of these sizes",
+                found=_listed(shapes),
+                expected="at most " + " or ".join(map(_listed, engine.profiles)),
+                fix="give fewer or smaller pictures, or fewer words",
+            )
+        count, index = max(found)
+        return count, -index
+
+    def _run(self, arrays: Mapping[str, Array], profile: int) -> dict[str, Array]:
         gpu = self._engine.gpu
-        self._context.use_profile(profile, {self._input: array.shape})
-        gpu.upload(self._addresses[self._input], array)
+        self._context.use_profile(profile, {name: array.shape for name, array in arrays.items()})
+        for name, array in arrays.items():
+            gpu.upload(self._addresses[name], array)
         self._context.enqueue()
         shapes = self._engine.output_shapes(self._context)
         results = {name: np.empty(shape, self._engine.dtypes[name]) for name, shape in shapes.items()}
@@ -82,3 +107,11 @@ class TensorrtRunner:
             gpu.download(result, self._addresses[name])
         gpu.wait()
         return results
+
+
+def _within(smallest: Shape, shape: Shape, largest: Shape) -> bool:
+    return all(low <= size <= high for low, size, high in zip(smallest, shape, largest, strict=True))
+
+
+def _listed(shapes: Mapping[str, Shape]) -> str:
+    return ", ".join(f"{name} {' × '.join(map(str, shape))}" for name, shape in shapes.items())

@@ -86,3 +86,13 @@ def test_an_interruption_leaves_the_old_plan(folder: Path, set_file: Path, monke
     assert run(folder, "--set", set_file).exit_code != 0
     assert [path.name for path in (folder / "plans").iterdir()] == ["int8.json"]
     assert (folder / "plans" / "int8.json").read_bytes() == before
+
+
+def test_what_tensorrt_calibrates_itself_is_kept_and_said(folder: Path, set_file: Path) -> None:
+    result = run(folder, "--recipe", "int8-implicit", "--set", set_file)
+    assert result.exit_code == 0, result.output
+    assert "Kept 3 inputs of vision_encoder for TensorRT, which calibrates by entropy itself" in result.output
+    assert "Observed on" not in result.output
+    assert len(list((folder / "plans").glob("int8-implicit.vision_encoder.*.npz"))) == 1
+    result = run(folder, "--recipe", "int8-implicit-minmax", "--set", set_file, "--json")
+    assert json.loads(result.stdout)["samples"] == ["vision_encoder"]

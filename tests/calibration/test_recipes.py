@@ -9,7 +9,7 @@ from vlmc.errors import VlmcError
 
 
 def test_every_file_is_a_recipe_of_its_name() -> None:
-    assert recipes.names() == ["fp32", "int8", "int8-minmax", "w4", "w8"]
+    assert recipes.names() == ["fp32", "int8", "int8-implicit", "int8-implicit-minmax", "int8-minmax", "w4", "w8"]
     for name in recipes.names():
         recipe = recipes.load(name)
         assert recipe.name == name
@@ -28,7 +28,9 @@ def test_the_first_rule_that_matches_counts() -> None:
     assert recipe.precision("vision_encoder/fc1") == FLOAT
 
 
-@pytest.mark.parametrize(("name", "needs"), [("fp32", False), ("w8", False), ("w4", False), ("int8", True)])
+@pytest.mark.parametrize(
+    ("name", "needs"), [("fp32", False), ("w8", False), ("w4", False), ("int8", True), ("int8-implicit", True)]
+)
 def test_only_activations_need_data(name: str, needs: bool) -> None:
     assert recipes.load(name).needs_data == needs
 
@@ -37,3 +39,9 @@ def test_int8_leaves_the_patch_convolution_and_takes_the_head() -> None:
     recipe = recipes.load("int8")
     assert recipe.precision("vision_encoder/vision_model.embeddings.patch_embedding") == FLOAT
     assert recipe.precision("decoder/lm_head") == Precision(weight_bits=8, activation_bits=8, smooth=0.65)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-minmax"])
+@pytest.mark.parametrize("component", ["vision_encoder", "text_encoder", "fusion", "decoder"])
+def test_int8_takes_every_component_also_those_that_few_models_have(name: str, component: str) -> None:
+    assert recipes.load(name).precision(f"{component}/layers.0.mlp.fc1").activation_bits == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,31 @@ def test_progress_is_told(artifact: Artifact, in_process: list[tuple[str, ...]])
     assert told[-1] == ("trying vision_encoder", 4, 4)
 
 
+def test_an_engine_for_another_interpreter_is_built_and_named_and_not_tried(
+    artifact: Artifact, in_process: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = replace(load_device("cpu"), backends=("onnxruntime", "onnxruntime_gpu"))
+    record, _ = build(artifact, both, "fp32", lambda *_: None)
+    vision = record.choices["vision_encoder"]
+    assert vision.engine == "onnxruntime-fp32"
+    assert vision.candidates["onnxruntime_gpu-fp16"] == {}
+    says = (
+        r"^nothing else is offered for it; onnxruntime_gpu-fp16 was not tried here: this onnxruntime [\d.]+ has no CUDA"
+    )
+    assert re.search(says, vision.reason)
+    report = artifact.engine("cpu", "decoder", "onnxruntime_gpu-fp16")[0].report
+    assert report.latency_ms == {}
+    assert report.work["weight_bytes"] == report.size_bytes
+    assert record.choices["embed_tokens"].candidates == {}
+
+    monkeypatch.setattr(builders.load("onnxruntime_gpu"), "unavailable", lambda: "not installed")
+    _, hits = build(artifact, both, "fp32", lambda *_: None)  # what was built elsewhere counts
+    assert "decoder onnxruntime_gpu-fp16" in hits
+    shutil.rmtree(artifact.engine_folder("cpu", "decoder", "onnxruntime_gpu-fp16"))
+    left = [candidate.component for candidate in candidates(artifact, both, "fp32") if "gpu" in candidate.backend]
+    assert left == ["vision_encoder"]
+
+
 # For other machines
 
 
@@ -244,7 +270,7 @@ def test_an_engine_for_a_gb10_is_made_on_a_machine_without_a_gpu(
     assert spec.report.products["int8"] > 0
 
 
-def test_what_a_model_has_beside_the_usual_inputs_is_refused_where_there_is_no_place_for_it(artifact: Artifact) -> None:
+def test_sizes_that_have_no_profile_are_refused_and_a_decoders_further_inputs_are_not(artifact: Artifact) -> None:
     def with_input(component: str, name: str, shape: tuple[int | str, ...]) -> Artifact:
         changed = Artifact(artifact.root)
         spec = changed.manifest.components[component]
@@ -257,7 +283,7 @@ def test_what_a_model_has_beside_the_usual_inputs_is_refused_where_there_is_no_p
         with_input("vision_encoder", "windows", ("patches",)),
     )
     gb10, gpu, cpu = load_device("gb10"), builders.load("tensorrt_rtx"), builders.load("onnxruntime")
-    assert "no place for prefix_length" in module.refuses(gpu, prefixed, "decoder", "fp16", gb10)
+    assert module.refuses(gpu, prefixed, "decoder", "fp16", gb10) == ""
     assert "free sizes (patches)" in module.refuses(gpu, patched, "vision_encoder", "fp16", gb10)
     assert module.refuses(gpu, artifact, "vision_encoder", "fp16", gb10) == ""
     assert module.refuses(cpu, prefixed, "decoder", "fp32", load_device("cpu")) == ""

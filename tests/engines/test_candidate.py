@@ -58,6 +58,21 @@ def test_the_key_changes_with_the_backends_version(artifact: Artifact, monkeypat
     assert key(artifact, VISION) != before
 
 
+def test_an_engine_of_a_backend_that_is_not_here_counts_as_none(
+    artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(artifact, VISION)
+    version = module.metadata.version
+
+    def none_of_it(name: str) -> str:
+        if name == "onnxruntime":
+            raise module.metadata.PackageNotFoundError
+        return version(name)
+
+    monkeypatch.setattr(module.metadata, "version", none_of_it)
+    assert cached(artifact, VISION) is None
+
+
 def test_a_float_engine_does_not_depend_on_plans(artifact: Artifact) -> None:
     float32 = replace(VISION, precision="fp32")
     before = key(artifact, float32)

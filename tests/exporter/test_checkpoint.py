@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint
-from vlmc.exporter.checkpoint import load_components, load_model, preset_names, resolve
+from vlmc.exporter.checkpoint import load_components, load_model, preset_names, resolve, watched
 
 
 @pytest.fixture
@@ -134,6 +134,17 @@ def test_pickled_weights_are_never_read(folder: Path) -> None:
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(VlmcError, match="Found: no weights"):
         resolve(str(folder))
+
+
+def test_loading_is_followed_weight_by_weight(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[int, int]] = []
+    with watched(lambda *step: told.append(step)):
+        load_model(resolve(str(folder)))
+    count = len(load_file(folder / "model.safetensors"))
+    assert told == [(done, count) for done in range(count + 1)]
+    load_model(resolve(str(folder)))
+    assert len(told) == count + 1
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
+from rich.progress import Progress
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import export as stage
 from vlmc.exporter.checkpoint import Checkpoint
-from vlmc.exporter.command import export, models
+from vlmc.exporter.command import export, follow, models
 from vlmc.exporter.export import Options
 
 
@@ -31,10 +34,38 @@ def test_it_prints_the_ladder_and_what_comes_next(
     assert "Parity of tiny with PyTorch float32" in said
     assert "2 of 2 cases equal" in said
     assert "0.2 M parameters" in said
+    peak = Artifact(tmp_path / "out").manifest.peak_memory_bytes
+    assert peak and f"Peak memory of the export: {peak / 1e6:,.0f} MB, " in said
     assert f"Next: vlmc build {tmp_path / 'out'}" in said
     assert "failed" not in said
     levels = json.loads(run(*command, "--json").stdout)
     assert [level["passed"] for level in levels] == [True] * 9
+
+
+def test_a_peak_that_is_not_known_is_said_to_be_so(
+    tiny_copy: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Artifact(tiny_copy)
+    made.manifest = replace(made.manifest, peak_memory_bytes=None)
+    monkeypatch.setattr(stage, "export", lambda *_: made)
+    assert "Peak memory of the export: unavailable: " in run(tiny_checkpoint, "-o", "out").output
+
+
+def test_the_bar_names_the_stage_and_moves_within() -> None:
+    bar = Progress(console=Console(file=io.StringIO(), force_terminal=True), auto_refresh=False)
+    show = follow(bar)
+    shown = []
+    for step in [("weights", 0, 0), ("weights", 0, 5), ("weights", 5, 5), ("tracing", 0, 0), ("writing", 1, 4)]:
+        show(*step)
+        (task,) = bar.tasks
+        shown.append((task.description, task.completed, task.total))
+    assert shown == [
+        ("weights", 0, None),
+        ("weights", 0, 5),
+        ("weights", 5, 5),
+        ("tracing", 0, None),
+        ("writing", 1, 4),
+    ]
 
 
 def test_random_weights_are_said_to_be_random_and_get_fewer_goldens(

@@ -144,14 +144,20 @@ def test_progress_is_told_from_start_to_end(
     tmp_path: Path, tiny_checkpoint: Path, options: Options, traced_before: None
 ) -> None:
     told: list[tuple[str, int, int]] = []
-    export(resolve(str(tiny_checkpoint)), tmp_path / "out", options, lambda *step: told.append(step))
+    made = export(resolve(str(tiny_checkpoint)), tmp_path / "out", options, lambda *step: told.append(step))
     stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    graphs = [f"graph {index} of 3, {name}" for index, name in enumerate(COMPONENTS, 1)]
     assert stages == [
         "loading the weights",
-        "exporting vision_encoder",
-        "exporting embed_tokens",
-        "exporting decoder",
+        *(f"{graph}: {what}" for graph in graphs for what in ("tracing", "writing MB")),
         "goldens from PyTorch",
         "parity ladder",
     ]
-    assert all(0 <= done <= total for _, done, total in told)
+    by_stage = {stage: [(done, total) for said, done, total in told if said == stage] for stage in stages}
+    weights = by_stage["loading the weights"]
+    assert weights[0] == (0, 0)  # not known yet
+    assert [done for done, _ in weights[1:]] == list(range(len(weights) - 1))
+    assert {total for _, total in weights[1:]} == {len(weights) - 2}
+    assert by_stage["goldens from PyTorch"] == [(done, 3) for done in range(4)]
+    assert len(made.manifest.parity) == 9
+    assert by_stage["parity ladder"] == [(done, 9) for done in range(10)]

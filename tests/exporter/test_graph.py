@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +147,50 @@ def test_a_linear_layer_of_a_matrix_is_in_the_form_of_every_other(tmp_path: Path
         "0.bias": [4],
         "1.weight": [4, 4],
     }
-    graph.save(made, tmp_path / "x.onnx")
+    graph.save(made, tmp_path / "x.onnx", lambda *_: None)
     x = torch.randn(5, 6)
     (found,) = ort.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
     np.testing.assert_allclose(found, layers(x).detach().numpy(), atol=1e-6)
+
+
+class Rotated(nn.Module):
+    """Two slices of one value, as rotary embeddings have them, and a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        return torch.cat((-y[..., 32:], y[..., :32]), dim=-1)
+
+
+def test_an_exported_graph_shares_its_weights_with_pytorch_and_lets_go_of_them() -> None:
+    component = Rotated().eval().requires_grad_(False)
+    signature = graph.Signature(["x"], ["y"], (torch.zeros(1, 3, 64),), ({1: torch.export.Dim("length")},))
+    made = graph.export_component("x", component, signature)
+    weight = component.layer.weight
+    assert np.shares_memory(made.graph.initializers["layer.weight"].const_value.numpy(), weight.numpy())
+    kept = weakref.ref(weight)
+    del component, made, weight
+    graph.forget()
+    assert kept() is None
+
+
+def test_weights_are_written_as_they_are_one_after_the_other(tmp_path: Path) -> None:
+    component = nn.Sequential(nn.Linear(200, 300), nn.Linear(300, 200)).eval().requires_grad_(False)
+    signature = graph.Signature(["x"], ["y"], (torch.zeros(1, 3, 200),), ({1: torch.export.Dim("length")},))
+    told: list[tuple[int, int]] = []
+    graph.save(graph.export_component("x", component, signature), tmp_path / "x.onnx", lambda *step: told.append(step))
+    saved = ir.load(tmp_path / "x.onnx").graph.initializers
+    for name in ("0", "1"):
+        np.testing.assert_array_equal(
+            saved[f"{name}.weight"].const_value.numpy(), component.get_parameter(f"{name}.weight").numpy().T
+        )
+    total = 4 * (2 * 200 * 300 + 200 + 300)
+    assert told[-1] == (total, total)
+    assert [step[0] for step in told] == sorted({step[0] for step in told})
+    assert (tmp_path / "x.onnx.data").stat().st_size == total
 
 
 def test_the_weights_lie_beside_the_graph(tiny: Artifact) -> None:

@@ -11,12 +11,11 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
-from vlmc.artifact import Artifact, Source
+from vlmc.artifact import Artifact, MatchSpec, Source
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, golden, matching
 from vlmc.exporter.export import Options
 from vlmc.exporter.matching import Encoders, MatchingFamily, export
-from vlmc.runtime.matching import MatchSpec, spec_of
 
 PREPROCESSING = {
     "kind": "clip",
@@ -115,7 +114,7 @@ def test_the_artefact_holds_what_the_manifest_says_and_no_more(exported: Artifac
     assert exported.manifest.components["text_encoder"].inputs[0].shape == ("texts", "length")
     assert exported.manifest.hidden_size == 4
     assert exported.manifest.kv.layers == 0
-    assert spec_of(exported) == MatchSpec(20.0, 16, (), (), 1)
+    assert exported.manifest.matching == MatchSpec(20.0, 16, (), (), 1)
 
 
 def test_the_ladder_has_every_encoder_and_what_both_make_together(exported: Artifact) -> None:
@@ -198,11 +197,12 @@ def test_pictures_that_the_runtime_cannot_prepare_are_refused_before_anything_sl
 
 def test_progress_is_told(toy: Any, options: Options, tmp_path: Path, traced_before: None) -> None:
     told: list[str] = []
-    export(toy, tmp_path / "out", options, lambda stage, done, total: told.append(stage))
+    made = export(toy, tmp_path / "out", options, lambda stage, done, total: told.append(stage))
+    graphs = ("graph 1 of 2, vision_encoder", "graph 2 of 2, text_encoder")
     assert list(dict.fromkeys(told)) == [
         "loading the weights",
-        "exporting vision_encoder",
-        "exporting text_encoder",
+        *(f"{graph}: {what}" for graph in graphs for what in ("tracing", "writing MB")),
         "goldens from PyTorch",
         "parity ladder",
+        *(f"parity ladder: {level.level}" for level in made.manifest.parity),
     ]

@@ -88,6 +88,16 @@ def test_the_cache_gives_out_the_filled_part() -> None:
     assert not past[0].any()
 
 
+def test_what_is_compiled_computes_and_emits_nothing() -> None:
+    class Block(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return onnx_ops.attention(self, x, x, x, None)[0]
+
+    x = torch.randn(1, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(Block(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), Block()(x))
+
+
 def test_transformers_modules_are_left_as_they_were() -> None:
     block = nn.Sequential(modeling_llama.LlamaRMSNorm(4))
     before = modeling_llama.apply_rotary_pos_emb

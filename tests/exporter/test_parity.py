@@ -61,6 +61,8 @@ def test_a_right_export_passes_every_level_and_keeps_them(tiny: Artifact) -> Non
     assert all(level.passed for level in tiny.manifest.parity)
     assert max(level.max_abs for level in tiny.manifest.parity) < 1e-4  # about 1e-5: float32 sums in another order
     assert min(level.cosine for level in tiny.manifest.parity) > 0.999999
+    assert parity.height(tiny, 3) == len(LEVELS)
+    assert parity.height(tiny, 1) == (len(LEVELS) + 1) / 2
     assert tiny.manifest.parity[-1].detail == "3 of 3 cases equal, 0 split at a tie"
 
 
@@ -107,8 +109,8 @@ def test_a_broken_graph_stops_the_export_and_nothing_is_written(
 ) -> None:
     save = graph.save
 
-    def save_wrong(model: Any, path: Path) -> None:
-        save(model, path)
+    def save_wrong(model: Any, path: Path, report: Any) -> None:
+        save(model, path, report)
         if path.name == "vision_encoder.onnx":
             change_weight(path, "connector.modality_projection.proj.weight", add(0.1))
 

@@ -20,7 +20,7 @@ from vlmc.reports import document
 GOLD = "two dogs"
 
 
-def run(index: int, turn: int, vision: float, step: float, joules: list[float] | None = None) -> dict[str, Any]:
+def run(index: int, turn: int, vision: float, step: float) -> dict[str, Any]:
     """preprocess 1 ms, prefill 9 ms, three further tokens; half of the time of two threads spent waiting."""
     wall = 0.001 + vision + 0.009 + 3 * step
     return {
@@ -36,7 +36,6 @@ def run(index: int, turn: int, vision: float, step: float, joules: list[float] |
         "waited_s": wall,
         "tokens": 4,
         "prompt_tokens": 10,
-        "joules": joules,
         "peak_rss_bytes": 1_000_000 * (index + 1),
         "available_drop_bytes": 500,
         "device_bytes": None,
@@ -98,8 +97,10 @@ def folder(tmp_path: Path) -> Path:
         },
     )
     for name, vision, step in (("float", 0.04, 0.02), ("int8", 0.01, 0.01), ("eager", 0.09, 0.1)):
-        energy = [2.0, 3.0] if name == "int8" else None
-        rows = [{"kind": "open", "load_s": 0.5}, run(0, 0, vision, step, energy), run(1, 1, 2 * vision, step, energy)]
+        rows = [{"kind": "open", "load_s": 0.5}, run(0, 0, vision, step), run(1, 1, 2 * vision, step)]
+        if name == "int8":  # 20 W to the first token, 25 W to the fourth
+            rows += [{"kind": "energy", "tokens": 1, "runs": 10, "seconds": 1.0, "joules": 20.0}]
+            rows += [{"kind": "energy", "tokens": 4, "runs": 10, "seconds": 2.0, "joules": 50.0}]
         rows += [{"kind": "agreement", "case": 0, "tokens": [1, 2], "golden": [1, 2]}]
         rows += [{"kind": "agreement", "case": 1, "tokens": [1, 3], "golden": [1, 2]}]
         rows += [answer(0, GOLD), answer(1, "The Two dogs." if name != "int8" else "a cat")]
@@ -140,7 +141,14 @@ def test_tokens_per_second_memory_and_energy(folder: Path) -> None:
         "build_peak_bytes": 8,
     }
     assert found["energy"] == pytest.approx(
-        {"joules_per_image": 2.0, "joules_per_token": 1.0, "tokens_per_s_per_watt": 1.0, "watts": 10.0 / (0.05 + 0.06)}
+        {
+            "joules_per_image": 2.0,
+            "joules_per_token": 1.0,
+            "joules_per_image_above_idle": 1.7,
+            "joules_per_token_above_idle": 0.9,
+            "tokens_per_s_per_watt": 1.0,
+            "watts": 25.0,
+        }
     )
     assert found["waited_share"] == pytest.approx(0.5)
 
@@ -216,7 +224,10 @@ def test_the_verdict_is_on_the_kept_variant_in_plain_words(folder: Path) -> None
     )
     assert "Against Float the parts are faster by these factors: vision 4.00, prefill 1.00, decode 2.00." in said
     assert any(line.startswith("It scores 50.0 %") and "Float 100.0 %" in line for line in said)
-    assert any("costs 2 J and each further token 1 J" in line and "3 W idle power included" in line for line in said)
+    assert any(
+        "costs 2 J and each further token 1 J" in line and "1.7 and 0.9 J without 3 W of idle power" in line
+        for line in said
+    )
     assert "The first token is within the device's budget: 25 of 25 ms." in said
     assert "Peak resident memory is within the device's budget: 0.009 of 1 GB." in said
     assert "Fake-quant was not measured: no plan." in said

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from vlmc.artifact import Artifact, BuildSpec
@@ -130,9 +132,76 @@ def test_on_a_gpu_the_baselines_are_the_best_that_pytorch_does_there(artifact: A
     assert {found[name].python for name in list(found)[3:]} == {"/opt/torch/python"}
 
 
+def test_scales_that_tensorrt_found_itself_have_no_fake_quant_baseline(artifact: Artifact, build: BuildSpec) -> None:
+    write_json(artifact.root / "plans" / "int8.json", {"samples": {"vision_encoder": {}}})
+    assert "TensorRT found them" in variants(artifact, build).skipped["PyTorch fake-quant int8"]
+
+
 def test_another_python_with_torch_needs_none_here(
     artifact: Artifact, on_gpu: BuildSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not variants(artifact, on_gpu, torch_python="/opt/torch/python").skipped
     assert len(variants(artifact, on_gpu).skipped) == 4
+
+
+@pytest.fixture
+def with_onnx_runtime(artifact: Artifact, on_gpu: BuildSpec) -> BuildSpec:
+    """`on_gpu` with engines for ONNX Runtime's CUDA provider, which is not there under our own interpreter."""
+    for component in ("vision_encoder", "decoder"):
+        add_engine(artifact, component, "onnxruntime_gpu", "fp16", "h100")
+    tried = ["tensorrt-fp16", "tensorrt-int8", "onnxruntime_gpu-fp16"]
+    choices = {"vision_encoder": (tried[0], tried), "embed_tokens": ("numpy-fp32", []), "decoder": (tried[1], tried)}
+    return add_build(artifact, choices, device="h100")
+
+
+@pytest.fixture
+def no_cuda_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"onnxruntime_gpu": "no CUDA provider"}
+    monkeypatch.setattr(backends, "unavailable", lambda name: reasons.get(name, ""))
+
+
+def interpreter(folder: Path, answer: str) -> str:
+    """An interpreter whose onnxruntime has that to say of itself; it notes every time that it is asked."""
+    patch = f"backends.unavailable = lambda name: {answer!r} if name == 'onnxruntime_gpu' else ''"
+    path = folder / "python"
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nopen({str(folder / 'asked')!r}, 'a').write('x')\n"
+        f"from vlmc.runtime import backends\n{patch}\ncode = sys.argv[2]\nsys.argv[1:3] = []\nexec(code)\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_engines_whose_backend_another_python_has_run_under_that(
+    artifact: Artifact, with_onnx_runtime: BuildSpec, no_cuda_here: None, tmp_path: Path
+) -> None:
+    python = interpreter(tmp_path, "")
+    found = variants(artifact, with_onnx_runtime, torch_python=python, baselines=False)
+    assert {variant.name: variant.python for variant in found.measured} == {
+        "TensorRT float": "",
+        "TensorRT int8": "",
+        "ONNX Runtime CUDA float": python,
+        "Mixed backends (int8)": "",
+    }
+    assert found.skipped == {}
+    variants(artifact, with_onnx_runtime, torch_python=python, baselines=False)
+    assert (tmp_path / "asked").read_text() == "x"
+
+
+def test_where_neither_python_has_the_backend_both_reasons_are_given(
+    artifact: Artifact, with_onnx_runtime: BuildSpec, no_cuda_here: None, tmp_path: Path
+) -> None:
+    skipped = variants(artifact, with_onnx_runtime, baselines=False).skipped
+    assert skipped == {"ONNX Runtime CUDA float": "no CUDA provider"}
+    python = interpreter(tmp_path, "no driver")
+    skipped = variants(artifact, with_onnx_runtime, torch_python=python, baselines=False).skipped
+    assert skipped == {"ONNX Runtime CUDA float": f"no CUDA provider; under {python}: no driver"}
+
+
+@pytest.mark.parametrize(("python", "says"), [("/no/such/python", "does not start"), ("/bin/false", "no message")])
+def test_an_interpreter_that_cannot_be_asked_is_a_reason(
+    python: str, says: str, artifact: Artifact, with_onnx_runtime: BuildSpec, no_cuda_here: None
+) -> None:
+    skipped = variants(artifact, with_onnx_runtime, torch_python=python, baselines=False).skipped
+    assert says in skipped["ONNX Runtime CUDA float"]

@@ -9,6 +9,7 @@ import pytest
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.profiles import memory, samples
+from vlmc.profiles import worker as worker_module
 from vlmc.profiles.worker import Worker
 
 
@@ -39,23 +40,31 @@ def job(artifact: Artifact, sessions: str, tmp_path: Path) -> dict[str, Any]:
         "samples": str(tmp_path / "samples.jsonl"),
         "tokens": 4,
         "answer_tokens": 8,
+        "labels": [],
         "power_source": "unavailable: none",
         "power_rails": [],
         "device_memory": "none",
     }
 
 
-def test_energy_is_parted_at_the_first_token(job: dict[str, Any]) -> None:
+def test_energy_is_that_of_many_runs_to_the_first_token_and_to_the_last(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "ENERGY_SECONDS", 0.05)
     worker = Worker(job)
     worker.meter = Meter(9)
-    assert worker.run(0)["joules"] == [10.0, 10.0]
+    assert list(worker.energy()) == ["energy"] * 2
+    first, whole = samples.of_kind(samples.read(Path(job["samples"])), "energy")
+    assert (first["tokens"], whole["tokens"]) == (1, 4)
+    assert (first["joules"], whole["joules"]) == (10.0, 10.0)
+    assert first["runs"] > 1 and first["seconds"] >= 0.05
 
 
 def test_a_sensor_that_breaks_ends_energy_and_not_the_measurement(job: dict[str, Any]) -> None:
     worker = Worker(job)
-    worker.meter = Meter(4)
-    found = [worker.run(index)["joules"] for index in range(3)]
-    assert found == [[10.0, 10.0], None, None]
+    worker.meter = Meter(1)
+    assert list(worker.energy()) == []
+    assert worker.run(0)["tokens"] == 4
     (fault,) = samples.of_kind(samples.read(Path(job["samples"])), "power")
     assert fault["reason"] == "the sensor stopped answering: gone"
 

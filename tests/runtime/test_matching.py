@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
-from vlmc.artifact import Artifact
+from vlmc.artifact import Artifact, MatchSpec
 from vlmc.errors import VlmcError
-from vlmc.runtime.matching import TEXTS, Matcher, Matches, MatchSpec, rows, spec_of
+from vlmc.runtime.matching import TEXTS, Matcher, Matches, rows
 
 SPEC = {"logit_scale": 10.0, "text_length": 12, "begin_token_ids": [7], "end_token_ids": [8, 9], "pad_token_id": 3}
 COSINES = arrays.arrays(
@@ -98,18 +98,18 @@ def test_nothing_to_match_is_one_sentence(pictures: int, texts: int, matcher: Ma
 
 
 def test_a_model_that_answers_is_not_taken_for_one_that_matches(tiny: Artifact) -> None:
-    assert spec_of(tiny) is None
+    assert tiny.manifest.matching is None
     with pytest.raises(VlmcError, match="matches nothing"):
         Matcher(tiny, Encoder("image_features"), Encoder("text_features"))
 
 
 def test_the_manifests_matching_is_checked(artifact: Artifact) -> None:
-    assert spec_of(artifact) == MatchSpec(10.0, 12, (7,), (8, 9), 3)
+    assert artifact.manifest.matching == MatchSpec(10.0, 12, (7,), (8, 9), 3)
     manifest = json.loads((artifact.root / "manifest.json").read_text())
     manifest["matching"]["logit_scale"] = "large"
     (artifact.root / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(VlmcError, match=r"matching\.logit_scale has the wrong type"):
-        spec_of(artifact)
+        Artifact(artifact.root)
 
 
 @settings(deadline=None, derandomize=True)

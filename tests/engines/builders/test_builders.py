@@ -45,7 +45,15 @@ def untouched(folder: Path) -> Iterator[None]:
 
 
 def test_a_builder_is_found_by_its_file_and_has_a_backend_that_runs_what_it_builds() -> None:
-    assert builders.names() == ["handover", "numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx"]
+    assert builders.names() == [
+        "handover",
+        "numpy",
+        "onnxruntime",
+        "onnxruntime_gpu",
+        "openvino",
+        "tensorrt",
+        "tensorrt_rtx",
+    ]
     for name in builders.names():
         module = builders.load(name)
         assert isinstance(module.PACKAGES, tuple)

@@ -15,7 +15,7 @@ from vlmc.artifact import KvSpec
 
 class Steps:
     """A decoder and its cache. steps(embeds, ids) appends these positions and returns the outputs by name; the cache's
-    unwritten places hold what `fill` makes of a shape."""
+    unwritten places hold what `fill` makes of a shape. `further` are inputs by name."""
 
     def __init__(self, session: ort.InferenceSession, kv: KvSpec, fill: Callable[..., np.ndarray] = np.zeros) -> None:
         self._session, self._kv = session, kv
@@ -28,7 +28,9 @@ class Steps:
         self._cache = {name: fill(shape).astype(np.float32) for name in pasts}
         self.place = 0
 
-    def __call__(self, embeds: np.ndarray, ids: np.ndarray | None = None, shift: int = 0) -> dict[str, np.ndarray]:
+    def __call__(
+        self, embeds: np.ndarray, ids: np.ndarray | None = None, shift: int = 0, **further: np.ndarray
+    ) -> dict[str, np.ndarray]:
         length = embeds.shape[1]
         feeds: dict[str, Any] = {
             "inputs_embeds": embeds,
@@ -37,6 +39,7 @@ class Steps:
             "logits_index": np.array([length - 1]),
             "input_ids": np.full((1, length), -1) if ids is None else ids,
             **self._cache,
+            **further,
         }
         kinds = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
         names = [value.name for value in self._session.get_outputs()]

@@ -9,8 +9,7 @@ import onnx_ir as ir
 import pytest
 from torch import Tensor
 from vlmc.artifact import Artifact, KvSpec
-from vlmc.engines.passes import causal, group_query_attention, two_segment_attention
-from vlmc.errors import VlmcError
+from vlmc.engines.passes import causal, group_query_attention
 from vlmc.exporter import graph, onnx_ops
 from vlmc.exporter.family import Components, Decoder, PrefixDecoder
 
@@ -54,8 +53,6 @@ def test_another_mask_is_named_and_its_decoder_left_alone(
     before = operators(model)
     assert group_query_attention.apply(model, kv) == 0
     assert operators(model) == before
-    with pytest.raises(VlmcError, match=f"cannot be computed over two segments. Found: .*{says}"):
-        two_segment_attention.apply(model, kv)
 
 
 def test_a_window_as_wide_as_the_cache_hides_nothing(exported: Callable[..., ir.Model], tiny: Artifact) -> None:

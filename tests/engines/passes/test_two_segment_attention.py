@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlmc.artifact import Artifact
-from vlmc.engines.passes import two_segment_attention
+from vlmc.engines.passes import constant, insert, two_segment_attention
 from vlmc.errors import VlmcError
 
 CAPACITY = 128  # of the fixture `tiny`
@@ -93,8 +93,7 @@ def test_present_is_the_new_keys_and_values_alone(lowered: ir.Model, decoders: P
 def test_the_cache_is_only_read_by_products_and_no_key_is_repeated(lowered: ir.Model, operators: Any) -> None:
     for value in lowered.graph.inputs:
         if str(value.name).startswith("past_key_values."):
-            (use,) = value.uses()
-            node = use.node
+            (node,) = (use.node for use in value.uses() if use.node.op_type != "Shape")
             if node.op_type == "Transpose":
                 ((node, _),) = node.outputs[0].uses()
             assert node.op_type == "MatMul"
@@ -107,11 +106,46 @@ def test_inputs_and_outputs_keep_their_names_and_order(tiny: Artifact, lowered: 
     assert [value.name for value in lowered.graph.outputs] == [tensor.name for tensor in spec.outputs]
 
 
+def test_any_mask_and_keys_that_two_layers_read(tiny: Artifact, steps: Callable[..., Any], close: Any) -> None:
+    """Each layer hides other keys, shows others behind the query, and the second reads what the first one wrote."""
+    random = np.random.default_rng(3)
+
+    def changed() -> ir.Model:
+        model = ir.load(tiny.graph("decoder"))
+        first, second = (node for node in model.graph if node.op_type == "Attention")
+        positions = next(value for value in model.graph.inputs if value.name == "position_ids")
+        axis = constant(model.graph, "batch", np.array([0]))
+        for node, table in zip((first, second), tables, strict=True):
+            rows = insert(node, "Squeeze", [positions, axis], f"{node.name}.rows").outputs[0]
+            known = constant(model.graph, f"{node.name}.table", table[None, None])
+            mask = insert(node, "Gather", [known, rows], f"{node.name}.mask", axis=2).outputs[0]
+            mask.type = ir.TensorType(ir.DataType.BOOL)
+            node.replace_input_with(3, mask)
+        for position in (1, 2):
+            second.replace_input_with(position, first.inputs[position])
+        return model
+
+    places, prefix = np.arange(CAPACITY), 5
+    reach = (places <= places[:, None]) | ((places < prefix) & (places[:, None] < prefix))
+    tables = [(random.random(reach.shape) < 0.5) & reach | np.eye(CAPACITY, dtype=bool) for _ in range(2)]
+    rewritten = changed()
+    assert two_segment_attention.apply(rewritten, tiny.manifest.kv) == 2
+    both = [steps(model, tiny.manifest.kv) for model in (changed(), rewritten)]
+    both[1].restart(garbage)
+    for seed, length in enumerate((9, 1, 4, 1)):
+        expected, found = (decoder(embeds(length, seed))["logits"] for decoder in both)
+        close(found, expected)
+
+
 def test_an_attention_that_does_more_is_refused_by_name(tiny: Artifact) -> None:
     model = ir.load(tiny.graph("decoder"))
     node = next(node for node in model.graph if node.op_type == "Attention")
     node.attributes["softcap"] = ir.AttrFloat32("softcap", 50.0)
     with pytest.raises(VlmcError, match=f"softcap of {node.name}"):
+        two_segment_attention.apply(model, tiny.manifest.kv)
+    del node.attributes["softcap"]
+    node.resize_inputs(3)
+    with pytest.raises(VlmcError, match=f"{node.name} has no boolean mask"):
         two_segment_attention.apply(model, tiny.manifest.kv)
 
 

@@ -9,15 +9,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from vlmc.artifact import Artifact
-from vlmc.exporter import checkpoint, parity
+from vlmc.calibration import cuda_baseline
+from vlmc.engines import builders, tensorrt_profiles
+from vlmc.engines.builders import tensorrt
+from vlmc.engines.trial import cosine
+from vlmc.exporter import checkpoint, golden, onnx_ops, parity
 from vlmc.exporter.export import Options, export
+from vlmc.profiles.device import load_device
+from vlmc.runtime import tensorrt_engine
+from vlmc.runtime.backends.tensorrt import TensorrtRunner
+from vlmc.runtime.tensorrt_engine import Engine
 
+from ...runtime.backends.fake_tensorrt import FakeEngine, FakeGpu, Made, fake_trt, spec
 from . import support
 
 TEXT = "A chat between a user and an assistant. USER: How many red boats are on the water? ASSISTANT: two red boats"
@@ -129,3 +139,55 @@ def assert_supported(picture_set: Path, tmp_path: Path) -> Callable[[Artifact, s
         assert support.row(copy, picture_set) == support.promised(family)
 
     return check
+
+
+@pytest.fixture
+def assert_steps_need_no_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Artifact], None]:
+    """assert_steps_need_no_host(artifact): the loops that keep a step on a GPU, with all that the decoder takes beside
+    embeddings, say what PyTorch does: TensorRT's to the token, the float16 baseline's within float16."""
+
+    def check(artifact: Artifact) -> None:
+        monkeypatch.setattr(tensorrt_engine, "architecture", lambda: 90)
+        monkeypatch.setattr(onnx_ops, "fixed_shapes", lambda past: True)
+        lowered = Made(artifact, "decoder", "fp16", tmp_path).decoder()
+        baseline = cuda_baseline.open_session(artifact, "fp32", "eager", where="cpu").decoder
+        cases, arrays = golden.read(artifact)
+        further = artifact.manifest.components["decoder"].further_inputs()
+        assert further
+        for index, case in enumerate(cases[:2]):  # those whose inputs are kept
+            given = {name: arrays[f"{index}.{name}"] for name in ("inputs_embeds", *further)}
+            assert [lowered.prefill(**given), *lowered.decode(len(case["tokens"]) - 1)] == case["tokens"]
+            for decoder, near in ((lowered, 0.99999), (baseline, 0.999)):
+                decoder.prefill(**given)
+                found = [decoder.logits()]
+                for token in arrays[f"{index}.step_tokens"]:
+                    decoder.feed(int(token))
+                    found.append(decoder.logits())
+                wanted = [arrays[f"{index}.prefill_logits"], *arrays[f"{index}.step_logits"]]
+                assert min(map(cosine, found, wanted)) > near
+
+    return check
+
+
+@pytest.fixture
+def as_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Artifact, str], TensorrtRunner]:
+    """as_tensorrt(artifact, component): the component as lowered in float for TensorRT 8.6, behind its API, with the
+    profiles that an engine of it has. ONNX Runtime computes; that these are the golden outputs was compared."""
+
+    def load(artifact: Artifact, component: str) -> TensorrtRunner:
+        model, gpu, path = ir.load(artifact.graph(component)), FakeGpu(), tmp_path / f"{component}.onnx"
+        sizes, device, kv = tensorrt_profiles.ranges(artifact, component), load_device("h100"), artifact.manifest.kv
+        job = builders.Job(component, "fp16", device, kv, tmp_path, lambda: pytest.fail("no decoder"), sizes, path)
+        tensorrt.lower(model, job)
+        profiles = tensorrt_profiles.one_and_more(model, sizes, tensorrt.MOST_TILES)
+        ir.save(model, path, external_data=f"{path.name}.data")
+        monkeypatch.setattr(tensorrt_engine, "architecture", lambda: spec().settings["sm"])
+        trt, known = fake_trt(lambda data: FakeEngine(gpu, path, profiles)), artifact.manifest.components[component]
+        runner, arrays = TensorrtRunner(Engine(trt, gpu, spec(), path), known), golden.read(artifact)[1]
+        for case in range(golden.DETAILED):
+            found = runner.run({tensor.name: arrays[f"{case}.{tensor.name}"] for tensor in known.inputs})
+            for name, array in found.items():
+                np.testing.assert_allclose(array, arrays[f"{case}.{name}"], atol=1e-3, rtol=1e-3)
+        return runner
+
+    return load

@@ -187,5 +187,9 @@ def test_a_tokenizer_of_another_size_is_refused(whole: Whole, tmp_path: Path) ->
         describe(tmp_path)
 
 
+def test_a_step_on_a_gpu_needs_no_host(whole: Any, assert_steps_need_no_host: Any) -> None:
+    assert_steps_need_no_host(whole[1])
+
+
 def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
     assert_supported(whole[1], "blip")

@@ -31,7 +31,9 @@ from vlmc.exporter.export import Options
 from vlmc.exporter.family import family_for
 from vlmc.exporter.matching import MatchingFamily, canonical_matcher, describe_pictures, export, torch_matcher
 from vlmc.exporter.onnx_ops import IMPLEMENTATION
+from vlmc.profiles import samples
 from vlmc.profiles.device import load_device
+from vlmc.profiles.worker import open_worker
 from vlmc.runtime import preprocessing
 from vlmc.runtime.command import run
 from vlmc.runtime.matching import Matcher, open_matcher
@@ -245,11 +247,13 @@ def test_the_vision_encoder_runs_in_integers_and_sees_nearly_the_same(
     built: Artifact, matcher: Matcher, make_picture: Any
 ) -> None:
     modules = read_plan(built, "int8").modules
-    assert len(modules) == 2 * 6 + 1
-    assert all(set(module.peaks) == {"vision"} for module in modules.values())
+    by_component = {name: [m for path, m in modules.items() if path.startswith(name)] for name in built.components}
+    assert {name: len(some) for name, some in by_component.items()} == dict.fromkeys(built.components, 2 * 6 + 1)
+    for name, phase in (("vision_encoder", "vision"), ("text_encoder", "text")):
+        assert all(set(module.peaks) == {phase} for module in by_component[name])
     assert modules["vision_encoder/layers.1.mlp.fc1"].absorbed_by == "vision_encoder/layers.1.layer_norm2"
     spec, _ = built.engine("cpu", "vision_encoder", "onnxruntime-int8")
-    assert spec.report.products["int8"] == len(modules)
+    assert spec.report.products["int8"] == len(by_component["vision_encoder"])
     engines = {"vision_encoder": "onnxruntime-int8", "text_encoder": "onnxruntime-fp32"}
     pictures = [make_picture(90, 31), make_picture(17, 60)]
     found = open_matcher(built, "cpu", engines).image_features(pictures)
@@ -266,6 +270,29 @@ def test_vlmc_run_prints_what_fits_best(built: Artifact, matcher: Matcher) -> No
     assert [row["picture"] for row in found["matches"]] == [pictures[0]] * 3 + [pictures[1]] * 3
     assert min(found["vision_ms"], found["text_ms"]) > 0
     assert "two red boats" in CliRunner().invoke(run, arguments).output
+
+
+def test_it_is_measured_with_the_engines_that_were_built(built: Artifact, tmp_path: Path) -> None:
+    labels = ["two red boats", "a cat"]
+    job = {"artifact": str(built.root), "opener": "vlmc.runtime.matching:open_matcher", "labels": labels}
+    job["arguments"] = {"device": "cpu", "engines": dict.fromkeys(built.components, "onnxruntime-fp32")}
+    job |= {"samples": str(tmp_path / "samples.jsonl"), "tokens": 2, "answer_tokens": 2, "device_memory": "none"}
+    worker = open_worker(job | {"power_source": "unavailable: none", "power_rails": []})
+    (tmp_path / "picture.png").write_bytes((built.root / "golden/00.png").read_bytes())
+    row = {"row": 0, "file": str(tmp_path / "picture.png"), "task": "", "prompt": "", "gold": "", "facts": labels[:1]}
+    assert [*worker.time([0], 0, 0), *worker.agree([0, 1]), *worker.evaluate([row])] == [
+        "run",
+        "agreement",
+        "agreement",
+        "answer",
+    ]
+    rows = samples.read(tmp_path / "samples.jsonl")
+    (run_row,) = samples.of_kind(rows, "run")
+    assert min(run_row["vision_s"], run_row["text_s"]) > 0
+    assert run_row["vision_s"] + run_row["text_s"] < run_row["wall_s"]
+    assert all(row["tokens"] == row["golden"] for row in samples.of_kind(rows, "agreement"))
+    (answer,) = samples.of_kind(rows, "answer")
+    assert answer["answer"] == labels[int(np.argmax(answer["cosines"]))]
 
 
 def test_a_model_that_matches_answers_no_question(built: Artifact) -> None:

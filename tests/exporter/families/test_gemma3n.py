@@ -50,8 +50,8 @@ TINY = Layout(
     stages=(
         (Edge(8, stride=2),),
         (Bottleneck(8, 2, start=3, stride=2),),
-        (Bottleneck(16, 1, middle=3, stride=2), Attend(16, heads=2, width=8, stride=2)),
-        (Bottleneck(16, 2, start=5, stride=2), Attend(16, heads=2, width=8)),
+        (Bottleneck(16, 1, middle=3, stride=2), Attend(16, heads=2, width=16, stride=2)),
+        (Bottleneck(16, 2, start=5, stride=2), Attend(16, heads=2, width=16)),
     ),
     features=24,
     side=2,
@@ -105,12 +105,12 @@ def config_for(processor: Gemma3nProcessor) -> Gemma3nConfig:
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "head_dim": 8,
+            "head_dim": 16,
             "sliding_window": 6,
             "num_kv_shared_layers": 1,
             "laurel_rank": 4,
             "activation_sparsity_pattern": [0.95, 0.0, 0.6],
-            "altup_num_inputs": 3,
+            "altup_num_inputs": 4,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
             "final_logit_softcapping": 3.0,
         },
@@ -148,7 +148,7 @@ def whole(
     model.save_pretrained(folder)
     published = load_file(folder / "model.safetensors")
     for name in ("k_proj", "v_proj"):  # which the published checkpoints hold and nothing uses
-        published[f"model.language_model.layers.2.self_attn.{name}.weight"] = torch.zeros(16, 32)
+        published[f"model.language_model.layers.2.self_attn.{name}.weight"] = torch.zeros(32, 32)
     save_file(published, folder / "model.safetensors", metadata={"format": "pt"})
     processor.save_pretrained(folder)
     return folder, export_tiny(folder), model, processor
@@ -308,6 +308,10 @@ def test_loading_says_nothing_of_weights_that_are_not_wanted(whole: Whole, capfd
     folder, _, _, _ = whole
     family_for("gemma3n", "here").load(folder)
     assert "UNEXPECTED" not in "".join(capfd.readouterr())
+
+
+def test_a_step_on_a_gpu_needs_no_host(whole: Any, assert_steps_need_no_host: Any) -> None:
+    assert_steps_need_no_host(whole[1])
 
 
 def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:

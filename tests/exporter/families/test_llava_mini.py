@@ -447,3 +447,7 @@ def test_the_preset_has_as_many_parameters_as_published() -> None:
 
 def test_the_readme_says_what_it_can_be_made_into(artifact: Artifact, assert_supported: Any) -> None:
     assert_supported(artifact, "llava_mini")
+
+
+def test_the_fusion_as_tensorrt_gets_it_computes_what_pytorch_does(artifact: Artifact, as_tensorrt: Any) -> None:
+    as_tensorrt(artifact, "fusion")

@@ -341,5 +341,14 @@ def test_random_weights_depend_on_the_seed_alone(folder: Path) -> None:
         assert not torch.equal(first[name], other[name])
 
 
+def test_a_step_on_a_gpu_needs_no_host(artifact: Any, assert_steps_need_no_host: Any) -> None:
+    assert_steps_need_no_host(artifact)
+
+
 def test_the_readme_says_what_it_can_be_made_into(artifact: Any, assert_supported: Any) -> None:
     assert_supported(artifact, "moondream")
+
+
+def test_vision_as_tensorrt_gets_it_computes_what_pytorch_does(artifact: Any, as_tensorrt: Any) -> None:
+    """Both of its inputs have as many tiles, and no part of them stands alone."""
+    as_tensorrt(artifact, "vision_encoder")

@@ -187,5 +187,9 @@ def test_the_preset_has_as_many_parameters_as_published() -> None:
     assert sum(weight.numel() for weight in model.parameters()) == found.preset["published_parameters"]
 
 
+def test_a_step_on_a_gpu_needs_no_host(artifact: Artifact, assert_steps_need_no_host: Any) -> None:
+    assert_steps_need_no_host(artifact)
+
+
 def test_the_readme_says_what_it_can_be_made_into(artifact: Artifact, assert_supported: Any) -> None:
     assert_supported(artifact, "paligemma")

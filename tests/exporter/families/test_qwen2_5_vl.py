@@ -27,7 +27,7 @@ from vlmc.calibration.plan import write_plan
 from vlmc.calibration.sets import load_set
 from vlmc.engines import build, child
 from vlmc.errors import VlmcError
-from vlmc.exporter import parity
+from vlmc.exporter import golden, parity
 from vlmc.exporter.checkpoint import load_components
 from vlmc.exporter.family import family_for
 from vlmc.exporter.processor import describe
@@ -238,5 +238,18 @@ def test_what_the_family_does_not_cover_is_refused(text: Any, says: str) -> None
         family_for("qwen2_5_vl", "here").kv(model, 8)
 
 
+def test_a_step_on_a_gpu_needs_no_host(whole: Any, assert_steps_need_no_host: Any) -> None:
+    assert_steps_need_no_host(whole[1])
+
+
 def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
     assert_supported(whole[1], "qwen2_5_vl")
+
+
+def test_tensorrt_gets_all_that_the_encoder_takes_and_refuses_what_is_larger(whole: Any, as_tensorrt: Any) -> None:
+    artifact = whole[1]
+    arrays, inputs = golden.read(artifact)[1], artifact.manifest.components["vision_encoder"].inputs
+    runner = as_tensorrt(artifact, "vision_encoder")
+    larger = {tensor.name: np.repeat(arrays[f"0.{tensor.name}"], 2, axis=0) for tensor in inputs}
+    with pytest.raises(VlmcError, match=r"not built for inputs of these sizes.*at most .*image_ids 40\b"):
+        runner.run(larger)

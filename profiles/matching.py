@@ -1,0 +1,103 @@
+"""What `vlmc profile` does otherwise for models that match (CLIP): their evaluation set, and their verdict in words.
+
+A run matches one golden picture with its prompt. For the accuracy every picture of a set is matched with all labels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import VlmcError
+from . import verdict
+from .questions import Question
+
+_SHAPE = 'give a file with one {"image": …, "label": …} or {"image": …, "labels": […]} a line'
+
+
+def read_labels(path: Path, pictures: int) -> list[Question]:
+    """The first `pictures` pictures of a JSONL set with the labels that are right for each (`facts`)."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise VlmcError(f"The evaluation set {path} cannot be read", found=str(error), fix=_SHAPE) from None
+    found = [_labelled(path, number, line) for number, line in enumerate(lines[:pictures], 1)]
+    if len(labels_of(found)) < 2:
+        raise VlmcError(
+            f"The evaluation set {path} has nothing to choose from", found="fewer than 2 labels", fix=_SHAPE
+        )
+    return found
+
+
+def labels_of(questions: Sequence[Question]) -> tuple[str, ...]:
+    """Every label once, in the order of the set."""
+    return tuple(dict.fromkeys(label for question in questions for label in question.facts))
+
+
+def _labelled(path: Path, number: int, line: str) -> Question:
+    try:
+        row = json.loads(line)
+        labels = tuple(map(str, row["labels"] if "labels" in row else [row["label"]]))
+        question = Question(path.parent / str(row["image"]), "", labels[0], "", labels)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise VlmcError(
+            f"Line {number} of the evaluation set {path} is no picture with labels", found=what, fix=_SHAPE
+        ) from None
+    if not question.image.is_file():
+        raise VlmcError(f"Line {number} of {path} names a picture that is not there", found=str(question.image))
+    return question
+
+
+Group = Mapping[str, Any]
+
+
+def sentences(report: Group, choices: Group) -> list[str]:
+    """As `verdict.sentences`, of a model that matches."""
+    variants = report["variants"]
+    kept = next(variant for variant in variants if variant["name"] == verdict.kept_name(variants, choices))
+    others = [variant for variant in variants if variant is not kept]
+    speedups = [entry for entry in report["speedups"] if entry["of"] == kept["name"]]
+    return [
+        _speed(kept, speedups),
+        *_parts(speedups, variants),
+        *verdict._accuracy(kept, others),
+        verdict._memory(kept, others),
+        _energy(kept, report["power"]),
+        *verdict._limits(kept),
+        *verdict._doubts(report),
+        *(f"{name} was not measured: {reason.rstrip('.')}." for name, reason in report["not_measured"].items()),
+    ]
+
+
+def _speed(kept: Group, speedups: Sequence[Group]) -> str:
+    whole, vision, text = (kept["latency_ms"][part]["median"] for part in ("end_to_end", "vision", "text"))
+    said = (
+        f"{kept['name']} matches a picture with a text in {verdict._figure(whole)} ms, "
+        f"{verdict._figure(vision)} ms of them for the picture and {verdict._figure(text)} ms for the text"
+    )
+    return said + "".join(f"{', ' if i else ': '}{verdict._ratio(entry)}" for i, entry in enumerate(speedups)) + "."
+
+
+def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str]:
+    """Where the float engine loses and where it wins."""
+    names = {variant["name"] for variant in variants if variant["kind"] == "engine"}
+    for entry in speedups:
+        if entry["over"] in names:
+            slower = [part for part in ("vision", "text") if entry[part] < 0.98]
+            but = f"; its {' and '.join(slower)} got slower" if slower else ""
+            told = f"vision {entry['vision']:.2f}, text {entry['text']:.2f}"
+            yield f"Against {entry['over']} the parts are faster by these factors: {told}{but}."
+
+
+def _energy(kept: Group, source: Group) -> str:
+    energy = kept["energy"]
+    if isinstance(energy["joules_per_pair"], str):
+        return f"Energy: {energy['joules_per_pair']}."
+    idle = source["idle_watts"]
+    above = energy["joules_per_pair_above_idle"]
+    told = idle if isinstance(idle, str) else f"{above:.3g} J without {idle:.3g} W of idle power"
+    cost = f"A picture matched with a text costs {energy['joules_per_pair']:.3g} J, at {energy['watts']:.3g} W"
+    return f"{cost} ({told}; {source['source']})."
