@@ -65,6 +65,9 @@ class ComponentSpec:
 
 # What every decoder takes beside its cache; what another one takes further is in its ComponentSpec.
 DECODER_INPUTS = ("inputs_embeds", "position_ids", "write_index", "logits_index")
+# What a decoder with cross-attention looks at, at the prompt and at every step: the picture, or what a fusion made of
+# picture and question.
+CROSSED = ("image_features", "fused_image_features")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
         own = {c: s for c, s in specs.items() if c.component == component}
         first, refused = next(iter(own)).backend, ""
         if quantises(artifact, component, recipe):
-            why = refuses(builders.load(first), artifact, component, recipe, device)
+            why = refuses(builders.load(first), component, recipe, device)
             refused = f"; {recipe} is not offered: {why}" if why else ""
         if here:
             preferred = [candidate.engine for candidate in own if candidate.backend == first]
@@ -87,7 +87,7 @@ def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Cand
     for component in artifact.components:
 
         def refusal(builder: ModuleType, precision: str = "", component: str = component) -> str:
-            return refuses(builder, artifact, component, precision or builder.FLOAT, device)
+            return refuses(builder, component, precision or builder.FLOAT, device)
 
         def offered(name: str, precision: str, component: str = component) -> bool:
             if name not in usable and not cached(artifact, Candidate(device.name, component, name, precision)):
@@ -105,14 +105,10 @@ def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Cand
             yield from (Candidate(device.name, component, name, recipe) for name in quantising)
 
 
-def refuses(builder: ModuleType, artifact: Artifact, component: str, precision: str, device: Device) -> str:
-    """Why the builder does not offer this component of this model; empty where it does."""
+def refuses(builder: ModuleType, component: str, precision: str, device: Device) -> str:
+    """Why the builder does not offer this component; empty where it does."""
     if precision not in FLOATS and recipes.load(precision).implicit and builder is not builders.load("tensorrt"):
         return "its INT8 scales are found by TensorRT (up to 10.11) while it builds on the device"
-    spec = artifact.manifest.components[component]
-    free = {size for tensor in spec.inputs for size in tensor.shape if isinstance(size, str)}
-    if builder.PROFILES and component != "decoder" and (others := sorted(free - {"tiles", "length"})):
-        return f"optimisation profiles for its free sizes ({', '.join(others)}) are not made yet"
     return str(builder.refuses(component, precision, device))
 
 

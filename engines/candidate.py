@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from .. import __version__
@@ -32,7 +31,7 @@ from ..errors import VlmcError
 from ..files import staged_folder, write_json
 from ..profiles.device import load_device
 from ..profiles.memory import peak_rss_bytes
-from . import builders, child
+from . import builders, child, tensorrt_profiles
 from .passes import quantize
 
 
@@ -54,7 +53,7 @@ class Candidate:
 
 
 def key(artifact: Artifact, candidate: Candidate) -> str:
-    """The hash of all that goes into the engine: graphs, plan, golden sizes, device, backend and versions."""
+    """The hash of all that goes into the engine: graphs, plan, sizes, device, backend and versions."""
     plan = None if candidate.precision in FLOATS else to_json(read_plan(artifact, candidate.precision))
     specs, known = artifact.manifest.components, artifact.manifest.files
     looked_up = ["embed_tokens"] if candidate.component == "decoder" else []  # a decoder may hold the table (Job.embed)
@@ -62,7 +61,8 @@ def key(artifact: Artifact, candidate: Candidate) -> str:
     parts = [known[name].sha256 for file in files for name in (file, f"{file}.data") if name in known]
     device = load_device(candidate.device)
     dialect = [device.sm, device.tensorrt, device.opset, device.typing]
-    values = [SCHEMA, vars(candidate), plan, parts, dialect, vars(artifact.manifest.kv), _versions(candidate.backend)]
+    sizes = [vars(artifact.manifest.kv), artifact.manifest.preprocessing]  # and those of the golden inputs
+    values = [SCHEMA, vars(candidate), plan, parts, dialect, sizes, _versions(candidate.backend)]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,7 +99,7 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
             kv=artifact.manifest.kv,
             folder=folder,
             embed=lambda: ir.load(artifact.graph("embed_tokens")),
-            tiles=_most_tiles(artifact),
+            sizes=tensorrt_profiles.ranges(artifact, candidate.component),
             cache=candidate.folder(artifact).parent.parent / "timing.cache",
             calibration=calibration,
         )
@@ -146,11 +146,6 @@ def record_trial(artifact: Artifact, candidate: Candidate, trial: dict[str, Any]
     data["report"] |= trial
     write_json(path, data)
     return read_record(EngineSpec, path)
-
-
-def _most_tiles(artifact: Artifact) -> int:
-    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
-        return max((len(golden[name]) for name in golden.files if name.endswith(".pixel_values")), default=1)
 
 
 def _size(files: dict[str, FileSpec]) -> int:

@@ -40,7 +40,7 @@ class Checkpoint:
 
     @property
     def family(self) -> Family:
-        return family_for(str(self.config.get("model_type")), self.source.location)
+        return family_for(str(self.config.get("model_type")), self.source.location).of(self.config)
 
 
 def preset_names() -> list[str]:

@@ -113,8 +113,11 @@ class Generating(Kind):
         if name == "embed_tokens":
             return graph.embed_signature(parts.embed_tokens)
         if name == "fusion":
-            return graph.fusion_signature(specs["vision_encoder"], int(specs["embed_tokens"].outputs[0].shape[-1]))
-        return graph.decoder_signature(parts.decoder, specs["embed_tokens"], kv, specs["vision_encoder"])
+            assert parts.fusion is not None
+            hidden = int(specs["embed_tokens"].outputs[0].shape[-1])
+            return graph.fusion_signature(parts.fusion, specs["vision_encoder"], hidden)
+        crossed = specs.get("fusion", specs["vision_encoder"])
+        return graph.decoder_signature(parts.decoder, specs["embed_tokens"], kv, crossed)
 
     def complete(
         self, described: dict[str, Any], parts: Components, specs: Mapping[str, ComponentSpec]

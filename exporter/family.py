@@ -38,7 +38,9 @@ class Components:
         prefix_length, or a further output of embed_tokens, by its name. One with an attribute `positions` takes
         position_ids of (positions, 1, length).
     fusion, in few models: image_features as they come and text_embeds (1, text_length, hidden), the embeddings of all
-        tokens but the image ones → image features (…, hidden) and text_embeds to take in their places.
+        tokens but the image ones → image features (…, hidden) and text_embeds to take in their places. One whose second
+        argument is question_ids (1, question_length) reads the prompt but for its last token, which is all that the
+        decoder reads; its one output is the decoder's further input `fused_image_features`.
     """
 
     vision_encoder: nn.Module
@@ -131,12 +133,12 @@ class PrefixDecoder(Decoder):
 @dataclass(frozen=True)
 class OwnProcessor:
     """What a family says of a checkpoint that brings no processor of transformers: a fast tokenizer, the manifest's
-    `preprocessing`, a template in Jinja as transformers renders it, and the token that ends an answer."""
+    `preprocessing`, a template in Jinja as transformers renders it, and the tokens each of which ends an answer."""
 
     tokenizer: Any
     preprocessing: dict[str, Any]
     chat_template: str
-    eos_token: str
+    eos_tokens: tuple[str, ...]
 
 
 class Family(ABC):
@@ -168,6 +170,10 @@ class Family(ABC):
         return AutoModelForImageTextToText.from_config(  # type: ignore[no-any-return]
             AutoConfig.for_model(config["model_type"], **values), dtype=torch.float32
         )
+
+    def of(self, config: dict[str, Any]) -> Family:
+        """The family of a checkpoint with this config.json: another one where a model type has several."""
+        return self
 
     def own_processor(self, folder: Path) -> OwnProcessor | None:
         """For checkpoints that transformers has no processor for; None where it has one, as it mostly has."""

@@ -111,7 +111,7 @@ def detail(session: Session, image: Path, prompt: str, tokens: Sequence[int]) ->
     fusion: dict[str, Array] = {}
     if session.fusion is not None:
         embeds = session.embed.run({"input_ids": inputs.input_ids[None]})["inputs_embeds"]
-        fusion = {"image_features": features, "text_embeds": embeds[:, ~session.image_places(inputs)]}
+        fusion = session.fusion_inputs(inputs, embeds, features)
         fusion |= session.fusion.run(fusion)
     read = session.embed_prompt(inputs, features)
     decoder = session.decoder

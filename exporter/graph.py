@@ -88,27 +88,35 @@ def embed_signature(component: nn.Module) -> Signature:
     return Signature(["input_ids"], list(outputs), (torch.zeros(1, 7, dtype=torch.long),), ({1: _length()},))
 
 
-def fusion_signature(vision: ComponentSpec, hidden: int) -> Signature:
-    """Of the fusion, behind the vision encoder."""
+def fusion_signature(component: nn.Module, vision: ComponentSpec, hidden: int) -> Signature:
+    """Of the fusion, behind the vision encoder (see `Components`)."""
     shape = vision.outputs[0].shape
     free = {
         axis: size if size.isidentifier() else "image_tokens"
         for axis, size in enumerate(shape)
         if isinstance(size, str)
     }
+    features = torch.zeros([5 if axis in free else int(size) for axis, size in enumerate(shape)])
+    pictures = {axis: torch.export.Dim(name) for axis, name in free.items()} or None
+    if "question_ids" in inspect.signature(component.forward).parameters:
+        ids, length = torch.zeros(1, 7, dtype=torch.long), {1: torch.export.Dim("question_length")}
+        return Signature(
+            ["image_features", "question_ids"], ["fused_image_features"], (features, ids), (pictures, length)
+        )
     return Signature(
         ["image_features", "text_embeds"],
         ["fused_image_features", "fused_text_embeds"],
-        (torch.zeros([5 if axis in free else int(size) for axis, size in enumerate(shape)]), torch.zeros(1, 7, hidden)),
-        ({axis: torch.export.Dim(name) for axis, name in free.items()} or None, {1: torch.export.Dim("text_length")}),
+        (features, torch.zeros(1, 7, hidden)),
+        (pictures, {1: torch.export.Dim("text_length")}),
     )
 
 
 def decoder_signature(
-    component: nn.Module, embed: ComponentSpec, kv: KvSpec, vision: ComponentSpec | None = None
+    component: nn.Module, embed: ComponentSpec, kv: KvSpec, crossed: ComponentSpec | None = None
 ) -> Signature:
-    """Of the decoder, behind embed_tokens and, where it has cross-attention, the vision encoder (see `Components`)."""
-    known = {tensor.name: tensor for tensor in (*embed.outputs, *(vision.outputs if vision else ()))}
+    """Of the decoder, behind embed_tokens and, where it has cross-attention, the vision encoder or the fusion (see
+    `Components`)."""
+    known = {tensor.name: tensor for tensor in (*embed.outputs, *(crossed.outputs if crossed else ()))}
     behind = list(inspect.signature(component.forward).parameters)
     further = behind[behind.index("past") + 1 :]
     states = [f"{layer}.{part}" for layer in range(kv.layers) for part in ("key", "value")]
@@ -119,7 +127,8 @@ def decoder_signature(
     past = [torch.zeros(1, kv.kv_heads, 24, kv.head_dim) for _ in states]
     one = torch.zeros(1, dtype=torch.long)
     more = [_example(known[name], size) if name in known else one + 3 for name in further]
-    free = [{1: length} if name in known and "length" in known[name].shape else None for name in further]
+    sizes = {"length": length}
+    free = [_free(known[name], sizes) if name in known else None for name in further]
     return Signature(
         [*DECODER_INPUTS, *(f"past_key_values.{state}" for state in states), *further],
         ["logits", *(f"present.{state}" for state in states)],
@@ -132,10 +141,18 @@ def _length() -> torch.export.Dim:
     return torch.export.Dim("length")
 
 
+def _free(tensor: TensorSpec, sizes: dict[str, torch.export.Dim]) -> dict[int, torch.export.Dim] | None:
+    """The tensor's free axes; `sizes` holds those that other inputs have too, by name."""
+    found = {
+        axis: sizes.setdefault(n, torch.export.Dim(n)) for axis, n in enumerate(tensor.shape) if isinstance(n, str)
+    }
+    return found or None
+
+
 def _example(tensor: TensorSpec, length: int) -> Tensor:
-    """Zeros of the tensor's shape and type, whose only free size is the length."""
-    dtype = getattr(torch, tensor.dtype)
-    return torch.zeros([size if isinstance(size, int) else length for size in tensor.shape], dtype=dtype)
+    """Zeros of the tensor's shape and type, whose size `length` is given; any other free one is 5."""
+    sizes = [size if isinstance(size, int) else length if size == "length" else 5 for size in tensor.shape]
+    return torch.zeros(sizes, dtype=getattr(torch, tensor.dtype))
 
 
 def canonicalise(model: ir.Model) -> ir.Model:

@@ -40,7 +40,7 @@ def describe(folder: Path) -> tuple[dict[str, Any], PromptSpec]:
                 raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
             described |= {where: text} if text else {}
         preprocessing.load(described)  # what the runtime would refuse is refused now
-        eos = (tokenizer.convert_tokens_to_ids(own.eos_token),) if own else _eos_token_ids(folder, tokenizer)
+        eos = _known(folder, tokenizer, own.eos_tokens) if own else _eos_token_ids(folder, tokenizer)
         return described, replace(prompt, eos_token_ids=eos)
 
 
@@ -253,6 +253,14 @@ def _bos(tokenizer: Any, rendered: str) -> str:
         if tokenizer(before + rendered, add_special_tokens=False)["input_ids"] == wanted:
             return before
     raise VlmcError("The tokenizer adds special tokens that vlmc does not know", found=str(tokenizer("")["input_ids"]))
+
+
+def _known(folder: Path, tokenizer: Any, ends: tuple[str, ...]) -> tuple[int, ...]:
+    """The ids of those tokens that the tokenizer has: a model trained further may have dropped some."""
+    vocabulary = tokenizer.get_vocab()
+    if not (known := tuple(vocabulary[token] for token in ends if token in vocabulary)):
+        raise VlmcError(f"The tokenizer in {folder} has no token that ends an answer", expected=" or ".join(ends))
+    return known
 
 
 def _eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def variants(
             python = torch_python
         arguments = {"device": build.device, "engines": engines, "threads": threads}
         identity = " ".join(specs[part, engine].key for part, engine in sorted(engines.items()))
-        opener = "vlmc.runtime.session:open_session"
+        opener = f"vlmc.runtime.{'matching:open_matcher' if artifact.manifest.matching else 'session:open_session'}"
         found.measured.append(Variant(name, "engine", opener, arguments, engines, recipe, identity, python))
     if baselines:
         _add_baselines(found, artifact, build, threads, torch_python)
@@ -119,7 +119,8 @@ def _mixes(
         title = TITLES.get(backend, backend)
         here = {part: _of_backend(specs, part, backend) for part in components}
         plain = {part: next((here[part][name] for name in FLOATS if name in here[part]), "") for part in components}
-        plain["embed_tokens"] = plain["embed_tokens"] or kept.get("embed_tokens", "")
+        if "embed_tokens" in plain:
+            plain["embed_tokens"] = plain["embed_tokens"] or kept.get("embed_tokens", "")
         if not all(plain.values()):
             continue
         mixes.append((f"{title} float", "fp32", plain))

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifact import CROSSED
+
 Array = NDArray[Any]
 
 
@@ -67,7 +69,7 @@ class HostDecoder(ABC):
         self._rows = 0 if positions is None else len(positions)
         self._ahead = 0 if positions is None else int(positions.max()) + 1 - inputs_embeds.shape[1]
         self._prefixed = "prefix_length" in further
-        self._crossed = {name: further[name] for name in further.keys() & {"image_features"}}
+        self._crossed = {name: further[name] for name in further.keys() & set(CROSSED)}
         self._position = inputs_embeds.shape[1]
         return self._choose(self.forward(inputs_embeds, 0, **further))
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..artifact import Artifact
+from ..artifact import CROSSED, Artifact
 from ..errors import VlmcError
 from . import backends, preprocessing, prompt
 from .runner import Array, Decoder, Runner
@@ -23,12 +23,14 @@ from .runner import Array, Decoder, Runner
 class Inputs:
     """What the engines take: `vision` by name, empty without a picture; input_ids int64 (length,), in which one id
     stands for each row of image features; `rows`: which these are (`Prepared.rows`); `further`: what the decoder takes
-    beside embeddings, by name."""
+    beside embeddings, by name; `question`: int64 (1, length), where the fusion reads it and the decoder only what its
+    states are."""
 
     vision: Mapping[str, Array]
     input_ids: NDArray[np.int64]
     rows: NDArray[np.int64] | None = None
     further: Mapping[str, Array] = field(default_factory=dict)
+    question: NDArray[np.int64] | None = None
 
 
 @dataclass
@@ -58,8 +60,10 @@ class Session:
         self.timings = Timings()
         self.tokenizer = prompt.Tokenizer(artifact.path_of("tokenizer.json"))
         self.preprocess = preprocessing.load(artifact.manifest.preprocessing)
-        decoder_spec = artifact.manifest.components.get("decoder")
-        self._crosses = decoder_spec is not None and "image_features" in decoder_spec.further_inputs()
+        specs = artifact.manifest.components
+        further = specs["decoder"].further_inputs() if "decoder" in specs else ()
+        self._crossed = next((name for name in CROSSED if name in further), "")
+        self._asks_fusion = "fusion" in specs and "question_ids" in [tensor.name for tensor in specs["fusion"].inputs]
         self._image_token_id = self.tokenizer.token_id(artifact.manifest.prompt.image_token)
 
     def prepare(self, images: Sequence[Image.Image], text: str) -> Inputs:
@@ -73,8 +77,11 @@ class Session:
             further["position_ids"] = self.preprocess.positions(places, prepared)[:, None]
         if isinstance(self.preprocess, preprocessing.Prefix):
             further["prefix_length"] = np.array([self.preprocess.prefix_length(places, prepared)], np.int64)
+        question = None
+        if self._asks_fusion:  # the last token begins the answer
+            question, ids = ids[None, :-1], ids[-1:]
         self.timings = Timings(preprocess=perf_counter() - start)
-        return Inputs(prepared.vision if prepared else {}, ids, prepared.rows if prepared else None, further)
+        return Inputs(prepared.vision if prepared else {}, ids, prepared.rows if prepared else None, further, question)
 
     def generate(self, inputs: Inputs, max_new_tokens: int = 128, ignore_eos: bool = False) -> Iterator[int]:
         """Greedy tokens up to the end of text (not given out), `max_new_tokens`, or a full KV cache."""
@@ -113,10 +120,11 @@ class Session:
 
     def check_length(self, inputs: Inputs) -> None:
         """Raises where the prompt does not fit the KV cache."""
-        if len(inputs.input_ids) > self.decoder.capacity:
+        length = max(len(inputs.input_ids), 0 if inputs.question is None else inputs.question.shape[1])
+        if length > self.decoder.capacity:
             raise VlmcError(
                 "The prompt is longer than the KV cache",
-                found=f"{len(inputs.input_ids)} tokens, pictures included",
+                found=f"{length} tokens, pictures included",
                 expected=f"at most {self.decoder.capacity}",
                 fix="ask with fewer words or a smaller picture, or export with a larger --capacity",
             )
@@ -125,10 +133,13 @@ class Session:
         """What `Decoder.prefill` takes: inputs_embeds (1, length, hidden), with image features (…, hidden) in the
         places of the image token, and what further there is."""
         made = dict(self.embed.run({"input_ids": inputs.input_ids[None]}))
-        if self._crosses:
+        if self._crossed:
             if features is None:
                 raise VlmcError("This model only speaks of a picture", found="none", fix="give one")
-            return {**made, **inputs.further, "image_features": features}
+            if self.fusion is not None:
+                fused = self.fusion.run(self.fusion_inputs(inputs, made["inputs_embeds"], features))
+                features = fused["fused_image_features"]
+            return {**made, **inputs.further, self._crossed: features}
         embeds = made["inputs_embeds"]
         if features is not None:
             embeds = made["inputs_embeds"] = np.array(embeds)
@@ -152,13 +163,18 @@ class Session:
         """Where in the prompt (length,) the image tokens are."""
         return np.asarray(inputs.input_ids == self._image_token_id)
 
+    def fusion_inputs(self, inputs: Inputs, embeds: Array, features: Array) -> dict[str, Array]:
+        """What the fusion takes of image features and the prompt's embeddings (1, length, hidden)."""
+        if inputs.question is not None:
+            return {"image_features": features, "question_ids": inputs.question}
+        return {"image_features": features, "text_embeds": embeds[:, ~self.image_places(inputs)]}
+
     def _fuse(self, inputs: Inputs, embeds: Array, features: Array) -> Array:
         """Pictures and text through the fusion: puts the text's new embeddings into their places and returns the new
         image features."""
         assert self.fusion is not None
-        texts = ~self.image_places(inputs)
-        fused = self.fusion.run({"image_features": features, "text_embeds": embeds[:, texts]})
-        embeds[:, texts] = fused["fused_text_embeds"]
+        fused = self.fusion.run(self.fusion_inputs(inputs, embeds, features))
+        embeds[:, ~self.image_places(inputs)] = fused["fused_text_embeds"]
         return fused["fused_image_features"]
 
 

@@ -2,7 +2,6 @@
 
 Each module has
 - `PACKAGES`: distributions whose versions an engine depends on;
-- `PROFILES`: whether shapes are fixed in profiles and decode steps stay on the GPU, so that only the usual inputs fit;
 - `FLOAT`: the name of its float precision, `fp32` or `fp16`, which a recipe leaves what it does not quantise;
 - `unavailable() -> str`: why it cannot build here, empty where it can;
 - `refuses(component, precision, device) -> str`: why it does not offer that, empty where it does;
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 
 from ...artifact import KvContract, KvSpec
 from ...profiles.device import Device
+from ..tensorrt_profiles import Range
 
 MODEL = "model.onnx"  # an engine that is a graph has this name in its folder
 
@@ -43,7 +43,7 @@ class Calibration:
 @dataclass(frozen=True)
 class Job:
     """What is to be built, beside the graph: `folder` is where the engine goes; `embed()` gives the canonical graph of
-    embed_tokens, for decoders that look up the next token themselves; `tiles` is the most that a golden picture has;
+    embed_tokens, for decoders that look up the next token themselves; `sizes` has the range of each of its free sizes;
     `cache` is a file that all engines of the device share, for what a builder finds out by timing; `calibration` where
     the recipe leaves the scales to the builder."""
 
@@ -53,7 +53,7 @@ class Job:
     kv: KvSpec
     folder: Path
     embed: Callable[[], ir.Model]
-    tiles: int
+    sizes: Mapping[str, Range]
     cache: Path
     calibration: Calibration | None = None
 

@@ -16,7 +16,6 @@ from . import MODEL, Built, Job, tensorrt
 
 PACKAGES = ()
 FLOAT = tensorrt.FLOAT
-PROFILES = tensorrt.PROFILES
 
 
 def unavailable() -> str:

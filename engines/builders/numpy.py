@@ -14,7 +14,6 @@ from . import Built, Job
 
 PACKAGES = ("numpy",)
 FLOAT = "fp32"
-PROFILES = False
 TABLE = "table.npy"
 
 

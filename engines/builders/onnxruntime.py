@@ -16,7 +16,6 @@ from . import MODEL, Built, Job
 
 PACKAGES = ("onnxruntime",)
 FLOAT = "fp32"
-PROFILES = False
 OPSET_24 = ("TensorScatter", "Swish")
 INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QLinearConv")
 FLOATING = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "NhwcFusedConv")

@@ -18,7 +18,6 @@ from .onnxruntime import ATTENTION, FLOATING, OPSET_24
 
 PACKAGES = ()  # the graph is standard: ONNX Runtime's version, and whether it is there at all, change nothing of it
 FLOAT = "fp16"
-PROFILES = False
 BLOCKS = ("w4", "w8")
 
 

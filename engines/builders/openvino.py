@@ -13,7 +13,6 @@ from . import MODEL, Built, Job
 
 PACKAGES = ("openvino",)
 FLOAT = "fp32"
-PROFILES = False
 PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention")
 WIDTHS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 

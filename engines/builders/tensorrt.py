@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...artifact import FLOATS, KvContract, KvSpec
+from ...artifact import FLOATS, KvContract
 from ...calibration import recipes
 from ...files import write_bytes
 from ...profiles.device import Device
@@ -29,17 +29,16 @@ from ...runtime.tensorrt_engine import ENGINE, logger
 from .. import tensorrt_calibrator, tensorrt_network
 from ..passes import float_weights, half_precision, opset17, patches_as_matmul, token_loop, two_segment_attention
 from ..tensorrt_network import Parsed
-from ..tensorrt_profiles import Profile, profile
+from ..tensorrt_profiles import Profile, one_and_more, profile
 from . import Built, Job
 
 PACKAGES = ("tensorrt",)
 FLOAT = "fp16"
-PROFILES = True
 NATIVE = (10, 15)  # RotaryEmbedding, RMSNormalization and TensorScatter; Attention came with 10.14
 STRONG = (10, 12)
 INTEGER_WEIGHTS = INT4 = (10, 0)  # weights as int8 constants, and blocks of int4
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
-MOST_TILES = 8  # pictures of more run in parts
+MOST = 8  # tiles or texts at once; more run in parts
 STATES = ("past_key_values.", "present.")
 NORM_PARTS = (".square", ".mean", ".shifted", ".root", ".normal")  # layers of a spelt-out norm (passes/decompositions)
 REGION = "(asked; in a fused region, where TensorRT shows no kernel)"
@@ -101,23 +100,22 @@ def lower(model: ir.Model, job: Job) -> str:
     return form
 
 
-def profiles(model: ir.Model, kv: KvSpec, tiles: int) -> list[Profile]:
-    """The shapes that an engine is made for: of vision one tile, and several; of a decoder a step, then prompts by
-    length."""
-    if any(value.name == "inputs_embeds" for value in model.graph.inputs):
-        lengths = [length for length in PROMPTS if length < kv.capacity] + [kv.capacity]
-        size, ranges = "length", [(1, 1, 1), *((1, length, length) for length in lengths)]
-    else:
-        most = min(max(tiles, 1), MOST_TILES)
-        size, ranges = "tiles", [(1, 1, 1)] + ([(2, most, MOST_TILES)] if tiles > 1 else [])
-    return [profile(model, {size: sizes}) for sizes in ranges]
+def profiles(model: ir.Model, job: Job) -> list[Profile]:
+    """The shapes that an engine is made for: of a decoder a step, then prompts by length; of another component one of
+    a batch, then several."""
+    if job.component != "decoder":
+        return one_and_more(model, job.sizes, MOST)
+    capacity = job.kv.capacity
+    lengths = [length for length in PROMPTS if length < capacity] + [capacity]
+    ranges = [(1, 1, 1), *((1, length, length) for length in lengths)]
+    return [profile(model, {"length": sizes}) for sizes in ranges]
 
 
 def build(model: ir.Model, job: Job) -> Built:
     import tensorrt as trt
 
     form, weak = lower(model, job), version(job.device) < STRONG
-    shapes = profiles(model, job.kv, job.tiles)
+    shapes = profiles(model, job)
     cache = _TimingCache(trt, job.cache)
     with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
         path = Path(folder) / "lowered.onnx"

@@ -19,13 +19,11 @@ from ...profiles.device import Device
 from ...runtime.tensorrt_engine import ENGINE
 from .. import tensorrt_network
 from ..passes import half_precision, token_loop
-from ..tensorrt_profiles import Profile, profile
+from ..tensorrt_profiles import Profile, Range, profile
 from . import MODEL, Built, Job
 
 PACKAGES = ("tensorrt-rtx-cu13",)
 FLOAT = "fp16"
-PROFILES = True
-MOST_TILES = 17  # of one picture: SmolVLM's 4 × 4 and the whole
 
 
 def unavailable() -> str:
@@ -79,12 +77,10 @@ def lower(model: ir.Model, job: Job) -> None:
 
 
 def profiles(model: ir.Model, job: Job) -> list[Profile]:
-    """The shapes that the lowered graph is compiled for. Vision: up to a picture's tiles. Decoder: steps and prompts in
-    one, best for steps; a profile for each packs the weights twice (docs/experiments.md)."""
-    if job.component == "vision_encoder":
-        return [profile(model, {"tiles": (1, max(1, job.tiles), max(MOST_TILES, job.tiles))})]
-    capacity = job.kv.capacity
-    return [profile(model, {"length": (1, 1, capacity)})]
+    """The shapes that the lowered graph is compiled for, in one profile: another one would pack the weights once more
+    (docs/experiments.md). Of a decoder steps and prompts, best for steps."""
+    steps = {"length": Range(1, 1, job.kv.capacity)} if job.component == "decoder" else {}
+    return [profile(model, {**job.sizes, **steps})]
 
 
 def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:

@@ -211,7 +211,7 @@ class Gemma3n(Family):
             "end_token": end,
             "after_image": "",
         }
-        return OwnProcessor(tokenizer, preprocessing, chat, "<end_of_turn>")
+        return OwnProcessor(tokenizer, preprocessing, chat, ("<end_of_turn>", "<eos>"))
 
 
 def _give_scale(norm: nn.Module, width: int) -> None:

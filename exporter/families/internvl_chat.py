@@ -110,7 +110,7 @@ class InternVlChat(InternVl):
             "end_token": "</img>",
             "after_image": "",
         }
-        return OwnProcessor(_tokenizer(folder, config), preprocessing, template, end.strip())
+        return OwnProcessor(_tokenizer(folder, config), preprocessing, template, (end.strip(),))
 
 
 _ANSWER = "<|im_start|>assistant\n"

@@ -194,7 +194,7 @@ class LlavaMini(Llava):
             "after_image": "",
         }
         template = _MESSAGES % (image_token, _SYSTEM) + tokenizer.chat_template
-        return OwnProcessor(tokenizer, preprocessing, template, "<|eot_id|>")
+        return OwnProcessor(tokenizer, preprocessing, template, ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"))
 
 
 def _plane(width: int, side: int) -> Tensor:

@@ -110,7 +110,7 @@ class MobileVlm(Llava):
         }
         tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
         tokenizer = fast_tokenizer(folder / "tokenizer.model", {}, **tokens)
-        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, "</s>")
+        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, ("</s>",))
 
 
 def _peg(model: Any) -> nn.Conv2d:

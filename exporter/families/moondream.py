@@ -166,7 +166,7 @@ class Moondream(Family):
             "image_token": _IMAGE,
             "after_image": "",
         }
-        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, _BEGIN)
+        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, (_BEGIN,))
 
 
 def _sizes(original: dict[str, Any]) -> dict[str, dict[str, Any]]:

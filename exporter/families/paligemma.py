@@ -78,7 +78,7 @@ class PaliGemma(Family):
             "image_token": "<image>",
             "after_image": "",
         }
-        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, str(tokenizer.eos_token))
+        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, (str(tokenizer.eos_token),))
 
 
 def _with_plain_norms(model: nn.Module) -> nn.Module:

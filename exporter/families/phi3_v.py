@@ -149,7 +149,7 @@ class Phi3V(Family):
             "end_token": begin,
             "after_image": "",
         }
-        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, "<|end|>")
+        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, ("<|end|>", "<|endoftext|>"))
 
 
 def loaded(kind: Any, config: Any, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:

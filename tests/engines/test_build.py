@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, TensorSpec, read_record
+from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, read_record
 from vlmc.calibration.plan import plan_path
 from vlmc.engines import build as module
 from vlmc.engines import builders, trial
@@ -268,22 +268,3 @@ def test_an_engine_for_a_gb10_is_made_on_a_machine_without_a_gpu(
     assert record.choices["decoder"].engine == "tensorrt_rtx-int8"
     assert (spec.settings["sm"], path.name) == (121, "engine.trt")
     assert spec.report.products["int8"] > 0
-
-
-def test_sizes_that_have_no_profile_are_refused_and_a_decoders_further_inputs_are_not(artifact: Artifact) -> None:
-    def with_input(component: str, name: str, shape: tuple[int | str, ...]) -> Artifact:
-        changed = Artifact(artifact.root)
-        spec = changed.manifest.components[component]
-        wider = replace(spec, inputs=(*spec.inputs, TensorSpec(name, "int64", shape)))
-        changed.manifest = replace(changed.manifest, components=changed.manifest.components | {component: wider})
-        return changed
-
-    prefixed, patched = (
-        with_input("decoder", "prefix_length", (1,)),
-        with_input("vision_encoder", "windows", ("patches",)),
-    )
-    gb10, gpu, cpu = load_device("gb10"), builders.load("tensorrt_rtx"), builders.load("onnxruntime")
-    assert module.refuses(gpu, prefixed, "decoder", "fp16", gb10) == ""
-    assert "free sizes (patches)" in module.refuses(gpu, patched, "vision_encoder", "fp16", gb10)
-    assert module.refuses(gpu, artifact, "vision_encoder", "fp16", gb10) == ""
-    assert module.refuses(cpu, prefixed, "decoder", "fp32", load_device("cpu")) == ""

@@ -175,7 +175,7 @@ def test_it_is_offered_where_tensorrt_has_it_and_refused_in_a_sentence_elsewhere
     tensorrt = builders.load("tensorrt")
 
     def refusal(module: ModuleType, component: str = "vision_encoder", version: str = "8.6") -> str:
-        return stage.refuses(module, artifact, component, "int8-implicit", replace(H100, tensorrt=version))
+        return stage.refuses(module, component, "int8-implicit", replace(H100, tensorrt=version))
 
     assert refusal(tensorrt) == refusal(tensorrt, version="10.3") == ""
     assert "needs weak typing, up to 10.11, and H100 SXM 80 GB has 11.0" in refusal(tensorrt, version="11.0")

@@ -31,7 +31,7 @@ def build(artifact: Artifact, backend: str, component: str, recipe: str, folder:
 
     if recipe != "fp32":
         quantize.apply(model, read_plan(artifact, recipe), component)
-    job = builders.Job(component, recipe, device, artifact.manifest.kv, folder, embed, 1, folder / "timing.cache")
+    job = builders.Job(component, recipe, device, artifact.manifest.kv, folder, embed, {}, folder / "timing.cache")
     built = builders.load(backend).build(model, job)
     assert isinstance(built, Built)
     return built

@@ -33,7 +33,7 @@ def test_every_product_is_float16_or_of_packed_weights(
     if precision != "fp16":
         quantize.apply(model, read_plan(planned, precision), component)
     kv = planned.manifest.kv
-    job = builders.Job(component, precision, H100, kv, tmp_path, lambda: ir.load(""), 1, tmp_path / "timing.cache")
+    job = builders.Job(component, precision, H100, kv, tmp_path, lambda: ir.load(""), {}, tmp_path / "timing.cache")
     built = builder.build(model, job)
     assert builder.products(tmp_path / built.file, built.settings) == products
     written = ir.load(tmp_path / built.file)

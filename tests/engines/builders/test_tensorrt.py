@@ -20,6 +20,7 @@ from vlmc.calibration.plan import read_plan
 from vlmc.engines import builders, tensorrt_network
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.passes import quantize
+from vlmc.engines.tensorrt_profiles import Range
 from vlmc.exporter import golden
 from vlmc.profiles.device import load_device
 
@@ -35,7 +36,7 @@ def lowered(
     device = replace(ORIN, tensorrt=tensorrt)
     embed = ir.load(artifact.graph("embed_tokens"))
     job = builders.Job(
-        component, "int8", device, artifact.manifest.kv, folder, lambda: embed, 1, folder / "timing.cache"
+        component, "int8", device, artifact.manifest.kv, folder, lambda: embed, {}, folder / "timing.cache"
     )
     return model, builder.lower(model, job)
 
@@ -66,23 +67,24 @@ def test_the_graph_speaks_the_devices_tensorrt(
 
 def test_a_decoder_has_a_profile_for_the_step_and_prompts_by_length(planned: Artifact, tmp_path: Path) -> None:
     model, _ = lowered(planned, "decoder", "8.6", tmp_path)
-    step, prompt = builder.profiles(model, KV, tiles=1)
+    step, prompt = builder.profiles(model, job("decoder", 128))
     assert step["inputs_embeds"] == ((1, 1, 64),) * 3
     assert prompt["position_ids"] == ((1, 1), (1, 128), (1, 128))
-    lengths = [p["input_ids"][2][1] for p in builder.profiles(model, replace(KV, capacity=2048), tiles=1)]
+    lengths = [p["input_ids"][2][1] for p in builder.profiles(model, job("decoder", 2048))]
     assert lengths == [1, 256, 2048]
 
 
-@pytest.mark.parametrize(
-    ("tiles", "ranges"), [(1, [(1, 1, 1)]), (5, [(1, 1, 1), (2, 5, 8)]), (17, [(1, 1, 1), (2, 8, 8)])]
-)
-def test_vision_has_a_profile_for_one_tile_and_one_for_more(
-    tiles: int, ranges: list[tuple[int, ...]], planned: Artifact, tmp_path: Path
-) -> None:
+def test_vision_has_a_profile_for_one_tile_and_one_for_more(planned: Artifact, tmp_path: Path) -> None:
     model, form = lowered(planned, "vision_encoder", "8.6", tmp_path)
     assert form == ""
-    found = [tuple(shape[0] for shape in p["pixel_values"]) for p in builder.profiles(model, KV, tiles)]
-    assert found == ranges
+    vision = job("vision_encoder", 128, tiles=Range(1, 5, 17))
+    found = [tuple(shape[0] for shape in shapes["pixel_values"]) for shapes in builder.profiles(model, vision)]
+    assert found == [(1, 1, 1), (2, 5, builder.MOST)]
+
+
+def job(component: str, capacity: int, **sizes: Range) -> builders.Job:
+    kv, folder = replace(KV, capacity=capacity), Path()
+    return builders.Job(component, "int8", ORIN, kv, folder, lambda: pytest.fail("not needed"), sizes, folder)
 
 
 def test_what_a_version_cannot_do_is_said_before_anything_is_built() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from vlmc.calibration.plan import read_plan
 from vlmc.engines import tensorrt_network
 from vlmc.engines.builders import Built, Job, tensorrt_rtx
 from vlmc.engines.passes import group_query_attention, half_precision, quantize
+from vlmc.engines.tensorrt_profiles import ranges
 from vlmc.engines.trial import cosine
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden
@@ -29,7 +29,7 @@ def job(artifact: Artifact, component: str, precision: str, folder: Path, device
         kv=artifact.manifest.kv,
         folder=folder,
         embed=lambda: ir.load(artifact.graph("embed_tokens")),
-        tiles=5,
+        sizes=ranges(artifact, component),
         cache=folder / "timing.cache",
     )
 
@@ -135,11 +135,8 @@ def test_one_profile_holds_steps_and_prompts_that_fill_the_cache(planned: Artifa
 
 def test_vision_takes_what_the_golden_pictures_have_and_more(planned: Artifact, tmp_path: Path) -> None:
     vision = job(planned, "vision_encoder", "fp16", tmp_path)
-    model = graph(planned, "vision_encoder", "fp16")
-    (profile,) = tensorrt_rtx.profiles(model, vision)
-    assert [shape[0] for shape in profile["pixel_values"]] == [1, 5, 17]
-    (profile,) = tensorrt_rtx.profiles(model, dataclasses.replace(vision, tiles=20))
-    assert [shape[0] for shape in profile["pixel_values"]] == [1, 20, 20]
+    (profile,) = tensorrt_rtx.profiles(graph(planned, "vision_encoder", "fp16"), vision)
+    assert [shape[0] for shape in profile["pixel_values"]] == [1, 9, 17]
 
 
 def test_onnx_runtimes_operators_are_refused_by_name(planned: Artifact, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def as_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ar
         sizes, device, kv = tensorrt_profiles.ranges(artifact, component), load_device("h100"), artifact.manifest.kv
         job = builders.Job(component, "fp16", device, kv, tmp_path, lambda: pytest.fail("no decoder"), sizes, path)
         tensorrt.lower(model, job)
-        profiles = tensorrt_profiles.one_and_more(model, sizes, tensorrt.MOST_TILES)
+        profiles = tensorrt_profiles.one_and_more(model, sizes, tensorrt.MOST)
         ir.save(model, path, external_data=f"{path.name}.data")
         monkeypatch.setattr(tensorrt_engine, "architecture", lambda: spec().settings["sm"])
         trt, known = fake_trt(lambda data: FakeEngine(gpu, path, profiles)), artifact.manifest.components[component]

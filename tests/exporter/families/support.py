@@ -40,7 +40,7 @@ def _outcome(artifact: Artifact, device: str, backend: str, recipe: str) -> str:
     for component in artifact.components:
         quantised = build.quantises(artifact, component, recipe)
         for precision in (builder.FLOAT, recipe) if quantised else (builder.FLOAT,):
-            if why := build.refuses(builder, artifact, component, precision, target):
+            if why := build.refuses(builder, component, precision, target):
                 return f"no: {component}: {why}"
             one = candidate.Candidate(device, component, backend, precision)
             try:

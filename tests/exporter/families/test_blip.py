@@ -1,4 +1,4 @@
-"""BLIP captioning: transformers' own model, picture processor and tokenizer are the judge."""
+"""BLIP that writes captions and answers: transformers' own models, picture processor and tokenizer are the judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipProcessor
+from transformers import (
+    BertTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+)
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from vlmc.artifact import Artifact
 from vlmc.calibration import recipes
@@ -35,7 +41,8 @@ from vlmc.runtime.session import Session, open_session
 
 PROMPTS = ["", "a photo of", "A  photo of two {red} boats, 42?"]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
-Whole = tuple[Path, Artifact, BlipForConditionalGeneration, BlipProcessor]
+QUESTIONS = ["two?", "How many {red} boats, 42?"]
+Whole = tuple[Path, Artifact, Any, BlipProcessor]
 
 
 def bert_tokenizer() -> BertTokenizer:
@@ -48,18 +55,34 @@ def bert_tokenizer() -> BertTokenizer:
 
 @pytest.fixture(scope="module")
 def whole(randomise: Any, export_tiny: Callable[[Path], Artifact], tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder = tmp_path_factory.mktemp("blip") / "checkpoint"
+    # Wider pictures than words, as the large model has.
+    return save(BlipForConditionalGeneration, 48, randomise, export_tiny, tmp_path_factory.mktemp("blip"))
+
+
+@pytest.fixture(scope="module")
+def answering(
+    randomise: Any, export_tiny: Callable[[Path], Artifact], tmp_path_factory: pytest.TempPathFactory
+) -> Whole:
+    return save(BlipForQuestionAnswering, 32, randomise, export_tiny, tmp_path_factory.mktemp("vqa"))
+
+
+def save(kind: Any, width: int, randomise: Any, export_tiny: Callable[[Path], Artifact], root: Path) -> Whole:
+    """A small random checkpoint of the class `kind`, exported; `width`: of the picture's features."""
+    folder = root / "checkpoint"
     tokenizer, pictures = bert_tokenizer(), BlipImageProcessorPil(size={"height": 28, "width": 28})
     text = {"vocab_size": len(tokenizer) + 2, "bos_token_id": len(tokenizer), "sep_token_id": 3, "pad_token_id": 0}
     config = BlipConfig(
-        # Wider pictures than words, as the large model has.
-        text_config=SIZES | text | {"encoder_hidden_size": 48},
-        vision_config=SIZES | {"hidden_size": 48, "image_size": 28, "patch_size": 7},
+        text_config=SIZES | text | {"encoder_hidden_size": width},
+        vision_config=SIZES | {"hidden_size": width, "image_size": 28, "patch_size": 7},
     )
-    model = BlipForConditionalGeneration(config).eval()
+    model = kind(config).eval()
     randomise(model, 5)
     with torch.no_grad():
-        model.text_decoder.bert.embeddings.word_embeddings.weight.mul_(5)
+        for name, weight in model.named_parameters():
+            if name.endswith("word_embeddings.weight"):
+                weight.mul_(5)
+            elif name.endswith("LayerNorm.weight"):
+                weight.add_(1)
         model.text_decoder.cls.predictions.decoder.bias[3] = -50  # else captions end before they begin
     model.save_pretrained(folder)
     processor = BlipProcessor(pictures, tokenizer)
@@ -94,6 +117,55 @@ def test_captions_are_transformers(
     np.testing.assert_allclose(session.decoder.logits(), logits[-2].numpy(), atol=5e-4, rtol=5e-4)
 
 
+@pytest.fixture(scope="module")
+def answers(answering: Whole) -> Session:
+    return canonical_session(answering[1])
+
+
+@pytest.mark.parametrize("size", [(28, 28), (90, 31)])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_answers_are_transformers(
+    question: str, size: tuple[int, int], answering: Whole, answers: Session, make_picture: Any
+) -> None:
+    _, _, model, processor = answering
+    picture = make_picture(*size)
+    given = processor(images=picture, text=question, return_tensors="pt")
+    with torch.inference_mode():
+        expected = model.generate(**given, max_new_tokens=6, do_sample=False, num_beams=1)[0].tolist()
+        states = model.vision_model(given["pixel_values"]).last_hidden_state
+        read = model.text_encoder(given["input_ids"], encoder_hidden_states=states).last_hidden_state
+        logits = model.text_decoder(torch.tensor([expected]), encoder_hidden_states=read).logits[0]
+
+    inputs = answers.prepare([picture], question)
+    assert inputs.question is not None and inputs.question.tolist() == given["input_ids"].tolist()
+    found = list(answers.generate(inputs, 6))
+    assert [*inputs.input_ids.tolist(), *found] == expected
+    assert len(found) == 6
+    np.testing.assert_allclose(answers.decoder.logits(), logits[-2].numpy(), atol=5e-4, rtol=5e-4)
+
+
+def test_picture_and_question_both_count(answers: Session, make_picture: Any) -> None:
+    """Otherwise the comparison above would say nothing about one of them."""
+    logits = []
+    for size, question in (((28, 28), "two?"), ((90, 31), "two?"), ((28, 28), "red?")):
+        next(answers.generate(answers.prepare([make_picture(*size)], question), 1))
+        logits.append(answers.decoder.logits())
+    assert np.abs(logits[0] - logits[1]).max() > 0.1
+    assert np.abs(logits[0] - logits[2]).max() > 0.1
+
+
+def test_the_question_is_read_once(answering: Whole) -> None:
+    components = answering[1].manifest.components
+    assert components["decoder"].further_inputs() == ("fused_image_features",)
+    assert [tensor.name for tensor in components["fusion"].inputs] == ["image_features", "question_ids"]
+    assert components["fusion"].outputs[0].shape == (2, 2, 2, "question_length", 16)
+
+
+def test_a_question_beyond_berts_positions_is_one_sentence(answers: Session, make_picture: Any) -> None:
+    with pytest.raises(VlmcError, match="longer than the KV cache"):
+        list(answers.generate(answers.prepare([make_picture(28, 28)], "red " * 600), 2))
+
+
 def test_another_picture_gives_other_words(session: Session, make_picture: Any) -> None:
     """Otherwise the comparison above would say nothing about cross-attention."""
     logits = []
@@ -111,8 +183,9 @@ def test_the_picture_is_looked_at_once(whole: Whole, session: Session) -> None:
     assert not [name for name in names if "crossattention" in name]
 
 
-def test_every_weight_is_in_one_component(whole: Whole) -> None:
-    _, artifact, model, _ = whole
+@pytest.mark.parametrize("which", ["whole", "answering"])
+def test_every_weight_is_in_one_component(which: str, request: pytest.FixtureRequest) -> None:
+    _, artifact, model, _ = request.getfixturevalue(which)
     components = load_components(artifact)
     weights = {id(weight): weight for _, part in components.items() for weight in part.parameters()}
     assert sum(weight.numel() for weight in weights.values()) == sum(weight.numel() for weight in model.parameters())
@@ -135,15 +208,25 @@ def test_no_picture_and_two_are_one_sentence(count: int, session: Session) -> No
 
 
 @pytest.mark.parametrize("recipe", ["int8", "w4"])
+@pytest.mark.parametrize("which", ["whole", "answering"])
 def test_it_is_calibrated_built_and_writes(
-    recipe: str, whole: Whole, picture_set: Path, step_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    which: str,
+    recipe: str,
+    request: pytest.FixtureRequest,
+    picture_set: Path,
+    step_here: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    artifact = Artifact(Path(shutil.copytree(whole[1].root, tmp_path / "copy")))
+    exported: Artifact = request.getfixturevalue(which)[1]
+    artifact = Artifact(Path(shutil.copytree(exported.root, tmp_path / "copy")))
     write_plan(artifact, calibrate(artifact, recipes.load(recipe), load_set(picture_set), lambda *_: None))
     monkeypatch.setattr(child, "run", step_here)
     build(artifact, load_device("cpu"), recipe, lambda *_: None)
     modules = read_plan(artifact, recipe).modules
-    assert ("vision_encoder/keys.1" in modules) == (recipe == "int8")
+    assert ("vision_encoder/head.keys.1" in modules) == (recipe == "int8")
+    reads = which == "answering" and recipe == "int8"
+    assert ("fusion/reader.layers.1.intermediate.dense" in modules) == reads
     spec, _ = artifact.engine("cpu", "decoder", f"onnxruntime-{recipe}")
     assert spec.report.products[recipe] == sum(path.startswith("decoder/") for path in modules)
     assert (spec.report.agreement or 0) > 0.9  # of random weights
@@ -165,10 +248,10 @@ def test_the_preset_fits_together() -> None:
     assert features.shape == (kv.layers, 2, kv.kv_heads, 24 * 24 + 1, kv.head_dim)
 
 
-def test_another_head_than_the_one_for_captions_is_refused(whole: Whole, tmp_path: Path) -> None:
+def test_a_head_that_vlmc_does_not_know_is_refused(whole: Whole, tmp_path: Path) -> None:
     config = json.loads((whole[0] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BlipForQuestionAnswering"]}))
-    with pytest.raises(VlmcError, match=r"does not write captions.*BlipForQuestionAnswering"):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["BlipModel"]}))
+    with pytest.raises(VlmcError, match=r"neither writes captions nor answers questions nor matches.*BlipModel"):
         family_for("blip", "here").load(tmp_path)
 
 

@@ -213,7 +213,7 @@ def test_pictures_and_question_become_transformers_arrays(count: int, whole: Who
     prepared = preprocessing.load(config)(pictures)
     ids = Tokenizer(folder / "tokenizer.json").encode(render(prompt, question, prepared.image_texts))
     assert ids.tolist() == reference["input_ids"][0].tolist()
-    assert prompt.eos_token_ids == (processor.tokenizer.convert_tokens_to_ids("<end_of_turn>"),)
+    assert prompt.eos_token_ids == tuple(processor.tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<eos>"]))
     if count:
         assert np.array_equal(prepared.vision["pixel_values"], reference["pixel_values"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ CHAT = (  # Llama 3.1's for two messages
     "'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
     "{%- if add_generation_prompt %}\n    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"
 )
-SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+ENDS = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]
+SPECIAL = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", *ENDS]
 SPECIAL += ["<|reserved_special_token_0|>", "<|reserved_special_token_1|>"]
 WIDTH, HEADS, KV_HEADS, INNER, LAYERS, FUSION_LAYERS, SIDE = 32, 2, 1, 48, 2, 2, 2
 VISION, VISION_HEADS, VISION_LAYERS, IMAGE, PATCH = 128, 8, 3, 24, 4
@@ -327,7 +329,8 @@ def test_the_prompt_is_the_one_of_training(folder: Path) -> None:
     assert prompt.text_only == f"{system}{user}{{text}}<|eot_id|>{answer}"
     assert prompt.with_image == f"{system}{user}{{image}}\n{{text}}<|eot_id|>{answer}"
     assert prompt.image_token == "<|reserved_special_token_1|>"
-    assert prompt.eos_token_ids == (Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|eot_id|>"),)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert prompt.eos_token_ids == tuple(tokenizer.token_to_id(token) for token in ENDS)
 
 
 @pytest.mark.parametrize("ratio", ["square", "pad"])
@@ -377,6 +380,20 @@ def test_what_the_family_does_not_cover_is_refused(
 def test_another_way_to_prepare_pictures_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(VlmcError, match=r"prepares pictures in another way.*anyres"):
         describe(change(folder, tmp_path, image_aspect_ratio="anyres"))
+
+
+def test_of_the_ends_those_count_that_the_tokenizer_has(folder: Path, tmp_path: Path) -> None:
+    """Llama 3's tokenizer has no <|eom_id|>; one with no end at all is refused."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|eom_id|>", "<|other|>"))
+    vocabulary = Tokenizer.from_file(str(file))
+    assert describe(tmp_path)[1].eos_token_ids == tuple(vocabulary.token_to_id(ENDS[index]) for index in (0, 2))
+    for end in ENDS:
+        for changed in (file, tmp_path / "tokenizer_config.json"):
+            changed.write_text(changed.read_text().replace(end, f"<|no{end[2:]}"))
+    with pytest.raises(VlmcError, match=r"no token that ends an answer. Expected: <\|eot_id\|> or <\|eom_id\|> or"):
+        describe(tmp_path)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -266,7 +266,8 @@ def test_the_prompt_is_the_model_cards(folder: Path) -> None:
     described, prompt = describe(folder)
     assert prompt.text_only == "<s><|user|>\n{text}<|end|>\n<|assistant|>\n"
     assert prompt.with_image == "<s><|user|>\n{image}{text}<|end|>\n<|assistant|>\n"
-    assert prompt.eos_token_ids == (Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("<|end|>"),)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert prompt.eos_token_ids == tuple(tokenizer.token_to_id(token) for token in ("<|end|>", "<|endoftext|>"))
     wanted = {"max_tiles": 4, "tile": IMAGE, "side": 2, "end_token": "<s>", "after_image": "\n"}
     assert {name: described[name] for name in wanted} == wanted
 

@@ -20,6 +20,7 @@ from vlmc.calibration.plan import read_plan
 from vlmc.engines import builders
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.passes import quantize
+from vlmc.engines.tensorrt_profiles import ranges
 from vlmc.profiles.device import load_device
 from vlmc.runtime.tensorrt_decoder import TensorrtDecoder
 from vlmc.runtime.tensorrt_engine import Engine
@@ -167,9 +168,10 @@ class Made:
         embed = ir.load(artifact.graph("embed_tokens"))
         self.kv = artifact.manifest.kv
         device = load_device("h100")
-        job = builders.Job(component, recipe, device, self.kv, folder, lambda: embed, 3, folder / "timing.cache")
+        sizes = ranges(artifact, component)
+        job = builders.Job(component, recipe, device, self.kv, folder, lambda: embed, sizes, folder / "timing.cache")
         self.form = builder.lower(model, job)
-        self.shapes = builder.profiles(model, self.kv, tiles=3)[-profiles:]
+        self.shapes = builder.profiles(model, job)[-profiles:]
         self.path = folder / "model.onnx"
         ir.save(model, self.path, external_data="model.onnx.data")
         self.gpu = FakeGpu()

@@ -39,7 +39,7 @@ def build(artifact: Artifact, component: str, precision: str, folder: Path) -> t
         quantize.apply(model, read_plan(artifact, precision), component)
     folder.mkdir()
     kv, cache = artifact.manifest.kv, folder / "timing.cache"
-    job = builders.Job(component, precision, H100, kv, folder, lambda: pytest.fail("not needed"), 1, cache)
+    job = builders.Job(component, precision, H100, kv, folder, lambda: pytest.fail("not needed"), {}, cache)
     built = builder.build(model, job)
     return built, folder / built.file
 
@@ -101,7 +101,7 @@ def test_packed_weights_compute_what_the_plan_says(precision: str, planned: Arti
     quantize.apply(model, read_plan(planned, precision), "decoder")
     (tmp_path / "cpu").mkdir()
     job = builders.Job(
-        "decoder", precision, load_device("cpu"), planned.manifest.kv, tmp_path / "cpu", ir.Model, 1, tmp_path / "t"
+        "decoder", precision, load_device("cpu"), planned.manifest.kv, tmp_path / "cpu", ir.Model, {}, tmp_path / "t"
     )
     built = builders.load("onnxruntime").build(model, job)
     spec: Any = SimpleNamespace(kv=built.kv, settings=built.settings)
