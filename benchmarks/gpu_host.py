@@ -4,7 +4,7 @@
     python3 benchmarks/gpu_host.py --seconds 1200 demo,vit2 smolvlm-256m …  writes logs and records under /tmp/gpu
 
 For each model: `vlmc export` and `vlmc calibrate` (the host's Python, with PyTorch), engines built several at once,
-`vlmc build` to choose between them, then `vlmc profile` (PROFILED) or PyTorch's float16 times alone (torch_times.py).
+`vlmc build` to choose between them and `vlmc profile` (PROFILED), or the engines' and PyTorch's times alone (the rest).
 `vit2` stands for the forms of tensorrt_variants.py. What is timed has its GPU to itself: builds share it, and timing
 waits until they are done. Each argument is what one of the GPUs does. What is not finished in time is missing from the
 results, and its log says where it was.
@@ -35,6 +35,14 @@ if sys.argv.pop() == "few": tensorrt.PROMPTS = ()
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""
 IMPLICIT = ("demo", "smolvlm-256m")
 FORMS = "vit2"  # not a model: the forms of a ViT's graph
+TRIAL = """import json, sys; from pathlib import Path; from vlmc.artifact import Artifact
+from vlmc.engines.trial import try_component
+folder, found = Path(sys.argv[1]), {}
+for path in sorted(folder.glob("engines/h100/*/tensorrt-*/engine.json")):
+    part, engine = path.parts[-3:-1]
+    try: found |= {f"{part} {engine}": try_component(Artifact(folder), "h100", part, [engine], "numpy-fp32")[engine]}
+    except Exception as error: found[f"{part} {engine}"] = f"{type(error).__name__}: {error}"
+    (folder / "trial.json").write_text(json.dumps(found, indent=1))"""  # what `vlmc build` does, without the verdict
 WARM = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.calibration.cuda_baseline import open_session; from vlmc.exporter import golden
 artifact = Artifact(Path(sys.argv[1])); arrays = golden.read(artifact)[1]
@@ -128,26 +136,35 @@ def model(run: Run, name: str, gpu: Gpu) -> None:
         with gpu.shared():
             prompts = "all" if name in PROFILED else "few"  # of a family a step and a picture are timed, so few will do
             arguments = ("-c", ENGINE, str(folder), component, backend, precision, prompts)
-            run.step(f"{name}-engine-{component}-{precision}", gpu, TENSORRT, *arguments)
+            run.step(f"{name}-engine-{component}-{backend}-{precision}", gpu, TENSORRT, *arguments)
 
     components = json.loads((folder / "manifest.json").read_text())["components"]
     wanted = [(part, "tensorrt", precision) for precision in ("fp16", "int8") for part in components]
+    wanted = [made for made in wanted if made[0] != "embed_tokens"]
+    if name in PROFILED:
+        wanted += [(part, "onnxruntime_gpu", "fp16") for part in components if part != "embed_tokens"]
 
     def warm() -> None:
         with gpu.shared():
             run.step(f"{name}-warm", gpu, TORCH, "-c", WARM, str(folder))
 
-    with ThreadPoolExecutor(len(wanted) + 1) as pool:
+    with ThreadPoolExecutor(len(wanted) + 2) as pool:
         if name in PROFILED:
             pool.submit(warm)
-        list(pool.map(lambda made: engine(*made), [made for made in wanted if made[0] != "embed_tokens"]))
-    with gpu.alone():
-        run.step(f"{name}-build", gpu, TENSORRT, *vlmc, "build", str(folder), "--device", "h100", "--int8")
+        else:
+            torch = pool.submit(run.step, f"{name}-torch", gpu, TORCH, "benchmarks/torch_times.py", str(folder))
+            engine("embed_tokens", "numpy", "fp32")
+        list(pool.map(lambda made: engine(*made), wanted))
         if name not in PROFILED:
-            run.step(f"{name}-torch", gpu, TORCH, "benchmarks/torch_times.py", str(folder), most=240)
+            with gpu.alone():
+                run.step(f"{name}-trial", gpu, TENSORRT, "-c", TRIAL, str(folder))
+                (folder / "go").touch()  # PyTorch has its weights ready
+                torch.result()
             for weights in [*folder.glob("onnx/*.data"), *folder.glob("engines/h100/*/*/*.trt")]:
                 weights.unlink()  # the disk is for the next
             return
+    with gpu.alone():
+        run.step(f"{name}-build", gpu, TENSORRT, *vlmc, "build", str(folder), "--device", "h100", "--int8")
         if name == "demo":
             question = ("--device", "h100", "--prompt", "Describe the picture briefly.")
             run.step("demo-run", gpu, TENSORRT, *vlmc, "run", str(folder), str(folder / "golden" / "00.png"), *question)
