@@ -3,11 +3,12 @@
     bash benchmarks/gpu_unpack.sh                                           after the last part of gpu_pack.sh
     python3 benchmarks/gpu_host.py --seconds 1200 demo,vit2 smolvlm-256m …  writes logs and records under /tmp/gpu
 
-For each model: `vlmc export` and `vlmc calibrate` (the host's Python, with PyTorch), engines built several at once,
-`vlmc build` to choose between them and `vlmc profile` (PROFILED), or the engines' and PyTorch's times alone (the rest).
-`vit2` stands for the forms of tensorrt_variants.py. What is timed has its GPU to itself: builds share it, and timing
-waits until they are done. Each argument is what one of the GPUs does. What is not finished in time is missing from the
-results, and its log says where it was.
+For each model: `vlmc export` and `vlmc calibrate` (the host's Python, with PyTorch) where they are not there yet, and
+engines, several at once. Of the models named with --profile then `vlmc build`, to choose between them, and `vlmc
+profile`; of the others the times of engines and of PyTorch alone (engine_times.py, torch_times.py), since a decoder of
+30 layers with all its profiles builds for longer than ten minutes. `vit2` stands for the forms of
+tensorrt_variants.py. What is timed has its GPU to itself: builds share it, and timing waits until they are done. Each
+argument is what one of the GPUs does. What is not finished in time is missing, and its log says where it was.
 """
 
 from __future__ import annotations
@@ -27,28 +28,16 @@ from pathlib import Path
 HOME = Path("/tmp/gpu")
 LOGS, DATA = HOME / "logs", HOME / "data"
 TORCH, TENSORRT = str(HOME / "torch-python"), str(HOME / "tensorrt-python")  # interpreters that gpu_unpack.sh made
-PROFILED = ("demo", "smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
-from vlmc.engines.builders import tensorrt
-if sys.argv.pop() == "few": tensorrt.PROMPTS = ()
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""
-IMPLICIT = ("demo", "smolvlm-256m")
 FORMS = "vit2"  # not a model: the forms of a ViT's graph
-TRIAL = """import json, sys; from pathlib import Path; from vlmc.artifact import Artifact
-from vlmc.engines.trial import try_component
-folder, found = Path(sys.argv[1]), {}
-for path in sorted(folder.glob("engines/h100/*/tensorrt-*/engine.json")):
-    part, engine = path.parts[-3:-1]
-    try: found |= {f"{part} {engine}": try_component(Artifact(folder), "h100", part, [engine], "numpy-fp32")[engine]}
-    except Exception as error: found[f"{part} {engine}"] = f"{type(error).__name__}: {error}"
-    (folder / "trial.json").write_text(json.dumps(found, indent=1))"""  # what `vlmc build` does, without the verdict
 WARM = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.calibration.cuda_baseline import open_session; from vlmc.exporter import golden
 artifact = Artifact(Path(sys.argv[1])); arrays = golden.read(artifact)[1]
 session = open_session(artifact, "fp32", "compile"); session.vision.run({"pixel_values": arrays["0.pixel_values"]})
 session.decoder.prefill(arrays["0.inputs_embeds"]); session.decoder.decode(4)"""  # torch.compile, ahead of timing
-BUILDERS = 6  # engines in the making on one GPU
+BUILDERS = 16  # engines in the making on one GPU
 
 
 class Gpu:
@@ -87,9 +76,10 @@ class Gpu:
 class Run:
     """What all models share: the clock, the log of steps, and how many exports fit the memory at once."""
 
-    def __init__(self, seconds: float, exports: int, threads: int) -> None:
+    def __init__(self, seconds: float, exports: int, threads: int, profiled: list[str], runs: int) -> None:
         self.begin, self.end = time.monotonic(), time.monotonic() + seconds
         self.exports, self.threads = threading.Semaphore(exports), threads
+        self.profiled, self.runs = profiled, str(runs)
 
     def step(self, name: str, gpu: Gpu, python: str, *arguments: str, most: float = 600) -> bool:
         """Runs it to its end or to the end of the time; whether it went well. Its output is logs/NAME.log."""
@@ -121,27 +111,32 @@ class Run:
 
 def model(run: Run, name: str, gpu: Gpu) -> None:
     """One model from checkpoint to times."""
-    folder = DATA / name
+    folder, whole = DATA / name, name in run.profiled
     vlmc = ("-m", "vlmc")
     random = [] if name == "demo" else ["--random-weights"]
     limit = [] if name == "demo" else ["--limit", "4"]  # random weights: scales that are of the right size will do
-    implicit = ["--recipe", "int8-implicit"]
+    recipes = ["int8", "int8-implicit"] if whole else ["int8"]
     with run.exports:
-        ok = run.step(f"{name}-export", gpu, TORCH, *vlmc, "export", name, *random, "-o", str(folder))
-        ok = ok and run.step(f"{name}-calibrate", gpu, TORCH, *vlmc, "calibrate", str(folder), *limit)
+        ok = (folder / "manifest.json").is_file()  # sent, or of an earlier run
+        ok = ok or run.step(f"{name}-export", gpu, TORCH, *vlmc, "export", name, *random, "-o", str(folder))
+        for recipe in recipes:
+            known = (folder / "plans" / f"{recipe}.json").is_file()
+            calibrate = ("calibrate", str(folder), "--recipe", recipe, *limit)
+            ok = ok and (known or run.step(f"{name}-calibrate-{recipe}", gpu, TORCH, *vlmc, *calibrate))
     if not ok:
         return
 
     def engine(component: str, backend: str, precision: str) -> None:
         with gpu.shared():
-            prompts = "all" if name in PROFILED else "few"  # of a family a step and a picture are timed, so few will do
-            arguments = ("-c", ENGINE, str(folder), component, backend, precision, prompts)
-            run.step(f"{name}-engine-{component}-{backend}-{precision}", gpu, TENSORRT, *arguments)
+            script = ("-c", ENGINE) if whole else ("benchmarks/engine_times.py", "build")
+            given = (str(folder), component, backend, precision) if whole else (str(folder), component, precision)
+            run.step(f"{name}-engine-{component}-{backend}-{precision}", gpu, TENSORRT, *script, *given)
 
     components = json.loads((folder / "manifest.json").read_text())["components"]
     wanted = [(part, "tensorrt", precision) for precision in ("fp16", "int8") for part in components]
     wanted = [made for made in wanted if made[0] != "embed_tokens"]
-    if name in PROFILED:
+    if whole:
+        wanted += [("embed_tokens", "numpy", "fp32"), ("vision_encoder", "tensorrt", "int8-implicit")]
         wanted += [(part, "onnxruntime_gpu", "fp16") for part in components if part != "embed_tokens"]
 
     def warm() -> None:
@@ -149,15 +144,14 @@ def model(run: Run, name: str, gpu: Gpu) -> None:
             run.step(f"{name}-warm", gpu, TORCH, "-c", WARM, str(folder))
 
     with ThreadPoolExecutor(len(wanted) + 2) as pool:
-        if name in PROFILED:
+        if whole:
             pool.submit(warm)
         else:
             torch = pool.submit(run.step, f"{name}-torch", gpu, TORCH, "benchmarks/torch_times.py", str(folder))
-            engine("embed_tokens", "numpy", "fp32")
         list(pool.map(lambda made: engine(*made), wanted))
-        if name not in PROFILED:
+        if not whole:
             with gpu.alone():
-                run.step(f"{name}-trial", gpu, TENSORRT, "-c", TRIAL, str(folder))
+                run.step(f"{name}-engines", gpu, TENSORRT, "benchmarks/engine_times.py", "time", str(folder))
                 (folder / "go").touch()  # PyTorch has its weights ready
                 torch.result()
             for weights in [*folder.glob("onnx/*.data"), *folder.glob("engines/h100/*/*/*.trt")]:
@@ -168,12 +162,10 @@ def model(run: Run, name: str, gpu: Gpu) -> None:
         if name == "demo":
             question = ("--device", "h100", "--prompt", "Describe the picture briefly.")
             run.step("demo-run", gpu, TENSORRT, *vlmc, "run", str(folder), str(folder / "golden" / "00.png"), *question)
-        settings = ("--device", "h100", "--runs", "12", "--tokens", "64", "--torch-python", TORCH)
-        run.step(f"{name}-profile", gpu, TENSORRT, *vlmc, "profile", str(folder), *settings)
         run.step(f"{name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", str(folder), most=120)
-    if name in IMPLICIT and run.step(f"{name}-samples", gpu, TORCH, *vlmc, "calibrate", str(folder), *limit, *implicit):
-        with gpu.alone():
-            run.step(f"{name}-implicit", gpu, TENSORRT, *vlmc, "build", str(folder), "--device", "h100", *implicit)
+        run.step(f"{name}-engines", gpu, TENSORRT, "benchmarks/engine_times.py", "time", str(folder))
+        settings = ("--device", "h100", "--runs", run.runs, "--tokens", "64", "--torch-python", TORCH)
+        run.step(f"{name}-profile", gpu, TENSORRT, *vlmc, "profile", str(folder), *settings)
 
 
 def forms(run: Run, _: str, gpu: Gpu) -> None:
@@ -200,18 +192,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gpus", nargs="+", help="models of each GPU, with commas")
     parser.add_argument("--seconds", type=float, default=1200)
+    parser.add_argument("--profile", default="demo", help="models with `vlmc build` and `vlmc profile`, with commas")
+    parser.add_argument("--runs", type=int, default=12, help="of each variant in a profile")
     parser.add_argument("--exports", type=int, default=4, help="at once")
     arguments = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
     DATA.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.seconds, arguments.exports, max((os.cpu_count() or 1) // arguments.exports, 2))
+    threads = max((os.cpu_count() or 1) // arguments.exports, 2)
+    run = Run(arguments.seconds, arguments.exports, threads, arguments.profile.split(","), arguments.runs)
     work = [(name, Gpu(number)) for number, names in enumerate(arguments.gpus) for name in names.split(",")]
     gpus = {gpu.number: gpu for _, gpu in work}
     with ThreadPoolExecutor(len(work)) as pool:
         done = [pool.submit(forms if name == FORMS else model, run, name, gpus[gpu.number]) for name, gpu in work]
     for future in done:
         future.result()
-    (HOME / "done").touch()
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ def model(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("engines/h100/*/*/engine.json")):
         engine = json.loads(path.read_text())
         report = engine["report"] | {"scratch_bytes": engine["settings"].get("scratch_bytes")}
-        found.setdefault("engines", {}).setdefault(engine["component"], {})[path.parent.name] = report
-    for name in ("trial", "torch", "overhead"):
+        found.setdefault("built", {}).setdefault(engine["component"], {})[path.parent.name] = report
+    for name in ("engines", "torch", "overhead"):
         if (folder / f"{name}.json").is_file():
             found[name] = json.loads((folder / f"{name}.json").read_text())
     report = folder / "profile" / "h100" / "report.json"

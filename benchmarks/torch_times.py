@@ -1,4 +1,4 @@
-"""PyTorch in float16 on a GPU, eager and as CUDA graphs: the vision encoder and a decode step of one artefact.
+"""PyTorch in float16 on a GPU: the vision encoder and a decode step, eager, in CUDA graphs, and fake-quant with a plan.
 
     python benchmarks/torch_times.py ARTEFACT        writes ARTEFACT/torch.json: medians in milliseconds
 
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from vlmc.artifact import Artifact
 from vlmc.calibration.cuda_baseline import GpuDecoder, GpuRunner
+from vlmc.calibration.fake_quant import apply_plan
+from vlmc.calibration.plan import read_plan
 from vlmc.engines import trial
 from vlmc.exporter.checkpoint import load_components
 
@@ -55,17 +57,20 @@ def main() -> None:
     artifact = Artifact(Path(sys.argv[1]))
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         golden = {name: file[name] for name in file.files}
-    parts = load_components(artifact).map(lambda _, module: module.half())
+    parts = load_components(artifact)
+    variants = {mode: (mode, parts.map(lambda _, module: module.half())) for mode in MODES}
+    if (artifact.root / "plans" / "int8.json").is_file():
+        plan, fake = read_plan(artifact, "int8"), load_components(artifact)
+        variants["fake-quant"] = ("eager", fake.map(lambda name, module: apply_plan(module, plan, name).half()))
     while not (artifact.root / "go").exists():  # until the GPU is ours (gpu_host.py)
         time.sleep(0.2)
-    parts = parts.map(lambda _, module: module.to("cuda"))
     found: dict[str, Any] = {}
-    for mode in MODES:
+    for name, (mode, made) in variants.items():
         try:
-            found[mode] = times(artifact, parts, mode, golden)
-        except Exception as error:  # one mode that fails must not lose the other's times
-            found[mode] = f"{type(error).__name__}: {str(error)[:300]}"
-        print(mode, found[mode], flush=True)
+            found[name] = times(artifact, made.map(lambda _, module: module.to("cuda")), mode, golden)
+        except Exception as error:  # one that fails must not lose the others' times
+            found[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        print(name, found[name], flush=True)
         (artifact.root / "torch.json").write_text(json.dumps(found, indent=1))
 
 

@@ -39,6 +39,7 @@ def export(
     as_json: bool,
 ) -> None:
     """Export MODEL (`demo`, a local folder, or a hub id; safetensors only) to ONNX, checked against PyTorch.
+    Interrupted, the same command goes on where it stopped.
 
     Example: vlmc export demo -o out/demo
     """
@@ -91,8 +92,8 @@ def _print(artifact: Artifact) -> None:
     parameters = sum(spec.parameters for spec in manifest.components.values())
     size = sum(known.bytes for known in manifest.files.values())
     peak = manifest.peak_memory_bytes
-    times = f"{peak / 1e6:,.0f} MB, {peak / (4 * parameters):.1f} times the float32 weights" if peak else ""
-    output.print(f"Peak memory of the export: {times or 'unavailable: the system does not tell'}.")
+    known = f"{peak / 1e6:,.0f} MB" if peak else "unavailable: the system does not tell"
+    output.print(f"Peak memory of the export: {known}; its float32 weights are {4 * parameters / 1e6:,.0f} MB.")
     output.print(
         f"{artifact.root}: {parameters / 1e6:.1f} M parameters, {size / 1e6:.1f} MB. Next: vlmc build {artifact.root}",
         soft_wrap=True,  # a command that is broken in two cannot be copied

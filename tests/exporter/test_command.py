@@ -35,7 +35,7 @@ def test_it_prints_the_ladder_and_what_comes_next(
     assert "2 of 2 cases equal" in said
     assert "0.2 M parameters" in said
     peak = Artifact(tmp_path / "out").manifest.peak_memory_bytes
-    assert peak and f"Peak memory of the export: {peak / 1e6:,.0f} MB, " in said
+    assert peak and f"Peak memory of the export: {peak / 1e6:,.0f} MB; its float32 weights are 1 MB." in said
     assert f"Next: vlmc build {tmp_path / 'out'}" in said
     assert "failed" not in said
     levels = json.loads(run(*command, "--json").stdout)

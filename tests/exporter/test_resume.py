@@ -202,6 +202,16 @@ def test_a_graph_that_is_not_what_was_recorded_is_traced_again(
     assert traced in (["embed_tokens"], []) if "finished" in name else traced == ["embed_tokens"]
 
 
+def test_what_is_in_no_record_does_not_get_into_the_artefact(
+    interrupted: Callable[[str], Path], again: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    stage = interrupted("goldens from PyTorch")
+    for name in ("onnx/.decoder.onnx.data.x7f.tmp", "golden/99.png", "golden/golden.json", "notes"):
+        (stage / name).write_text("half")
+    check_whole(again(tmp_path / "out"))
+    assert not (tmp_path / "out" / "golden" / "99.png").exists()
+
+
 @pytest.mark.parametrize("change", [{"capacity": 127}, {"cases": 1}, {"max_new_tokens": 1}])
 def test_what_was_made_with_other_options_is_not_taken(
     change: dict[str, int],
