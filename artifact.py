@@ -54,7 +54,7 @@ class ComponentSpec:
 
     def further_inputs(self) -> tuple[str, ...]:
         """Of a decoder, what it takes that not every decoder does, `position_ids` among them where a token has several
-        positions. An engine that keeps a step on the device has no place for these."""
+        positions."""
         return tuple(
             tensor.name
             for tensor in self.inputs

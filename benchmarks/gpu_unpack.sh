@@ -7,7 +7,7 @@ resource=$(mktemp -p /tmp)
 cat /tmp/gpu/parts/res.xz.* | xz -dc -T0 > "$resource" & # by far the largest library, packed on its own
 bash /tmp/gpu/parts/unpack.sh all
 wait && mv "$resource" /tmp/gpu/py310/lib/python3.10/site-packages/tensorrt/libnvinfer_builder_resource.so.8.6.0
-rm -f /tmp/gpu/parts/*.xz* /tmp/gpu/parts/*.part.*
+rm -f /tmp/gpu/parts/res.xz.* /tmp/gpu/parts/*.part.*
 ln -sfn "$PWD" /tmp/gpu/vlmc
 cat > /tmp/gpu/torch-python <<END
 #!/usr/bin/env bash
