@@ -23,6 +23,7 @@ class Phase:
 
 PHASES = {
     "vision_encoder": Phase("vision_encoder", "flops", ("weight_bytes", "io_bytes"), "vision"),
+    "text_encoder": Phase("text_encoder", "flops", ("weight_bytes", "io_bytes"), "text"),
     "decoder_prefill": Phase("decoder", "prefill_flops", ("weight_bytes",), "prefill"),
     "decoder_step": Phase("decoder", "decode_flops", ("weight_bytes", "decode_kv_bytes"), "decode_per_token"),
 }
