@@ -128,7 +128,9 @@ def _mixes(
         if quantised != plain:
             mixes.append((f"{title} {build.recipe}", build.recipe, quantised))
     if kept and kept.items() <= specs.keys() and all(kept != engines for _, _, engines in mixes):
-        mixes.append((f"Mixed backends ({build.recipe})", build.recipe, kept))
+        used = {specs[choice].backend for choice in kept.items() if choice[0] != "embed_tokens"}
+        name = f"{TITLES[used.pop()]} mixed" if len(used) == 1 else "Mixed backends"
+        mixes.append((f"{name} ({build.recipe})", build.recipe, kept))
     return mixes
 
 

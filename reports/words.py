@@ -76,7 +76,8 @@ def subject(report: Report) -> str:
     count, total = len(report.variants), sum(report.artifact.parameters.values())
     told = f"{count} variant{'s' * (count > 1)} of {report.artifact.name}"
     told += f" ({number(total / 1e6)} million parameters)" if total else ""
-    machine = [str(report.machine.get(key, ABSENT)) for key in ("cpu", "date")]
+    processor = "gpu" if isinstance(report.device.get("sm"), int) else "cpu"
+    machine = [str(report.machine.get(key, ABSENT)) for key in (processor, "date")]
     known = [text for text in machine if not text.startswith("unavailable")]
     return ", ".join([told, *(["measured on " + ", ".join(known)] if known else [])]) + "."
 

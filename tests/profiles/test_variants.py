@@ -118,7 +118,7 @@ def test_on_a_gpu_the_baselines_are_the_best_that_pytorch_does_there(artifact: A
     assert list(found) == [
         "TensorRT float",
         "TensorRT int8",
-        "Mixed backends (int8)",
+        "TensorRT mixed (int8)",
         "PyTorch eager FP16",
         "PyTorch CUDA graph FP16",
         "torch.compile FP16",
@@ -182,7 +182,7 @@ def test_engines_whose_backend_another_python_has_run_under_that(
         "TensorRT float": "",
         "TensorRT int8": "",
         "ONNX Runtime CUDA float": python,
-        "Mixed backends (int8)": "",
+        "TensorRT mixed (int8)": "",
     }
     assert found.skipped == {}
     variants(artifact, with_onnx_runtime, torch_python=python, baselines=False)

@@ -66,6 +66,11 @@ def test_a_report_without_a_verdict_says_so(bare: dict) -> None:
     assert words.subject(parse(bare)) == "1 variant of bare."
 
 
+def test_on_a_gpu_the_subject_names_it(sample: dict) -> None:
+    sample["device"]["sm"], sample["machine"]["gpu"] = 90, "NVIDIA H100"
+    assert "measured on NVIDIA H100, " in words.subject(parse(sample))
+
+
 def test_the_lead_says_what_is_kept_how_fast_it_is_and_whether_answers_suffer(sample: dict) -> None:
     assert words.lead(parse(sample)) == (
         "ONNX Runtime int8 is kept: 3.48× as fast as PyTorch eager, 15.2× as fast as PyTorch fake-quant int8, "
