@@ -19,9 +19,7 @@ from typing import Any
 
 from .errors import VlmcError
 from .files import inside, read_json, sha256_of, write_json
-from .records import REMAKE, T
-from .records import from_json as from_json
-from .records import to_json as to_json
+from .records import REMAKE, T, from_json, to_json
 
 SCHEMA = 1
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")  # that every artefact has; see Artifact.components

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from vlmc.artifact import Artifact
 from vlmc.runtime import backends
-from vlmc.runtime.cuda import _checked
+from vlmc.runtime.cuda import checked
 
 STEPS, ROUNDS = 64, 9
 
@@ -30,7 +30,7 @@ def overhead(artifact: Artifact, engine: str) -> dict[str, float]:
     decoder: Any = backends.load_decoder(artifact, "h100", engine, embed, threads=0)
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         prompt = file["0.inputs_embeds"]
-    events = [_checked(driver.cuEventCreate(0)) for _ in range(2 * STEPS)]
+    events = [checked(driver.cuEventCreate(0)) for _ in range(2 * STEPS)]
     launch, stream = decoder._launch, decoder._gpu.stream
     periods, busy = [], []
     for _ in range(ROUNDS):
@@ -42,12 +42,12 @@ def overhead(artifact: Artifact, engine: str) -> dict[str, float]:
         decoder.prefill(prompt)
         decoder.decode(2)
         for step in range(STEPS):
-            _checked(driver.cuEventRecord(events[2 * step], stream))
+            checked(driver.cuEventRecord(events[2 * step], stream))
             launch()
-            _checked(driver.cuEventRecord(events[2 * step + 1], stream))
+            checked(driver.cuEventRecord(events[2 * step + 1], stream))
         decoder._gpu.wait()
         pairs = zip(events[::2], events[1::2], strict=True)
-        busy.append(sum(_checked(driver.cuEventElapsedTime(before, after)) for before, after in pairs) / STEPS)
+        busy.append(sum(checked(driver.cuEventElapsedTime(before, after)) for before, after in pairs) / STEPS)
     period, on_gpu = statistics.median(periods), statistics.median(busy)
     return {"period_ms": period, "busy_ms": on_gpu, "overhead_percent": 100 * (period - on_gpu) / period}
 

@@ -67,16 +67,7 @@ def measure(folder: Path) -> dict[str, Any]:
             "products": report.products,
             "work": report.work,
         }
-    samples: dict[str, list[float]] = {name: [] for name in launches}
-    for _ in range(ROUNDS):
-        for name, (launch, *_rest) in launches.items():
-            launch()
-            gpu.wait()
-            start = time.perf_counter()
-            for _ in range(RUNS):
-                launch()
-            gpu.wait()
-            samples[name].append((time.perf_counter() - start) * 1000 / RUNS)
+    samples = in_rounds(gpu, launches)
     for name, (launch, *_rest) in launches.items():
         before, start, runs = pynvml.nvmlDeviceGetTotalEnergyConsumption(meter), time.perf_counter(), 0
         while time.perf_counter() - start < SECONDS:
@@ -89,6 +80,21 @@ def measure(folder: Path) -> dict[str, Any]:
         times = {"ms": round(statistics.median(samples[name]), 4), "least_ms": round(min(samples[name]), 4)}
         found[name] |= times | {"joules": joules / runs, "watts": joules / seconds}
     return found
+
+
+def in_rounds(gpu: Any, launches: dict[str, tuple[Any, ...]]) -> dict[str, list[float]]:
+    """Milliseconds of each name's launch, the first of its tuple, in turns with the others: a mean of RUNS a round."""
+    samples: dict[str, list[float]] = {name: [] for name in launches}
+    for _ in range(ROUNDS):
+        for name, (launch, *_rest) in launches.items():
+            launch()
+            gpu.wait()
+            start = time.perf_counter()
+            for _ in range(RUNS):
+                launch()
+            gpu.wait()
+            samples[name].append((time.perf_counter() - start) * 1000 / RUNS)
+    return samples
 
 
 def write(gpu: Any, numbers: list[int]) -> int:

@@ -6,7 +6,7 @@
 For each model: `vlmc export` and `vlmc calibrate` (the host's Python, with PyTorch) where they are not there yet, and
 engines, several at once. Of the models named with --profile then `vlmc build`, to choose between them, and `vlmc
 profile`; of the others the times of engines and of PyTorch alone (engine_times.py, torch_times.py), since a decoder of
-30 layers with all its profiles builds for longer than ten minutes. `vit2` stands for the forms of
+30 layers with all its profiles was not built after eight minutes. `vit2` stands for the forms of
 tensorrt_variants.py. What is timed has its GPU to itself: builds share it, and timing waits until they are done. Each
 argument is what one of the GPUs does. What is not finished in time is missing, and its log says where it was.
 """

@@ -34,7 +34,6 @@ FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph 
     "int8-erf": {"int8": "*", "gelu": "none"},
     "int8-typed": {"int8": "*", "half": True},
 }
-ROUNDS, RUNS = 5, 40
 
 
 def make(folder: Path) -> None:
@@ -224,6 +223,7 @@ def launch(folder: Path, name: str) -> None:
 
 def measure(folder: Path) -> None:
     """Prints {"name": {"ms": median, "build_seconds", "layers", …}}; each run is one launch of a CUDA graph."""
+    from engine_times import in_rounds
     from vlmc.runtime.cuda import Gpu
 
     gpu, launches = Gpu(), {}
@@ -233,16 +233,7 @@ def measure(folder: Path) -> None:
             context.enqueue()
             gpu.wait()
             launches[name] = (gpu.capture(context.enqueue), engine, context)
-    samples: dict[str, list[float]] = {name: [] for name in launches}
-    for _ in range(ROUNDS):
-        for name, (launch, *_rest) in launches.items():
-            launch()
-            gpu.wait()
-            start = time.perf_counter()
-            for _ in range(RUNS):
-                launch()
-            gpu.wait()
-            samples[name].append((time.perf_counter() - start) * 1000 / RUNS)
+    samples = in_rounds(gpu, launches)
     print(json.dumps({name: summary(folder, name, values) for name, values in samples.items()}, indent=1))
 
 

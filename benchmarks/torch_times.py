@@ -34,13 +34,13 @@ def times(artifact: Artifact, parts: Any, mode: str, golden: dict[str, Any]) -> 
             spec = artifact.manifest.components[name]
             runner = GpuRunner(module, spec, mode, "cuda")
             inputs = {tensor.name: golden[f"0.{tensor.name}"] for tensor in spec.inputs}
-            found[f"{name}_ms"] = statistics.median(trial._timed(lambda: runner.run(inputs)))  # noqa: B023
+            found[f"{name}_ms"] = statistics.median(trial.timed(lambda: runner.run(inputs)))  # noqa: B023
     if "decoder" not in artifact.manifest.components:
         return found
     decoder, steps = GpuDecoder(parts, artifact.manifest.components, artifact.manifest.kv, mode, "cuda"), []
     prompt = golden["0.inputs_embeds"][:, : decoder.capacity - 1]
-    further = trial._further(artifact, golden, "0", prompt.shape[1])
-    found["prefill_ms"] = statistics.median(trial._timed(lambda: decoder.prefill(prompt, **further)))
+    further = trial.further_of(artifact, golden, "0", prompt.shape[1])
+    found["prefill_ms"] = statistics.median(trial.timed(lambda: decoder.prefill(prompt, **further)))
     room = min(trial.ANSWER, decoder.capacity - prompt.shape[1])
 
     def answer() -> None:
@@ -49,7 +49,7 @@ def times(artifact: Artifact, parts: Any, mode: str, golden: dict[str, Any]) -> 
         decoder.decode(room)
         steps.append((time.perf_counter() - start) * 1000 / room)
 
-    trial._timed(answer)
+    trial.timed(answer)
     return found | {"decode_ms": statistics.median(steps[1:])}
 
 

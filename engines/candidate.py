@@ -22,7 +22,6 @@ from ..artifact import (
     FileSpec,
     describe_files,
     read_record,
-    to_json,
     write_record,
 )
 from ..calibration import samples
@@ -31,6 +30,7 @@ from ..errors import VlmcError
 from ..files import staged_folder, write_json
 from ..profiles.device import load_device
 from ..profiles.memory import peak_rss_bytes
+from ..records import to_json
 from . import builders, child, tensorrt_profiles
 from .passes import quantize
 

@@ -68,7 +68,7 @@ def _runner_trial(a: Artifact, device: str, component: str, engine: str, embed: 
     for case in cases:
         found = runner.run(inputs[case])
         near = min(near, *(cosine(golden[f"{case}.{tensor.name}"], found[tensor.name]) for tensor in spec.outputs))
-    return near, {"run": _timed(lambda: runner.run(inputs[cases[0]]))}
+    return near, {"run": timed(lambda: runner.run(inputs[cases[0]]))}
 
 
 def _decoder_trial(a: Artifact, device: str, component: str, engine: str, embed: str, golden: Arrays) -> Outcome:
@@ -78,14 +78,14 @@ def _decoder_trial(a: Artifact, device: str, component: str, engine: str, embed:
     for name in golden:
         if name.endswith(".prefill_logits"):
             case = name.split(".")[0]
-            decoder.prefill(golden[f"{case}.inputs_embeds"], **_further(a, golden, case, decoder.capacity))
+            decoder.prefill(golden[f"{case}.inputs_embeds"], **further_of(a, golden, case, decoder.capacity))
             near = min(near, cosine(golden[name], decoder.logits()))
             for token, logits in zip(golden[f"{case}.step_tokens"], golden[f"{case}.step_logits"], strict=True):
                 decoder.feed(int(token))
                 near = min(near, cosine(logits, decoder.logits()))
     prompt = golden["0.inputs_embeds"][:, : decoder.capacity - 1]  # a prompt may fill the cache, and leaves a step here
-    further = _further(a, golden, "0", prompt.shape[1])
-    prefill = _timed(lambda: decoder.prefill(prompt, **further))
+    further = further_of(a, golden, "0", prompt.shape[1])
+    prefill = timed(lambda: decoder.prefill(prompt, **further))
     room = min(ANSWER, decoder.capacity - prompt.shape[1])
 
     def answer() -> None:
@@ -95,11 +95,11 @@ def _decoder_trial(a: Artifact, device: str, component: str, engine: str, embed:
         steps.append((time.perf_counter() - start) * 1000 / room)
 
     steps: list[float] = []
-    _timed(answer)
+    timed(answer)
     return near, {"prefill": prefill, "decode": steps[1:]}
 
 
-def _further(a: Artifact, golden: Arrays, case: str, most: int) -> dict[str, NDArray[Any]]:
+def further_of(a: Artifact, golden: Arrays, case: str, most: int) -> dict[str, NDArray[Any]]:
     """What the decoder takes of the case's first `most` positions beside their embeddings."""
     spec, found = a.manifest.components["decoder"], {}
     for tensor in spec.inputs:
@@ -109,7 +109,7 @@ def _further(a: Artifact, golden: Arrays, case: str, most: int) -> dict[str, NDA
     return found
 
 
-def _timed(run: Callable[[], object]) -> list[float]:
+def timed(run: Callable[[], object]) -> list[float]:
     """Milliseconds of each run, after one that is not counted."""
     run()
     samples: list[float] = []

@@ -29,12 +29,12 @@ from ..artifact import (
     ParityLevel,
     check_file,
     read_record,
-    to_json,
     write_record,
 )
 from ..errors import VlmcError
 from ..files import inside, sha256_of, staged_folder
 from ..profiles import memory
+from ..records import to_json
 from . import checkpoint, golden, graph, parity, processor
 from .family import Components
 from .torch_runner import torch_session

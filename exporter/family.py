@@ -150,16 +150,7 @@ class Family(ABC):
         """The model in float32 from a local folder with config.json and safetensors."""
         from transformers import AutoModelForImageTextToText
 
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        require_all(report, folder)
-        return model  # type: ignore[no-any-return]
+        return loaded(AutoModelForImageTextToText, folder)
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
         """A model of the config's size with seeded random weights, as transformers initialises them."""
@@ -218,6 +209,20 @@ def decoder_config(model_type: str, original: dict[str, Any]) -> Any:
     ends = ("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id")
     known = {name: original[name] for name in sizes + rest + ends if original.get(name) is not None}
     return AutoConfig.for_model(model_type, **known)
+
+
+def loaded(kind: Any, folder: Path) -> nn.Module:
+    """The checkpoint as that class of transformers, in float32, with all of its weights there and no remote code."""
+    model, report = kind.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    require_all(report, folder)
+    return model  # type: ignore[no-any-return]
 
 
 def require_all(report: dict[str, Any], folder: Path) -> None:

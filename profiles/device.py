@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifact import from_json
 from ..errors import VlmcError
+from ..records import from_json
 
 if sys.version_info >= (3, 11):
     import tomllib

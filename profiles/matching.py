@@ -63,11 +63,11 @@ def sentences(report: Group, choices: Group) -> list[str]:
     return [
         _speed(kept, speedups),
         *_parts(speedups, variants),
-        *verdict._accuracy(kept, others),
-        verdict._memory(kept, others),
+        *verdict.accuracy(kept, others),
+        verdict.memory(kept, others),
         _energy(kept, report["power"]),
-        *verdict._limits(kept),
-        *verdict._doubts(report),
+        *verdict.limits(kept),
+        *verdict.doubts(report),
         *(f"{name} was not measured: {reason.rstrip('.')}." for name, reason in report["not_measured"].items()),
     ]
 
@@ -75,10 +75,10 @@ def sentences(report: Group, choices: Group) -> list[str]:
 def _speed(kept: Group, speedups: Sequence[Group]) -> str:
     whole, vision, text = (kept["latency_ms"][part]["median"] for part in ("end_to_end", "vision", "text"))
     said = (
-        f"{kept['name']} matches a picture with a text in {verdict._figure(whole)} ms, "
-        f"{verdict._figure(vision)} ms of them for the picture and {verdict._figure(text)} ms for the text"
+        f"{kept['name']} matches a picture with a text in {verdict.figure(whole)} ms, "
+        f"{verdict.figure(vision)} ms of them for the picture and {verdict.figure(text)} ms for the text"
     )
-    return said + "".join(f"{', ' if i else ': '}{verdict._ratio(entry)}" for i, entry in enumerate(speedups)) + "."
+    return said + "".join(f"{', ' if i else ': '}{verdict.ratio(entry)}" for i, entry in enumerate(speedups)) + "."
 
 
 def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str]:

@@ -30,12 +30,12 @@ def sentences(report: Group, choices: Group) -> list[str]:
     return [
         _speed(kept, speedups, report["settings"]["tokens"]),
         *_parts(speedups, variants),
-        *_accuracy(kept, others),
-        _memory(kept, others),
+        *accuracy(kept, others),
+        memory(kept, others),
         _energy(kept, report["power"]),
-        *_limits(kept),
+        *limits(kept),
         *_budgets(kept, report["device"]),
-        *_doubts(report),
+        *doubts(report),
         *(f"{name} was not measured: {reason.rstrip('.')}." for name, reason in report["not_measured"].items()),
     ]
 
@@ -43,16 +43,16 @@ def sentences(report: Group, choices: Group) -> list[str]:
 def _speed(kept: Group, speedups: Sequence[Group], tokens: int) -> str:
     latency = kept["latency_ms"]
     said = (
-        f"{kept['name']} takes {_figure(latency['end_to_end']['median'])} ms from the picture to {tokens} tokens, "
-        f"{_figure(latency['time_to_first_token']['median'])} ms of them to the first, "
-        f"then {_figure(kept['tokens_per_s']['median'])} tokens/s"
+        f"{kept['name']} takes {figure(latency['end_to_end']['median'])} ms from the picture to {tokens} tokens, "
+        f"{figure(latency['time_to_first_token']['median'])} ms of them to the first, "
+        f"then {figure(kept['tokens_per_s']['median'])} tokens/s"
     )
     if not speedups:
         return said + "."
-    return said + ": " + ", ".join(_ratio(entry) for entry in speedups) + "."
+    return said + ": " + ", ".join(ratio(entry) for entry in speedups) + "."
 
 
-def _ratio(entry: Group) -> str:
+def ratio(entry: Group) -> str:
     """A ratio and how far it moved between turns; where turns disagree on who is faster, that is what they show."""
     low, high = entry.get("low", entry["end_to_end"]), entry.get("high", entry["end_to_end"])
     if low < 1 < high:
@@ -73,7 +73,7 @@ def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str
             yield f"Against {entry['over']} the parts are faster by these factors: {told}{but}."
 
 
-def _accuracy(kept: Group, others: Sequence[Group]) -> Iterator[str]:
+def accuracy(kept: Group, others: Sequence[Group]) -> Iterator[str]:
     found = kept["accuracy"]
     if isinstance(found, str):
         yield f"Accuracy: {found}."
@@ -94,7 +94,7 @@ def _score(accuracy: Group) -> str:
     return f"{100 * entry['value']:.1f} % ({100 * entry['low']:.1f}–{100 * entry['high']:.1f})"
 
 
-def _memory(kept: Group, others: Sequence[Group]) -> str:
+def memory(kept: Group, others: Sequence[Group]) -> str:
     told = ", ".join(
         f"{other['name']} {_megabytes(other['memory']['peak_rss_bytes'])}"
         for other in others
@@ -122,7 +122,7 @@ def _energy(kept: Group, source: Group) -> str:
     )
 
 
-def _limits(kept: Group) -> Iterator[str]:
+def limits(kept: Group) -> Iterator[str]:
     if isinstance(kept["roofline"], str):
         return
     names = {"vision_encoder": "vision", "decoder_prefill": "prefill", "decoder_step": "a decode step"}
@@ -145,7 +145,7 @@ def _budgets(kept: Group, device: Group) -> Iterator[str]:
             yield f"{what} is {kind} the device's budget: {value / scale:.3g} of {allowed:g} {unit}."
 
 
-def _doubts(report: Group) -> Iterator[str]:
+def doubts(report: Group) -> Iterator[str]:
     machine = report["machine"]
     waited = [v["waited_share"] for v in report["variants"] if not isinstance(v["waited_share"], str)]
     if waited and max(waited) > BUSY:
@@ -166,6 +166,6 @@ def _doubts(report: Group) -> Iterator[str]:
         yield f"The machine throttled while it measured (before: {before}; after: {after})."
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Three significant digits, and no exponent where there are more before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

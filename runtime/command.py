@@ -43,14 +43,14 @@ def run(
     Example: vlmc run out/demo picture.png --prompt "How many red circles are there?"
     """
     from .images import open_image
-    from .matching import open_matcher, spec_of
+    from .matching import open_matcher
     from .session import open_session
 
     pictures = [open_image(path) for path in images]
     opened = Artifact(artefact)
     build = opened.build(device, recipe)
     engines = {component: choice.engine for component, choice in build.choices.items()}
-    if spec_of(opened) is not None:
+    if opened.manifest.matching is not None:
         _match(open_matcher(opened, build.device, engines, threads), images, pictures, prompts, engines, as_json)
         return
     if len(prompts) > 1:

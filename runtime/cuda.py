@@ -25,7 +25,7 @@ def architecture() -> int | str:
         return error.what
     names = driver.CUdevice_attribute
     major, minor = (
-        _checked(driver.cuDeviceGetAttribute(attribute, device))
+        checked(driver.cuDeviceGetAttribute(attribute, device))
         for attribute in (
             names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
             names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
@@ -41,15 +41,15 @@ def _open() -> tuple[Any, Any]:
     except ImportError as error:
         raise VlmcError(f"cuda-bindings is not installed ({error}); pip install 'vlm-compile[tensorrt]'") from None
     try:
-        _checked(driver.cuInit(0))
-        return driver, _checked(driver.cuDeviceGet(0))
+        checked(driver.cuInit(0))
+        return driver, checked(driver.cuDeviceGet(0))
     except RuntimeError:  # cuda-bindings' word for a libcuda.so.1 that is not there
         raise VlmcError("no NVIDIA driver is installed") from None
     except VlmcError as error:
         raise VlmcError(f"the NVIDIA driver shows no usable GPU: {error.found}") from None
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def checked(result: tuple[Any, ...]) -> Any:
     """The call's value; a VlmcError that names what CUDA answered otherwise."""
     code, *values = result
     if int(code) != 0:
@@ -68,15 +68,15 @@ class Gpu:
 
     def __init__(self) -> None:
         self._driver, device = _open()
-        context = _checked(self._driver.cuDevicePrimaryCtxRetain(device))
-        _checked(self._driver.cuCtxSetCurrent(context))
-        self._stream = _checked(self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        context = checked(self._driver.cuDevicePrimaryCtxRetain(device))
+        checked(self._driver.cuCtxSetCurrent(context))
+        self._stream = checked(self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.stream = int(self._stream)
 
     def allocate(self, size: int) -> int:
         """The address of `size` bytes of device memory, zeroed, which live as long as the process."""
-        address = _checked(self._driver.cuMemAlloc(max(size, 1)))
-        _checked(self._driver.cuMemsetD8(address, 0, max(size, 1)))
+        address = checked(self._driver.cuMemAlloc(max(size, 1)))
+        checked(self._driver.cuMemsetD8(address, 0, max(size, 1)))
         return int(address)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -84,48 +84,48 @@ class Gpu:
         import ctypes
 
         size = max(int(np.prod(shape)) * np.dtype(dtype).itemsize, 1)
-        address = _checked(self._driver.cuMemAllocHost(size))
+        address = checked(self._driver.cuMemAllocHost(size))
         buffer = (ctypes.c_char * size).from_address(int(address))
         return np.frombuffer(buffer, dtype, int(np.prod(shape))).reshape(shape)
 
     def upload(self, address: int, array: Array) -> None:
         """Queues the copy of a contiguous array; it must stay unchanged until `wait`."""
-        _checked(self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._stream))
+        checked(self._driver.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self._stream))
 
     def download(self, array: Array, address: int) -> None:
         """Queues the copy into the contiguous array, which is filled after `wait`."""
-        _checked(self._driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self._stream))
+        checked(self._driver.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self._stream))
 
     def wait(self) -> None:
         """Until all that was queued is done."""
-        _checked(self._driver.cuStreamSynchronize(self._stream))
+        checked(self._driver.cuStreamSynchronize(self._stream))
 
     def free_bytes(self) -> int:
-        return int(_checked(self._driver.cuMemGetInfo())[0])
+        return int(checked(self._driver.cuMemGetInfo())[0])
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
         """What `enqueue` puts on the stream, as one CUDA graph; the result launches it."""
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        _checked(self._driver.cuStreamBeginCapture(self._stream, mode))
+        checked(self._driver.cuStreamBeginCapture(self._stream, mode))
         try:
             enqueue()
         finally:
-            graph = _checked(self._driver.cuStreamEndCapture(self._stream))
-        ready = _checked(self._driver.cuGraphInstantiate(graph, 0))
+            graph = checked(self._driver.cuStreamEndCapture(self._stream))
+        ready = checked(self._driver.cuGraphInstantiate(graph, 0))
         launch, stream = self._driver.cuGraphLaunch, self._stream
-        return lambda: _checked(launch(ready, stream))
+        return lambda: checked(launch(ready, stream))
 
     def kernel(self, ptx: Path, name: str) -> Callable[[Sequence[int], int, Sequence[int]], None]:
         """A kernel as a function of grid, threads a block, and 64-bit arguments (addresses and numbers alike)."""
         text = np.frombuffer(ptx.read_bytes() + b"\0", np.uint8)
-        module = _checked(self._driver.cuModuleLoadData(text.ctypes.data))
-        function = _checked(self._driver.cuModuleGetFunction(module, name.encode()))
+        module = checked(self._driver.cuModuleLoadData(text.ctypes.data))
+        function = checked(self._driver.cuModuleGetFunction(module, name.encode()))
 
         def launch(grid: Sequence[int], block: int, arguments: Sequence[int]) -> None:
             values = [np.array([argument], np.uint64) for argument in arguments]
             addresses = np.array([value.ctypes.data for value in values], np.uint64)
             x, y, z = (*grid, 1, 1)[:3]
-            _checked(
+            checked(
                 self._driver.cuLaunchKernel(function, x, y, z, block, 1, 1, 0, self._stream, addresses.ctypes.data, 0)
             )
 

@@ -15,17 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..artifact import Artifact, MatchSpec
+from ..artifact import Artifact
 from ..errors import VlmcError
 from . import backends, preprocessing, prompt
 from .runner import Runner
 
 TEXTS = 32  # that are read at once: enough for a long list to be fast, few enough to fit a small board
-
-
-def spec_of(artifact: Artifact) -> MatchSpec | None:
-    """The manifest's `matching`; None where the model generates."""
-    return artifact.manifest.matching
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
 from .. import onnx_ops, processor
-from ..family import Components, Family, OwnProcessor, VisionInput, require_all
+from ..family import Components, Family, OwnProcessor, VisionInput, loaded
 from ..matching import Encoders, MatchingFamily
 
 _CAPTIONS, _ANSWERS = "BlipForConditionalGeneration", "BlipForQuestionAnswering"
@@ -182,10 +182,8 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """image_features as of `Crossing`; the rest as in `family.Decoder.forward`."""
         length = inputs_embeds.shape[1]
-        mask, cache = (
-            onnx_ops.causal_mask(write_index, length, past[0]),
-            onnx_ops.static_cache(past, write_index, length),
-        )
+        mask = onnx_ops.causal_mask(write_index, length, past[0])
+        cache = onnx_ops.static_cache(past, write_index, length)
         hidden = self.norm(inputs_embeds + self.position_embeddings(position_ids))
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, image_features[index], mask, cache.layers[index])
@@ -212,11 +210,7 @@ class _Checkpoint:
     """How all of them load."""
 
     def load(self, folder: Path) -> nn.Module:
-        model, report = _class_of(read_json(folder / "config.json"), folder).from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        require_all(report, folder)
-        return model  # type: ignore[no-any-return]
+        return loaded(_class_of(read_json(folder / "config.json"), folder), folder)
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
         from transformers import BlipConfig

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..family import require_all
+from ..family import loaded
 from ..matching import Encoders, MatchingFamily
 
 
@@ -66,11 +66,7 @@ class Clip(MatchingFamily):
     def load(self, folder: Path) -> nn.Module:
         from transformers import CLIPModel
 
-        model, report = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        require_all(report, folder)
-        return model  # type: ignore[no-any-return]
+        return loaded(CLIPModel, folder)
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
         from transformers import CLIPConfig, CLIPModel

@@ -80,9 +80,10 @@ class OnnxRunner:
 
 
 class OnnxDecoder(HostDecoder):
-    """A decoder whose past and present are the same buffers (forms `scatter` and `shared`)."""
+    """A decoder whose past and present are the same buffers (forms `scatter` and `shared`), which lie on the device
+    `where`, as ONNX Runtime names it."""
 
-    def __init__(self, session: Any, kv: KvContract, embed: Runner) -> None:
+    def __init__(self, session: Any, kv: KvContract, embed: Runner, where: str = "cpu") -> None:
         import onnxruntime as ort
 
         super().__init__(kv.capacity, embed)
@@ -91,7 +92,7 @@ class OnnxDecoder(HostDecoder):
         shape = (1, kv.kv_heads, kv.capacity, kv.head_dim)
         self._states = []
         for index in range(2 * kv.layers):
-            state = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, kv.dtype))
+            state = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, kv.dtype), where, 0)
             name = f"{index // 2}.{('key', 'value')[index % 2]}"
             self._binding.bind_ortvalue_input(f"past_key_values.{name}", state)
             self._binding.bind_ortvalue_output(f"present.{name}", state)

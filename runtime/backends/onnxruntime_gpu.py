@@ -10,9 +10,7 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ...artifact import EngineSpec, KvContract
+from ...artifact import EngineSpec
 from ...errors import VlmcError
 from ..runner import Decoder, Runner
 from .onnxruntime import OnnxDecoder, OnnxRunner, session
@@ -40,7 +38,7 @@ def load_runner(spec: EngineSpec, path: Path, threads: int) -> Runner:
 
 def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> Decoder:
     assert spec.kv is not None
-    return GpuDecoder(started(path, threads), spec.kv, embed)
+    return OnnxDecoder(started(path, threads), spec.kv, embed, "cuda")
 
 
 def started(path: Path, threads: int, provider: str = PROVIDER) -> Any:
@@ -59,19 +57,3 @@ def started(path: Path, threads: int, provider: str = PROVIDER) -> Any:
             fix="put the libraries of CUDA and cuDNN that its version was built with on LD_LIBRARY_PATH",
         )
     return made
-
-
-class GpuDecoder(OnnxDecoder):
-    """An OnnxDecoder whose cache lies on the device `where`, as ONNX Runtime names it."""
-
-    def __init__(self, session: Any, kv: KvContract, embed: Runner, where: str = "cuda") -> None:
-        import onnxruntime as ort
-
-        super().__init__(session, kv, embed)
-        shape = (1, kv.kv_heads, kv.capacity, kv.head_dim)
-        for index in range(2 * kv.layers):
-            state = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, kv.dtype), where, 0)
-            name = f"{index // 2}.{('key', 'value')[index % 2]}"
-            self._binding.bind_ortvalue_input(f"past_key_values.{name}", state)
-            self._binding.bind_ortvalue_output(f"present.{name}", state)
-            self._states[index] = state

@@ -36,7 +36,7 @@ def compile_model(path: Path, settings: Mapping[str, Any], threads: int = 0) -> 
         "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
-        # Pinned threads were 3-7 % slower in every pair measured (docs/experiments.md): the machine schedules better.
+        # Without pinning medians were 3-7 % lower in two runs and within the noise since (docs/experiments.md).
         "ENABLE_CPU_PINNING": False,
     }
     try:

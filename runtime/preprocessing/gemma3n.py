@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...artifact import from_json
+from ...records import from_json
 from . import Normalise, Prepared, check_range, stretched
 
 _MAX_EDGE = 4096

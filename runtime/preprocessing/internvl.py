@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...artifact import from_json
+from ...records import from_json
 from ..images import to_rgb
 from . import Normalise, Prepared, check_range
 

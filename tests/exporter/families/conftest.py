@@ -191,3 +191,16 @@ def as_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ar
         return runner
 
     return load
+
+
+def change(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy of the checkpoint without weights, with another config.json: a group's fields are changed one by one, and
+    None takes a field away."""
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    found = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        found[name] = found[name] | value if isinstance(value, dict) and isinstance(found.get(name), dict) else value
+    (target / "config.json").write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+    return target

@@ -25,6 +25,7 @@ from vlmc.exporter.processor import describe
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
+from .conftest import change
 from .reference import Equations, Weights, turned
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -230,18 +231,6 @@ def test_the_values_of_the_pixels_are_the_model_cards(folder: Path, make_picture
             -1
         ]  # the only tile, or the one that shows the whole
         np.testing.assert_allclose(whole, expected.transpose(2, 0, 1), atol=1e-6, rtol=0)
-
-
-def change(folder: Path, target: Path, **changes: Any) -> Path:
-    """A copy of the checkpoint without weights, with another config.json."""
-    for path in folder.iterdir():
-        if path.suffix != ".safetensors":
-            (target / path.name).write_bytes(path.read_bytes())
-    found = json.loads((folder / "config.json").read_text())
-    for name, value in changes.items():
-        found[name] = found[name] | value if isinstance(value, dict) else value
-    (target / "config.json").write_text(json.dumps(found))
-    return target
 
 
 def test_the_template_of_2_5_ends_its_turns_with_a_line(folder: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from vlmc.exporter.families.llava_mini import Compressor
 from vlmc.exporter.processor import describe
 from vlmc.runtime import preprocessing
 
+from .conftest import change
 from .reference import Equations, Weights, turned
 
 QUESTION = "How many {red} boats are on the water! 42 €!"
@@ -346,17 +347,6 @@ def test_the_pictures_are_prepared_as_the_reference_does(
             whole.paste(picture, tuple((max(size) - length) // 2 for length in size))
         expected = clip([whole], return_tensors="np")["pixel_values"]
         assert np.array_equal(preprocessing.load(described)([picture]).vision["pixel_values"], expected)
-
-
-def change(folder: Path, target: Path, **changes: Any) -> Path:
-    """A copy of the checkpoint without weights, with another config.json; None takes a field away."""
-    for path in folder.iterdir():
-        if path.suffix != ".safetensors":
-            (target / path.name).write_bytes(path.read_bytes())
-    found = json.loads((folder / "config.json").read_text()) | changes
-    found = {name: value for name, value in found.items() if value is not None}
-    (target / "config.json").write_text(json.dumps(found))
-    return target
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
+from .conftest import change
 from .reference import Equations, Weights, turned
 
 SYSTEM = (
@@ -184,17 +185,6 @@ def test_the_pictures_are_padded_and_prepared_as_the_reference_does(folder: Path
         prepared = preprocessing.load(described)([picture])
         assert np.array_equal(prepared.vision["pixel_values"], expected)
         assert prepared.image_texts == ("<unk>" * 144 + "\n",)
-
-
-def change(folder: Path, target: Path, **changes: Any) -> Path:
-    """A copy of the checkpoint without weights, with another config.json; None takes a field away."""
-    for path in folder.iterdir():
-        if path.suffix != ".safetensors":
-            (target / path.name).write_bytes(path.read_bytes())
-    found = json.loads((folder / "config.json").read_text()) | changes
-    found = {name: value for name, value in found.items() if value is not None}
-    (target / "config.json").write_text(json.dumps(found))
-    return target
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, parity
 from vlmc.exporter.processor import describe
 
+from .conftest import change
 from .reference import Equations, Weights, turned
 
 QUESTION = "How many {red} boats are on the water? 42 €"
@@ -277,18 +278,6 @@ def test_a_tokenizer_that_begins_no_text_puts_nothing_behind_pictures(folder: Pa
     described, prompt = describe(tmp_path)
     assert described["end_token"] == ""
     assert prompt.text_only.startswith("<|user|>")
-
-
-def change(folder: Path, target: Path, **changes: Any) -> Path:
-    """A copy of the checkpoint without weights, with another config.json; None takes a field away."""
-    for path in folder.iterdir():
-        if path.suffix != ".safetensors":
-            (target / path.name).write_bytes(path.read_bytes())
-    found = json.loads((folder / "config.json").read_text())
-    for name, value in changes.items():
-        found[name] = found[name] | value if isinstance(value, dict) else value
-    (target / "config.json").write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
-    return target
 
 
 def test_the_published_vision_encoder_is_known_by_its_name(folder: Path, tmp_path: Path) -> None:

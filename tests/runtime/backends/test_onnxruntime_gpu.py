@@ -25,7 +25,7 @@ from vlmc.exporter import golden
 from vlmc.profiles.device import load_device
 from vlmc.runtime import backends
 from vlmc.runtime.backends import onnxruntime_gpu as backend
-from vlmc.runtime.backends.onnxruntime import OnnxRunner
+from vlmc.runtime.backends.onnxruntime import OnnxDecoder, OnnxRunner
 from vlmc.runtime.images import open_image
 from vlmc.runtime.session import Session
 
@@ -44,11 +44,11 @@ def build(artifact: Artifact, component: str, precision: str, folder: Path) -> t
     return built, folder / built.file
 
 
-def decoder(artifact: Artifact, precision: str, folder: Path) -> backend.GpuDecoder:
+def decoder(artifact: Artifact, precision: str, folder: Path) -> OnnxDecoder:
     built, path = build(artifact, "decoder", precision, folder)
     embed = OnnxRunner(backend.started(artifact.graph("embed_tokens"), 1, CPU))
     assert built.kv is not None
-    return backend.GpuDecoder(backend.started(path, 1, CPU), built.kv, embed, where="cpu")
+    return OnnxDecoder(backend.started(path, 1, CPU), built.kv, embed, where="cpu")
 
 
 @pytest.fixture(scope="module")
