@@ -36,13 +36,11 @@ def vlmc(
     step_here: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> Iterator[Vlmc]:
+) -> Vlmc:
     """vlmc(*arguments): the command as it is typed; its exit code, stdout and stderr. What is slow is done in this
     process: tracing gives the graphs of `tiny`, and a build's steps run here."""
     monkeypatch.setattr(graph, "export_component", lambda name, *_: ir.load(tiny.graph(name)))
     monkeypatch.setattr(child, "run", step_here)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
 
     def run(*arguments: Any) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -57,8 +55,7 @@ def vlmc(
         assert "Traceback" not in errors
         return code, output, errors
 
-    yield run
-    signal.signal(signal.SIGINT, before)
+    return run
 
 
 def sentence(outcome: tuple[int, str, str]) -> str:
@@ -208,7 +205,7 @@ def test_a_disk_that_fills_during_a_build(vlmc: Vlmc, tiny_copy: Path, monkeypat
 
 
 def interrupt(*_: Any, **__: Any) -> Any:
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt  # as Python does on Ctrl-C; a real signal reaches whatever runs the tests as well
 
 
 @pytest.mark.parametrize(
