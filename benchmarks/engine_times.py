@@ -1,10 +1,11 @@
 """TensorRT engines alone, each run one launch of a CUDA graph: milliseconds, joules and memory.
 
-    python benchmarks/engine_times.py build ARTEFACT COMPONENT PRECISION   on the GPU: an engine for the golden's size
-    python benchmarks/engine_times.py time ARTEFACT…                       prints and writes ARTEFACT/engines.json
+    python benchmarks/engine_times.py build ARTEFACT COMPONENT PRECISION [FORM]   on the GPU, a process an engine
+    python benchmarks/engine_times.py time ARTEFACT COMPONENT   there: prints, writes ARTEFACT/COMPONENT.times.json
+    ncu … python benchmarks/engine_times.py launch ARTEFACT COMPONENT ENGINE      one run, for the names of its kernels
 
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile, of one picture or one
-decode step at the cache's end, so no prompt can be read and nothing is compared with the golden.
+decode step at the cache's end, so no prompt can be read. FORMS are ways to build that differ from vlmc's own.
 """
 
 from __future__ import annotations
@@ -21,41 +22,93 @@ from vlmc.engines.candidate import Candidate
 from vlmc.engines.candidate import build as build_engine
 
 ROUNDS, RUNS, SECONDS = 5, 40, 2.0
+FORMS: dict[str, dict[str, Any]] = {
+    "step": {},
+    "whole": {"whole": True},  # as `vlmc build` makes it
+    "whole-level-1": {"whole": True, "prompts": (), "level": 1},  # two profiles: a step, and any prompt
+    "level-1": {"level": 1},
+    "level-2": {"level": 2},
+    "level-5": {"level": 5},
+    "merged": {"merge": True},
+    "merged-level-5": {"merge": True, "level": 5},
+    "typed": {"half": True},
+    "merged-typed": {"merge": True, "half": True},
+}
 
 
-def build(folder: Path, component: str, precision: str) -> None:
+def build(
+    folder: Path,
+    component: str,
+    precision: str,
+    *,
+    whole: bool = False,
+    prompts: tuple[int, ...] = (256,),
+    level: int = 3,
+    merge: bool = False,
+    half: bool = False,
+) -> None:
+    from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
+    from vlmc.engines.passes import half_precision
 
-    every = tensorrt.profiles
-    tensorrt.profiles = lambda *given: every(*given)[:1]  # its first is the step, or the single picture
+    profiles, lower, serialise = tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise
+    tensorrt.PROMPTS = prompts
+    if not whole:
+        tensorrt.profiles = lambda *given: profiles(*given)[:1]  # its first is the step, or the single picture
+
+    def lowered(model: Any, job: Any) -> str:
+        if merge:
+            from tensorrt_variants import merge_products
+
+            print("merged", merge_products(model), flush=True)
+        form = lower(model, job)
+        if half:
+            half_precision.apply(model)
+        return form
+
+    def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
+        def configured(config: Any) -> None:
+            configure(config)
+            config.builder_optimization_level = level
+
+        return serialise(parsed, shapes, configured)
+
+    tensorrt.lower, tensorrt_network.serialise = lowered, serialised
     build_engine(Artifact(folder), Candidate("h100", component, "tensorrt", precision))
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """{"COMPONENT ENGINE": {"ms", "least_ms", "joules", "watts", "device_bytes", "build_seconds", "bytes", …}}."""
+def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) -> tuple[Any, Any]:
+    """The engine with a context whose buffers are there; a decoder's cache is full, which takes longest."""
+    from vlmc.runtime.tensorrt_engine import Engine
+
+    engine = Engine(trt, gpu, spec, path)
+    context = engine.context()
+    addresses = engine.allocate(context)
+    if spec.component == "decoder":
+        place = write(gpu, [artifact.manifest.kv.capacity - 1])
+        addresses |= {"position_ids": place, "write_index": place, "input_ids": write(gpu, [1])}
+    context.use_profile(0, engine.profiles[0])
+    context.bind(addresses)
+    context.enqueue()
+    gpu.wait()
+    return engine, context
+
+
+def measure(folder: Path, component: str) -> dict[str, Any]:
+    """{ENGINE: {"ms", "least_ms", "joules", "watts", "device_bytes", "build_seconds", "bytes", …}}."""
     import pynvml
     import tensorrt as trt
     from vlmc.profiles import nvidia
     from vlmc.runtime.cuda import Gpu
-    from vlmc.runtime.tensorrt_engine import Engine
 
     pynvml.nvmlInit()
     meter = nvidia.handle(pynvml)
     artifact, found = Artifact(folder), {}
     gpu, launches = Gpu(), {}
-    for path in sorted(folder.glob("engines/h100/*/tensorrt-*/engine.json")):
+    for path in sorted(folder.glob(f"engines/h100/{component}/tensorrt-*/engine.json")):
         spec, free = read_record(EngineSpec, path), gpu.free_bytes()
-        engine = Engine(trt, gpu, spec, path.with_name(spec.file))
-        context = engine.context()
-        addresses = engine.allocate(context)
-        if spec.component == "decoder":  # all of the cache is filled, which takes longest
-            place = write(gpu, [artifact.manifest.kv.capacity - 1])
-            addresses |= {"position_ids": place, "write_index": place, "input_ids": write(gpu, [1])}
-        context.use_profile(0, engine.profiles[0])
-        context.bind(addresses)
-        context.enqueue()
-        gpu.wait()
-        name = f"{spec.component} {path.parent.name}"
+        engine, context = ready(trt, gpu, artifact, spec, path.with_name(spec.file))
+        name = path.parent.name
         launches[name] = (gpu.capture(context.enqueue), engine, context)
         report = spec.report
         found[name] = {
@@ -64,8 +117,8 @@ def measure(folder: Path) -> dict[str, Any]:
             "build_seconds": report.seconds,
             "build_peak_bytes": report.peak_memory_bytes,
             "bytes": report.size_bytes,
+            "layers": spec.settings["layers"],
             "products": report.products,
-            "work": report.work,
         }
     samples = in_rounds(gpu, launches)
     for name, (launch, *_rest) in launches.items():
@@ -97,6 +150,18 @@ def in_rounds(gpu: Any, launches: dict[str, tuple[Any, ...]]) -> dict[str, list[
     return samples
 
 
+def launch(folder: Path, component: str, name: str) -> None:
+    """Runs the engine twice, the first time to set itself up."""
+    import tensorrt as trt
+    from vlmc.runtime.cuda import Gpu
+
+    path = folder / "engines" / "h100" / component / name / "engine.json"
+    spec, gpu = read_record(EngineSpec, path), Gpu()
+    _engine, context = ready(trt, gpu, Artifact(folder), spec, path.with_name(spec.file))
+    context.enqueue()
+    gpu.wait()
+
+
 def write(gpu: Any, numbers: list[int]) -> int:
     """The address of int32 numbers on the GPU."""
     import numpy as np
@@ -108,14 +173,16 @@ def write(gpu: Any, numbers: list[int]) -> int:
 
 
 def main() -> None:
-    command, *arguments = sys.argv[1:]
+    command, folder, component, *rest = sys.argv[1:]
     if command == "build":
-        build(Path(arguments[0]), *arguments[1:])
-        return
-    for folder in map(Path, arguments):
-        found = measure(folder)
-        (folder / "engines.json").write_text(json.dumps(found, indent=1))
-        print(folder, json.dumps({name: entry["ms"] for name, entry in found.items()}), flush=True)
+        precision, *form = rest
+        build(Path(folder), component, precision, **FORMS[form[0] if form else "step"])
+    elif command == "launch":
+        launch(Path(folder), component, *rest)
+    else:
+        found = measure(Path(folder), component)
+        (Path(folder) / f"{component}.times.json").write_text(json.dumps(found, indent=1))
+        print(folder, component, json.dumps({name: entry["ms"] for name, entry in found.items()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""An artefact, or a folder with onnx/*.onnx, without its weights, for machines that large files do not reach.
+"""An artefact with random weights, without them, for machines that large files do not reach.
 
     python benchmarks/skeleton.py strip ARTEFACT FOLDER     on the machine that exported it
-    python benchmarks/skeleton.py fill FOLDER               on the other: writes weights of the same size and spread
+    python benchmarks/skeleton.py fill FOLDER               on the other, with PyTorch: draws the weights from the seed
 
-Small tensors travel as they are. Large ones are drawn anew with the old one's mean and deviation, so engines built from
-them do the same work on numbers of the same size; the outputs are others, and none is compared with a golden one.
+Small tensors travel as they are; large ones are the model's parameters, which the manifest's config and seed give
+again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,7 +23,7 @@ RECORD = "skeleton.json"
 
 
 def strip(source: Path, target: Path) -> None:
-    """Copies all but engines, profiles and the weights' files; records each large tensor's place and spread."""
+    """Copies all but engines, profiles and the weights' files; records each tensor's place."""
     ignore = shutil.ignore_patterns("*.data", "engines", "profile")
     shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
     files = {}
@@ -33,13 +34,10 @@ def strip(source: Path, target: Path) -> None:
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
-            array = tensor.numpy()
-            place = {"offset": tensor.offset, "bytes": array.nbytes, "dtype": array.dtype.name}
-            if array.nbytes <= SMALL:
+            place = {"offset": tensor.offset, "bytes": tensor.nbytes}
+            if tensor.nbytes <= SMALL:
                 place["kept"] = len(kept)
-                kept += array.tobytes()
-            else:
-                place |= {"mean": float(array.mean()), "std": float(array.std())}
+                kept += tensor.numpy().tobytes()
             tensors.append(place)
         (target / "onnx" / f"{data.name}.kept").write_bytes(kept)
         files[data.name] = {"bytes": data.stat().st_size, "tensors": tensors}
@@ -47,29 +45,52 @@ def strip(source: Path, target: Path) -> None:
 
 
 def fill(folder: Path) -> None:
-    """Writes the weights' files, and their checksums into the manifest."""
+    """Writes the weights' files, and into the manifest the checksums of those that came out otherwise."""
+    from vlmc.artifact import Artifact
+    from vlmc.exporter.checkpoint import load_components
     from vlmc.files import sha256_of, write_json
 
     described = folder / "manifest.json"
-    manifest = json.loads(described.read_text()) if described.is_file() else None
-    noise = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
-    for name, record in json.loads((folder / RECORD).read_text()).items():
-        path = folder / "onnx" / name
-        kept = (folder / "onnx" / f"{name}.kept").read_bytes()
-        content = np.zeros(record["bytes"], np.uint8)
-        for place in record["tensors"]:
-            start, size = place["offset"], place["bytes"]
-            if "kept" in place:
-                content[start : start + size] = np.frombuffer(kept, np.uint8, size, place["kept"])
-            else:
-                count = size // np.dtype(place["dtype"]).itemsize
-                values = np.resize(noise, count) * np.float32(place["std"]) + np.float32(place["mean"])
-                content[start : start + size] = values.astype(place["dtype"]).view(np.uint8)
-        content.tofile(path)
-        if manifest:
-            manifest["files"][f"onnx/{name}"] |= {"sha256": sha256_of(path)}
-    if manifest:
-        write_json(described, manifest)
+    manifest = json.loads(described.read_text())
+    parts = dict(load_components(Artifact(folder)).items())
+    record = json.loads((folder / RECORD).read_text())
+    for component, spec in manifest["components"].items():
+        path = folder / spec["file"]
+        data = record[f"{path.name}.data"]
+        kept = path.with_name(f"{path.name}.data.kept").read_bytes()
+        small = {place["offset"]: place["kept"] for place in data["tensors"] if "kept" in place}
+        content = np.memmap(path.with_name(f"{path.name}.data"), np.uint8, "w+", shape=(data["bytes"],))
+        for name, value in ir.load(path).graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                start, size = tensor.offset or 0, tensor.nbytes
+                if start in small:
+                    content[start : start + size] = np.frombuffer(kept, np.uint8, size, small[start])
+                else:
+                    content[start : start + size] = drawn(parts[component], name, tensor).reshape(-1).view(np.uint8)
+        content.flush()
+        file = f"{spec['file']}.data"
+        if (found := sha256_of(folder / file)) != manifest["files"][file]["sha256"]:
+            print(f"{file}: not the weights that were exported", flush=True)
+            manifest["files"][file]["sha256"] = found
+    write_json(described, manifest)
+
+
+def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
+    """The module's parameter of that name as the graph has it, of a linear layer turned. What is none of its parameters
+    (a table that export computed) is noise of usual size."""
+    shape = tuple(tensor.shape.numpy())
+    try:
+        owner = component.get_submodule(name.rpartition(".")[0])
+        weight = getattr(owner, name.rpartition(".")[2]).detach()
+    except AttributeError:
+        weight = None
+    if weight is not None:
+        weight = weight.t() if type(owner).__name__ == "Linear" and weight.ndim == 2 else weight
+        if tuple(weight.shape) == shape:
+            return weight.contiguous().numpy()
+    print(f"{name}: no parameter of shape {shape}; noise", flush=True)
+    return (np.random.default_rng(0).standard_normal(shape) * 0.02).astype(tensor.dtype.numpy())
 
 
 if __name__ == "__main__":

@@ -81,8 +81,6 @@ def lower(
     from vlmc.calibration.plan import ModulePlan
     from vlmc.engines.passes import float_weights, half_precision, opset17, patches_as_matmul, quantize, weight_of
 
-    if merge:
-        merge_qkv(model)
     if gelu:
         for node in model.graph:
             if node.op_type == "Gelu":
@@ -92,6 +90,8 @@ def lower(
         chosen = {f"vision_encoder/{name}": ModulePlan(8, 0, 0.05) for name in layers if fnmatch(str(name), int8)}
         plan: Any = SimpleNamespace(absorbers={}, modules=chosen, recipe=SimpleNamespace(name="int8"))
         quantize.apply(model, plan, "vision_encoder")
+    if merge:
+        merge_products(model)
     if patches:
         patches_as_matmul.apply(model)
     opset17.apply(model)
@@ -139,32 +139,48 @@ def quantize_attention(model: Any) -> None:
             product.replace_input_with(index, again)
 
 
-def merge_qkv(model: Any) -> None:
-    """Queries, keys and values as one product, split behind it."""
+def merge_products(model: Any) -> int:
+    """Products of one input with several weights (queries, keys and values; gate and up) as one, split behind it.
+    Weights are constants, or int8 a channel behind a DequantizeLinear. Returns how many products went."""
     import numpy as np
     import onnx_ir as ir
-    from vlmc.engines.passes import array_of, constant, insert, only_user, prune, replace
+    from vlmc.engines.passes import array_of, constant, insert, producer, prune, replace, weight_of
 
-    graph = model.graph
-    for query in [node for node in graph if str(node.name).endswith("q_proj")]:
-        prefix = str(query.name).removesuffix("q_proj")
-        nodes = [next(n for n in graph if n.name == f"{prefix}{part}_proj") for part in "qkv"]
-        adds = [only_user(node.outputs[0], "Add") for node in nodes]
-        biases = [next(v for v in add.inputs if v.const_value is not None) for add in adds]
-        weight = np.concatenate([array_of(node.inputs[1]) for node in nodes], axis=1)
-        bias = np.concatenate([array_of(value) for value in biases])
-        name = f"{prefix}qkv_proj"
-        product = ir.node("MatMul", [query.inputs[0], constant(graph, f"{name}.weight", weight)], name=name)
-        product.outputs[0].name, product.outputs[0].dtype = f"{name}.out", ir.DataType.FLOAT
-        graph.insert_before(query, product)
-        total = insert(query, "Add", [product.outputs[0], constant(graph, f"{name}.bias", bias)], f"{name}.add")
-        width = weight.shape[1] // 3
-        sizes = constant(graph, f"{name}.sizes", np.array([width] * 3, np.int64))
-        parts = insert(query, "Split", [total.outputs[0], sizes], f"{name}.parts", outputs=3, axis=2)
-        for add, part in zip(adds, parts.outputs, strict=True):
+    graph, groups = model.graph, {}
+    for node in graph:
+        if node.op_type == "MatMul" and (weight_of(node) is not None or producer(node.inputs[1], "DequantizeLinear")):
+            groups.setdefault(node.inputs[0], []).append(node)
+    merged = 0
+    for source, nodes in groups.items():
+        if len(nodes) < 2:
+            continue
+        first, name = nodes[0], f"{nodes[0].name}.merged"
+        scaled = [producer(node.inputs[1], "DequantizeLinear") for node in nodes]
+        constants = [(dq or node).inputs[0 if dq else 1] for dq, node in zip(scaled, nodes, strict=True)]
+        widths = [value.shape[1] for value in constants]
+
+        def joined(values: list[Any], what: str, name: str = name) -> Any:
+            return constant(graph, f"{name}.{what}", np.concatenate([array_of(value) for value in values], axis=-1))
+
+        if all(scaled):
+            parts = [joined([node.inputs[i] for node in scaled], what) for i, what in enumerate(("weight", "scale"))]
+            weight = insert(first, "DequantizeLinear", parts, f"{name}.dequantize", axis=1).outputs[0]
+        else:
+            weight = joined(constants, "weight")
+        weight.shape, weight.dtype = ir.Shape([constants[0].shape[0], sum(widths)]), ir.DataType.FLOAT
+        product = insert(first, "MatMul", [source, weight], name).outputs[0]
+        product.dtype = ir.DataType.FLOAT
+        sizes = constant(graph, f"{name}.sizes", np.array(widths, np.int64))
+        for node, part in zip(
+            nodes,
+            insert(first, "Split", [product, sizes], f"{name}.parts", outputs=len(nodes), axis=-1).outputs,
+            strict=True,
+        ):
             part.dtype = ir.DataType.FLOAT
-            replace(add, part)
+            replace(node, part)
+        merged += len(nodes) - 1
     prune(model)
+    return merged
 
 
 def build(folder: Path, name: str) -> None:

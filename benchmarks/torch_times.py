@@ -1,8 +1,6 @@
 """PyTorch in float16 on a GPU: the vision encoder and a decode step, eager, in CUDA graphs, and fake-quant with a plan.
 
-    python benchmarks/torch_times.py ARTEFACT        writes ARTEFACT/torch.json: medians in milliseconds
-
-Weights are loaded at once, and the timing begins when the file ARTEFACT/go is there.
+    python benchmarks/torch_times.py ARTEFACT [compile]        writes ARTEFACT/torch.json: medians in milliseconds
 
 The same golden inputs and the same loop as the trial of `vlmc build` (engines/trial.py), so both stand side by side.
 """
@@ -58,12 +56,10 @@ def main() -> None:
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         golden = {name: file[name] for name in file.files}
     parts = load_components(artifact)
-    variants = {mode: (mode, parts.map(lambda _, module: module.half())) for mode in MODES}
+    variants = {mode: (mode, parts.map(lambda _, module: module.half())) for mode in (*MODES, *sys.argv[2:])}
     if (artifact.root / "plans" / "int8.json").is_file():
         plan, fake = read_plan(artifact, "int8"), load_components(artifact)
         variants["fake-quant"] = ("eager", fake.map(lambda name, module: apply_plan(module, plan, name).half()))
-    while not (artifact.root / "go").exists():  # until the GPU is ours (gpu_host.py)
-        time.sleep(0.2)
     found: dict[str, Any] = {}
     for name, (mode, made) in variants.items():
         try:
