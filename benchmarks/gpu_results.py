@@ -27,9 +27,11 @@ def main(folder: Path, output: Path) -> None:
         "models": models,
     }
     if (logs / "vit2-time.log").is_file():
-        forms = {name: kernels(logs / f"vit2-kernels-{name}.log") for name in ("fp16", "int8")}
         text = (logs / "vit2-time.log").read_text()
-        record["vit2"] = {"forms": json.loads(text[text.index("{") :]), "kernels": forms}
+        record["vit2"] = json.loads(text[text.index("{") :])
+    record["kernels"] = {
+        path.stem.replace("-kernels-", " "): kernels(path) for path in sorted(logs.glob("*-kernels-*.log"))
+    }
     output.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -45,13 +47,15 @@ def model(folder: Path) -> dict[str, Any]:
             part: {"kept": choice["engine"], "why": choice["reason"], "candidates": choice["candidates"]}
             for part, choice in record["choices"].items()
         }
-    for path in sorted(folder.glob("engines/h100/*/*/engine.json")):
+    for path in sorted(folder.glob("engines/h100/*/*/engine.json")) if "choices" in found else ():
         engine = json.loads(path.read_text())
         report = engine["report"] | {"scratch_bytes": engine["settings"].get("scratch_bytes")}
         found.setdefault("built", {}).setdefault(engine["component"], {})[path.parent.name] = report
-    for name in ("engines", "torch", "overhead"):
+    for name in ("torch", "overhead"):
         if (folder / f"{name}.json").is_file():
             found[name] = json.loads((folder / f"{name}.json").read_text())
+    for path in sorted(folder.glob("*.times.json")):
+        found.setdefault("times", {})[path.name.partition(".")[0]] = json.loads(path.read_text())
     report = folder / "profile" / "h100" / "report.json"
     if report.is_file():
         found["profile"] = profile(json.loads(report.read_text()))
@@ -76,10 +80,8 @@ def profile(report: dict[str, Any]) -> dict[str, Any]:
     return {name: report[name] for name in kept} | {"variants": variants, "verdict": report["verdict"]["sentences"]}
 
 
-def kernels(log: Path) -> dict[str, Any] | None:
+def kernels(log: Path) -> dict[str, Any]:
     """Each kernel of the second of two runs with its count and microseconds, from ncu's CSV."""
-    if not log.is_file():
-        return None
     rows = list(csv.reader(line for line in log.read_text().splitlines() if re.match(r'^"\d+"', line)))
     found: dict[str, list[float]] = {}
     for row in rows[len(rows) // 2 :]:

@@ -33,6 +33,9 @@ FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph 
     "int8-level-5": {"int8": "*", "level": 5},
     "int8-erf": {"int8": "*", "gelu": "none"},
     "int8-typed": {"int8": "*", "half": True},
+    "fp16-convolutions": {"convolutions": "*"},
+    "int8-convolutions": {"int8": "*", "convolutions": "*"},
+    "int8-mlp-convolutions": {"int8": "*.fc?", "convolutions": "*.fc?"},
 }
 
 
@@ -72,9 +75,11 @@ def lower(
     gelu: str = "",
     scores: bool = False,
     products: bool = False,
+    convolutions: str = "",
     level: int = 3,
 ) -> None:
-    """The canonical graph in one of the forms; `int8` names the layers (fnmatch), with scales that do not matter."""
+    """The canonical graph in one of the forms; `int8` names the layers (fnmatch), with scales that do not matter;
+    `convolutions` those that become convolutions of 1×1, which Myelin does not take."""
     from fnmatch import fnmatch
 
     import onnx_ir as ir
@@ -85,8 +90,11 @@ def lower(
         for node in model.graph:
             if node.op_type == "Gelu":
                 node.attributes["approximate"] = ir.AttrString("approximate", gelu)
+    if convolutions:
+        as_convolutions(model, convolutions)
     if int8:
-        layers = [n.name for n in model.graph if n.op_type == "MatMul" and weight_of(n) is not None]
+        layers = [n.name for n in model.graph if n.op_type in ("MatMul", "Conv") and weight_of(n) is not None]
+        layers = [name for name in layers if "patch" not in str(name)]
         chosen = {f"vision_encoder/{name}": ModulePlan(8, 0, 0.05) for name in layers if fnmatch(str(name), int8)}
         plan: Any = SimpleNamespace(absorbers={}, modules=chosen, recipe=SimpleNamespace(name="int8"))
         quantize.apply(model, plan, "vision_encoder")
@@ -102,6 +110,37 @@ def lower(
         quantize_attention(model)
     if half:
         half_precision.apply(model)
+
+
+def as_convolutions(model: Any, names: str) -> None:
+    """The named linear layers, bias included, as convolutions over (1, in, tokens, 1)."""
+    from fnmatch import fnmatch
+
+    import numpy as np
+    import onnx_ir as ir
+    from vlmc.engines.passes import constant, insert, only_user, prune, replace, weight_of
+
+    graph = model.graph
+    last = constant(graph, "convolutions.last", np.array([-1], np.int64))
+    for node in [n for n in graph if n.op_type == "MatMul" and fnmatch(str(n.name), names)]:
+        weight = weight_of(node)
+        if weight is None:
+            continue
+        name, added = str(node.name), only_user(node.outputs[0], "Add")
+        turned = insert(node, "Transpose", [node.inputs[0]], f"{name}.turned", perm=[0, 2, 1]).outputs[0]
+        image = insert(node, "Unsqueeze", [turned, last], f"{name}.image").outputs[0]
+        inputs = [image, constant(graph, f"{name}.kernel", np.ascontiguousarray(weight.T)[..., None, None])]
+        if added is not None:
+            inputs.append(next(value for value in added.inputs if value.const_value is not None))
+        node.name = f"{name}.matmul"
+        made = insert(node, "Conv", inputs, name, kernel_shape=[1, 1]).outputs[0]
+        made.dtype = ir.DataType.FLOAT
+        flat = insert(node, "Squeeze", [made, last], f"{name}.flat").outputs[0]
+        back = insert(node, "Transpose", [flat], f"{name}.back", perm=[0, 2, 1]).outputs[0]
+        for value in (turned, image, flat, back):
+            value.dtype = ir.DataType.FLOAT
+        replace(added if added is not None else node, back)
+    prune(model)
 
 
 def scale_scores(model: Any) -> None:
