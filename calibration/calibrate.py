@@ -1,7 +1,7 @@
 """`vlmc calibrate`: a recipe and a set become a plan.
 
-A first pass over the set keeps the largest magnitude of every input channel: all that smoothing and min-max ranges
-need. Other observers need histograms of the smoothed activations, hence a second pass.
+A first pass over the set keeps the largest magnitude of every channel: all that smoothing and min-max ranges need.
+Other observers need histograms of the smoothed activations, hence a second pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..exporter.torch_runner import torch_session
 from ..runtime.matching import Matcher
 from ..runtime.session import Session
 from . import samples
-from .observation import Layer, Observation, Report, layers_of
+from .observation import Layer, Observation, Place, Report, layers_of
 from .observers import LEVELS, RANGES
 from .plan import ModulePlan, Plan, SetRecord
 from .recipes import Precision, Recipe
@@ -56,7 +56,8 @@ def plan_for(
     if recipe.implicit:
         return _sampled(session, recipe, data)
 
-    observation = Observation(session, components, data, report)
+    rounded = [path for path, rule in rules.items() if rule.weight_bits and rule.output_bits]
+    observation = Observation(session, components, data, report, outputs=rounded)
     groups = observation.groups()
     channels = observation.peaks()
     absorbers = _absorbers(recipe, layers, groups, channels)
@@ -66,30 +67,35 @@ def plan_for(
         if group.producer in absorbers
         for path, made in group.consumers.items()
     }
-    factors = {path: values for path, (_, values) in smoothing.items()}
+    factors: dict[Place, NDArray[np.float32]] = {(path, "input"): values for path, (_, values) in smoothing.items()}
+    factors |= {(path, "output"): values for path, values in absorbers.items()}
     peaks = {
-        path: {phase: _number((values / factors.get(path, np.float32(1))).max()) for phase, values in phases.items()}
-        for path, phases in channels.items()
+        place: {phase: _number((values / factors.get(place, np.float32(1))).max()) for phase, values in phases.items()}
+        for place, phases in channels.items()
     }
     ranges = peaks
     if recipe.observer != "minmax":
         choose = RANGES[recipe.observer]
         seen = observation.histograms(factors)
-        ranges = {path: {phase: choose(one) for phase, one in phases.items()} for path, phases in seen.items()}
+        ranges = {place: {phase: choose(one) for phase, one in phases.items()} for place, phases in seen.items()}
 
     modules = {}
-    for path in peaks.keys() & (factors.keys() | {path for path, rule in rules.items() if rule.weight_bits}):
+    for path, rule in rules.items():
+        taken: Place = (path, "input")
+        made: Place = (path, "output")
+        if taken not in peaks or not (rule.weight_bits or path in smoothing):
+            continue
         producer, values = smoothing.get(path, (None, None))
         modules[path] = ModulePlan(
-            weight_bits=rules[path].weight_bits,
-            block=rules[path].block,
-            activation_scale=_scale(max(ranges[path].values())) if rules[path].activation_bits else None,
-            peaks=peaks[path],
-            ranges=ranges[path],
+            weight_bits=rule.weight_bits,
+            block=rule.block,
+            activation_scale=_scale(ranges[taken]) if rule.activation_bits else None,
+            peaks=peaks[taken],
+            ranges=ranges[taken],
             smoothing=None if values is None else _numbers(values),
             absorbed_by=producer,
+            output_scale=_scale(ranges[made]) if made in ranges else None,
         )
-    modules = {path: modules[path] for path in layers if path in modules}  # in the model's order
     return Plan(
         schema=SCHEMA,
         recipe=recipe,
@@ -120,22 +126,22 @@ def _absorbers(
     recipe: Recipe,
     layers: Mapping[str, Layer],
     groups: Sequence[Group],
-    channels: Mapping[str, Mapping[str, NDArray[np.float32]]],
+    channels: Mapping[Place, Mapping[str, NDArray[np.float32]]],
 ) -> dict[str, NDArray[np.float32]]:
     """What the output channels of each module that smooths for others are divided by."""
     found = {}
     for group in groups:
         alpha = max(recipe.precision(path).smooth for path in group.consumers)
         if alpha:
-            peaks = {path: np.max(list(channels[path].values()), axis=0) for path in group.consumers}
+            peaks = {path: np.max(list(channels[path, "input"].values()), axis=0) for path in group.consumers}
             columns = {path: layers[path].weight.detach().abs().amax(dim=0).numpy() for path in group.consumers}
             found[group.producer] = divisors(group, peaks, columns, alpha)
     return found
 
 
-def _scale(limit: float) -> float:
-    """The 8-bit scale of a range; a layer that only ever saw zeros gets 1."""
-    return _number(np.float32(limit / LEVELS)) or 1.0
+def _scale(ranges: Mapping[str, float]) -> float:
+    """The 8-bit scale of the largest phase's range; where only zeros were ever seen it is 1."""
+    return _number(np.float32(max(ranges.values()) / LEVELS)) or 1.0
 
 
 def _number(value: np.float32) -> float:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..artifact import Artifact, ComponentSpec, KvSpec
+from ..artifact import CROSSED, Artifact, ComponentSpec, KvSpec
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
 from ..runtime.runner import Array
@@ -91,9 +91,6 @@ class GpuDecoder:
         named = {tensor.name: tensor for tensor in specs["decoder"].inputs}
         self._rows = [int(size) for size in named["position_ids"].shape[:-1]]  # of the positions that a token has
         self._kept: dict[str, Tensor] = {}  # what every step takes as it is
-        if "image_features" in named:
-            sizes = [int(size) for size in named["image_features"].shape]
-            self._kept["image_features"] = torch.zeros(sizes, dtype=torch.float16, device=where)
         shape = (1, kv.kv_heads, kv.capacity, kv.head_dim)
         self._past = [torch.zeros(shape, dtype=torch.float16, device=where) for _ in range(2 * kv.layers)]
         self._token, self._position = (torch.zeros(1, dtype=torch.long, device=where) for _ in range(2))
@@ -111,8 +108,11 @@ class GpuDecoder:
         given = {name: self._there(array) for name, array in further.items()}
         positions = given.pop("position_ids", torch.arange(length, device=self._where)[None])
         self._ahead.copy_(positions.max() + 1 - length)
-        if "image_features" in given:
-            self._kept["image_features"].copy_(given["image_features"])
+        for name in given.keys() & set(CROSSED):
+            if name in self._kept and self._kept[name].shape == given[name].shape:
+                self._kept[name].copy_(given[name])
+            else:
+                self._kept[name], self._step_logits = given[name], None  # what was captured has another's address
         embeds, last = self._there(inputs_embeds), self._zero + (length - 1)
         self._logits, _ = self._decoder(embeds, positions, self._zero, last, self._past, **given)
         if self._mode != "eager" and self._step_logits is None:

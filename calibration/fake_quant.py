@@ -1,7 +1,7 @@
 """The fake-quant model: how quantisation is simulated in PyTorch today, made from the same plan as the engines.
 
-Weights are kept as integers and turned back into floats at every call; inputs are rounded to 8 bits and back. It shows
-what a recipe costs in accuracy and, being slower than the float model, why a compiler is wanted.
+Weights are kept as integers and turned back into floats at every call; inputs, and some outputs, are rounded to 8 bits
+and back. It shows what a recipe costs in accuracy and, being slower than the float model, why a compiler is wanted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .weights import quantize_weight
 
 
 class QuantisedLinear(nn.Module):
-    """A linear layer with an integer weight and, unless it is None, the scale of its input.
+    """A linear layer with an integer weight and, unless they are None, the scales of its input and its output.
 
     Buffers: values int8 (out, groups, block), the last block filled up with zeros; scales float32 (out, groups, 1).
     """
@@ -38,20 +38,19 @@ class QuantisedLinear(nn.Module):
         padded = functional.pad(torch.from_numpy(values), (0, -self._columns % size))
         self.register_buffer("values", padded.reshape(len(rows), -1, size))
         self.register_buffer("scales", torch.from_numpy(scales)[:, :, None])
-        self.bias, self.activation_scale = module.bias, plan.activation_scale
+        self.bias = module.bias
+        self.activation_scale, self.output_scale = plan.activation_scale, plan.output_scale
 
     def weight(self) -> Tensor:
         """`weights.dequantize_weight`, in torch."""
         return (self.values * self.scales).flatten(1)[:, : self._columns].reshape(self._shape)
 
-    def rounded(self, x: Tensor) -> Tensor:
-        """The input as 8-bit integers represent it."""
-        if self.activation_scale is None:
-            return x
-        return torch.fake_quantize_per_tensor_affine(x, self.activation_scale, 0, -128, 127)
-
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(self.rounded(x), self.weight(), self.bias)
+        return _rounded(self.product(_rounded(x, self.activation_scale)), self.output_scale)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's own arithmetic, between the roundings."""
+        return functional.linear(x, self.weight(), self.bias)
 
 
 class QuantisedConv2d(QuantisedLinear):
@@ -67,8 +66,8 @@ class QuantisedConv2d(QuantisedLinear):
             groups=module.groups,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(self.rounded(x), self.weight(), self.bias)
+    def product(self, x: Tensor) -> Tensor:
+        return self._convolve(x, self.weight(), self.bias)
 
 
 def apply_plan(component: nn.Module, plan: Plan, name: str) -> nn.Module:
@@ -88,6 +87,11 @@ def apply_plan(component: nn.Module, plan: Plan, name: str) -> nn.Module:
                 parent, _, attribute = path.partition("/")[2].rpartition(".")
                 setattr(made.get_submodule(parent), attribute, _quantised(module, entry, path))
     return made
+
+
+def _rounded(x: Tensor, scale: float | None) -> Tensor:
+    """x as 8-bit integers of that scale represent it; with None as it is."""
+    return x if scale is None else torch.fake_quantize_per_tensor_affine(x, scale, 0, -128, 127)
 
 
 def _find(component: nn.Module, path: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Running the whole VLM in float over a calibration set, and seeing what its layers get.
+"""Running the whole VLM in float over a calibration set, and seeing what its layers get and, where asked, make.
 
 Phases are observed apart: `vision`; `prefill`, the prompt with the picture's features in it; `decode`, what follows.
 A row with an answer is decoded along it: all its tokens are read in one call behind the prompt, where the causal mask
@@ -8,9 +8,9 @@ is followed, GREEDY tokens at most. So what decoding shows depends on the set, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,8 @@ GREEDY = 32
 PHASES = {"vision_encoder": "vision", "fusion": "prefill", "text_encoder": "text"}  # a decoder's depends on its place
 Layer = nn.Linear | nn.Conv2d
 Report = Callable[[str, int, int], None]  # what is being done, rows done, rows in all
-Observe = Callable[[str, str, NDArray[np.float32]], None]  # layer, phase, its input (rows, channels)
+Place = tuple[str, Literal["input", "output"]]  # a layer, and which side of it
+Observe = Callable[[Place, str, NDArray[np.float32]], None]  # where, phase, what is there (rows, channels)
 
 
 def layers_of(components: Components | Encoders) -> dict[str, Layer]:
@@ -46,12 +47,19 @@ def layers_of(components: Components | Encoders) -> dict[str, Layer]:
 
 class Observation:
     """A session that runs `components` in PyTorch, and the set that it is asked. Each method is one pass over it;
-    what they return is by layer and phase, and lacks the layers that never ran."""
+    what they return is by place and phase, and lacks the layers that never ran. `outputs`: the layers of which the
+    output is observed too, not the input alone."""
 
     def __init__(
-        self, session: Session | Matcher, components: Components | Encoders, data: CalibrationSet, report: Report
+        self,
+        session: Session | Matcher,
+        components: Components | Encoders,
+        data: CalibrationSet,
+        report: Report,
+        outputs: Collection[str] = (),
     ) -> None:
         self._session, self._components, self._data, self._report = session, components, data, report
+        self._outputs = outputs
 
     def groups(self) -> list[Group]:
         """Which module makes the input of which layers. The first row's prompt is enough to see it."""
@@ -61,30 +69,30 @@ class Observation:
             self._answer(row, first=True)
         return trace.groups()
 
-    def peaks(self) -> dict[str, dict[str, NDArray[np.float32]]]:
-        """The largest magnitude of every input channel, (channels,); of a convolution's whole input, (1,)."""
-        seen: dict[str, dict[str, ChannelPeaks]] = {}
+    def peaks(self) -> dict[Place, dict[str, NDArray[np.float32]]]:
+        """The largest magnitude of every channel, (channels,); of all that a convolution takes or makes, (1,)."""
+        seen: dict[Place, dict[str, ChannelPeaks]] = {}
 
-        def observe(path: str, phase: str, values: NDArray[np.float32]) -> None:
-            seen.setdefault(path, {}).setdefault(phase, ChannelPeaks(values.shape[-1])).add(values)
+        def observe(place: Place, phase: str, values: NDArray[np.float32]) -> None:
+            seen.setdefault(place, {}).setdefault(phase, ChannelPeaks(values.shape[-1])).add(values)
 
         self._pass("observing channels", observe)
-        return {path: {phase: one.peaks for phase, one in phases.items()} for path, phases in seen.items()}
+        return {place: {phase: one.peaks for phase, one in phases.items()} for place, phases in seen.items()}
 
-    def histograms(self, smoothing: Mapping[str, NDArray[np.float32]]) -> dict[str, dict[str, Histogram]]:
-        """Of every layer's input, each channel divided by the layer's `smoothing` where it has one."""
-        seen: dict[str, dict[str, Histogram]] = {}
+    def histograms(self, smoothing: Mapping[Place, NDArray[np.float32]]) -> dict[Place, dict[str, Histogram]]:
+        """Of every place, each channel divided by the place's `smoothing` where it has one."""
+        seen: dict[Place, dict[str, Histogram]] = {}
 
-        def observe(path: str, phase: str, values: NDArray[np.float32]) -> None:
-            smoothed = values / smoothing[path] if path in smoothing else values
-            seen.setdefault(path, {}).setdefault(phase, Histogram()).add(smoothed)
+        def observe(place: Place, phase: str, values: NDArray[np.float32]) -> None:
+            smoothed = values / smoothing[place] if place in smoothing else values
+            seen.setdefault(place, {}).setdefault(phase, Histogram()).add(smoothed)
 
         self._pass("observing ranges", observe)
         return seen
 
     def _pass(self, what: str, observe: Observe) -> None:
         rows = self._data.rows
-        with _watching(self._components, observe):
+        with _watching(self._components, self._outputs, observe):
             for index, row in enumerate(rows):
                 self._report(what, index, len(rows))
                 self._answer(row)
@@ -115,9 +123,10 @@ class Observation:
 
 
 @contextmanager
-def _watching(components: Components | Encoders, observe: Observe) -> Iterator[None]:
-    """While open, `observe` gets every layer's input. A decoder that writes behind position 0 is decoding."""
-    phase, parts = "", components.items()
+def _watching(components: Components | Encoders, outputs: Collection[str], observe: Observe) -> Iterator[None]:
+    """While open, `observe` gets every layer's input, and the output of those in `outputs`. A decoder that writes
+    behind position 0 is decoding."""
+    phase, parts, layers = "", components.items(), layers_of(components)
 
     def enter(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -126,20 +135,23 @@ def _watching(components: Components | Encoders, observe: Observe) -> Iterator[N
 
         return hook
 
-    def layer_hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values = args[0].numpy()
-            channels = values.shape[-1] if isinstance(module, nn.Linear) else 1
-            try:
-                observe(path, phase, values.reshape(-1, channels))
-            except VlmcError as error:
-                raise VlmcError(f"{path}, {phase}: {error.what}", fix=error.fix) from None
+    def see(place: Place, module: nn.Module, tensor: Tensor) -> None:
+        channels = tensor.shape[-1] if isinstance(module, nn.Linear) else 1
+        try:
+            observe(place, phase, tensor.numpy().reshape(-1, channels))
+        except VlmcError as error:
+            raise VlmcError(f"{place[0]}, {phase}: {error.what}", fix=error.fix) from None
 
-        return hook
+    def before(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: see((path, "input"), module, args[0])
+
+    def behind(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, args, output: see((path, "output"), module, output)
 
     hooks = [
         *(part.register_forward_pre_hook(enter(name)) for name, part in parts if name in (*PHASES, "decoder")),
-        *(layer.register_forward_pre_hook(layer_hook(path)) for path, layer in layers_of(components).items()),
+        *(layer.register_forward_pre_hook(before(path)) for path, layer in layers.items()),
+        *(layers[path].register_forward_hook(behind(path)) for path in outputs),
     ]
     try:
         yield

@@ -5,7 +5,9 @@ The fake-quant model and the ONNX graphs are both made from it, in this order:
    layer's weight and its bias, a norm's weight and bias) are divided, channel by channel; the input channels (columns
    of the weight) of each module with `smoothing` are multiplied;
 2. weights are quantised by `weights.quantize_weight`;
-3. inputs with an `activation_scale` are quantised: clip(round half to even(x / scale), -128, 127), zero point 0.
+3. inputs with an `activation_scale` are quantised: clip(round half to even(x / scale), -128, 127), zero point 0;
+4. so are outputs with an `output_scale`, bias included. An engine whose backend gains nothing from it may leave this
+   step out (`engines/passes/float_outputs.py`) and is then nearer to float than the fake-quant model.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class ModulePlan:
     magnitude seen, and `ranges`, what the observer kept of it. `activation_scale` is the largest range / 127, since
     one engine serves all phases. `smoothing` multiplies the weight's input channels, and the module `absorbed_by` is
     divided to match (see `Plan.absorbers`). With 0 weight bits the layer is only here for its smoothing.
+    `output_scale` is, of its output, the largest phase's range / 127, chosen in the same way.
     """
 
     weight_bits: int
@@ -45,6 +48,7 @@ class ModulePlan:
     ranges: dict[str, float] = field(default_factory=dict)
     smoothing: tuple[float, ...] | None = None
     absorbed_by: str | None = None
+    output_scale: float | None = None
 
 
 @dataclass(frozen=True)

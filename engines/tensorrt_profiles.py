@@ -53,7 +53,7 @@ def _limits(artifact: Artifact) -> dict[str, int]:
     manifest = artifact.manifest
     pictures, capacity = manifest.preprocessing, manifest.kv.capacity
     limits = {"tiles": _tiles(pictures)} | dict.fromkeys(
-        ("length", "text_length", "image_tokens", "capacity"), capacity
+        ("length", "text_length", "question_length", "image_tokens", "capacity"), capacity
     )
     if "max_pixels" in pictures:  # pictures in nearly their own size, each token a square of patches
         side = pictures["patch"] * pictures["merge"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact import KvContract
+from ..artifact import CROSSED, KvContract
 from ..errors import VlmcError
 from .kernels import PTX
 from .runner import Array
@@ -45,11 +45,16 @@ class TensorrtDecoder:
         self._tokens = gpu.pinned((kv.capacity + 2,), np.int32)
         self._kept, self._position = 0, 0
         self._bind_cache()
+        self._crossed = {name: engine.profiles[0][name] for name in CROSSED if name in engine.inputs}
         self._launch = self._capture_step()
 
     def prefill(self, inputs_embeds: NDArray[np.float32], **further: Array) -> int:
         """See `Decoder`. What is in `further` stays on the GPU for the steps."""
         length = inputs_embeds.shape[1]
+        crossed = {name: further[name].shape for name in self._crossed}
+        if crossed != self._crossed:  # a question of another length: a graph's shapes are fixed
+            self._crossed = crossed
+            self._launch = self._capture_step()
         given = {"position_ids": np.arange(length)[None], **further, "inputs_embeds": inputs_embeds}
         given |= {"input_ids": np.full((1, length), -1), "logits_index": np.array([length - 1])}
         if "position_offset" in self._engine.inputs:
@@ -59,8 +64,7 @@ class TensorrtDecoder:
         uploads[self._state] = np.zeros(3 * SLOT, np.int8)
         for address, array in uploads.items():
             self._gpu.upload(address, array)
-        shapes = {name: self._at_length(name, length) for name in self._engine.inputs}
-        self._prefill.use_profile(self._profile_for(length), shapes)
+        self._prefill.use_profile(self._profile_for(length), self._shapes(length))
         self._prefill.enqueue()
         self._after(length)
         self._kept, self._position = 0, length
@@ -122,7 +126,7 @@ class TensorrtDecoder:
         step = {"input_ids": self._state + SLOT, "write_index": self._state, "logits_index": self._zero}
         if "position_offset" not in inputs:
             step["position_ids"] = self._state
-        self._step.use_profile(0, {name: self._at_length(name, 1) for name in inputs})
+        self._step.use_profile(0, self._shapes(1))
         self._step.bind(self._addresses | step)
 
         def enqueue() -> None:
@@ -138,10 +142,14 @@ class TensorrtDecoder:
         lengths = [largest["inputs_embeds"][1] for largest in self._engine.profiles]
         return next(i for i, most in enumerate(lengths) if most >= length and (i or len(lengths) == 1))
 
-    def _at_length(self, name: str, length: int) -> tuple[int, ...]:
-        """The input's shape for that many positions: an axis that is 1 in a step and more in a prompt is the length."""
-        step, prompt = self._engine.smallest(name, 0), self._engine.profiles[-1][name]
-        return tuple(length if one != many else one for one, many in zip(step, prompt, strict=True))
+    def _shapes(self, length: int) -> dict[str, tuple[int, ...]]:
+        """The inputs' shapes for that many positions: an axis that is 1 in a step and more in a prompt is the length.
+        What the decoder looks at has the size that the prompt gave it."""
+        engine, shapes = self._engine, {}
+        for name in engine.inputs:
+            pairs = zip(engine.smallest(name, 0), engine.profiles[-1][name], strict=True)
+            shapes[name] = self._crossed.get(name) or tuple(length if one != many else one for one, many in pairs)
+        return shapes
 
     def _shape_of(self, name: str) -> tuple[int, ...]:
         return self._prefill.shape(name)

@@ -19,13 +19,16 @@ class Precision:
 
     weight_bits: 0 (float), 8 or 4. block: input channels that share a scale, 0 for all of an output channel.
     activation_bits: of its input, 0 (float) or 8. smooth: SmoothQuant's alpha, the share of the difficulty that moves
-    from activations to weights (arXiv:2211.10438, eq. 4); 0 does not smooth.
+    from activations to weights (arXiv:2211.10438, eq. 4); 0 does not smooth. output_bits: of its output, bias
+    included, 0 (float) or 8, for attention's queries and keys, which are multiplied without being a layer; it counts
+    only where there are weight_bits.
     """
 
     weight_bits: int = 0
     block: int = 0
     activation_bits: int = 0
     smooth: float = 0.0
+    output_bits: int = 0
 
 
 FLOAT = Precision()
@@ -50,7 +53,9 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether activations must be seen; weights alone need no calibration set."""
-        return bool(self.implicit) or any(rule.activation_bits or rule.smooth for rule in self.rules.values())
+        return bool(self.implicit) or any(
+            rule.activation_bits or rule.smooth or rule.output_bits for rule in self.rules.values()
+        )
 
 
 def names() -> list[str]:

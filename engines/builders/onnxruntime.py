@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ...artifact import KvContract
 from ...profiles.device import Device
 from ...runtime.backends import onnxruntime as backend
-from ..passes import MICROSOFT, group_query_attention, integer_matmul, matmul_nbits, producer
+from ..passes import MICROSOFT, float_outputs, group_query_attention, integer_matmul, matmul_nbits, producer
 from . import MODEL, Built, Job
 
 PACKAGES = ("onnxruntime",)
@@ -32,6 +32,7 @@ def refuses(component: str, precision: str, device: Device) -> str:
 
 def build(model: ir.Model, job: Job) -> Built:
     kv = job.kv
+    float_outputs.apply(model)  # Attention multiplies floats
     attentions = group_query_attention.apply(model, kv)
     integer_matmul.apply(model)
     matmul_nbits.apply(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from . import MODEL, Built, Job
 
 PACKAGES = ("openvino",)
 FLOAT = "fp32"
-PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention")
+PRODUCTS = ("FullyConnected", "MatMul", "Convolution")
+KEYS = ("layerType", "runtimePrecision", "originalLayersNames")
 WIDTHS = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 
@@ -33,12 +35,15 @@ def build(model: ir.Model, job: Job) -> Built:
 
 
 def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
-    """Counted in the runtime model, where every layer names the precision that it runs in."""
-    counts: dict[str, int] = {}
+    """Counted in the runtime model, where every layer names the precision that it runs in. Attention is one layer for
+    two products; where its queries and keys are int8, scores by values are float32, for no recipe rounds values."""
+    counts: Counter[str] = Counter()
     for layer in backend.compile_model(path, settings).get_runtime_model().get_ordered_ops():
         info = layer.get_rt_info()
-        if str(info["layerType"].astype(str)) in PRODUCTS:
-            width = str(info["runtimePrecision"].astype(str))
-            kind = WIDTHS.get(width, width)
-            counts[kind] = counts.get(kind, 0) + 1
-    return counts
+        layer_type, width, fused = (str(info[key].astype(str)) for key in KEYS)
+        kind = WIDTHS.get(width, width)
+        if layer_type in PRODUCTS:
+            counts[kind] += 1
+        elif layer_type == "ScaledDotProductAttention" or (layer_type == "Subgraph" and "Softmax" in fused):
+            counts.update([f"{kind} attention", f"{'float32' if kind == 'int8' else kind} attention"])
+    return dict(counts)

@@ -27,9 +27,17 @@ from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
 from ...runtime.tensorrt_engine import ENGINE, logger
 from .. import tensorrt_calibrator, tensorrt_network
-from ..passes import float_weights, half_precision, opset17, patches_as_matmul, token_loop, two_segment_attention
+from ..passes import (
+    float_outputs,
+    float_weights,
+    half_precision,
+    opset17,
+    patches_as_matmul,
+    token_loop,
+    two_segment_attention,
+)
 from ..tensorrt_network import Parsed
-from ..tensorrt_profiles import Profile, one_and_more, profile
+from ..tensorrt_profiles import Profile, Range, one_and_more, profile
 from . import Built, Job
 
 PACKAGES = ("tensorrt",)
@@ -80,6 +88,7 @@ def version(device: Device) -> tuple[int, int]:
 
 def lower(model: ir.Model, job: Job) -> str:
     """The graph as the device's TensorRT takes it, changed in place; returns the form of its KV contract."""
+    float_outputs.apply(model)  # attention is fused in float16
     if job.component == "decoder":
         form = "shared"
         if version(job.device) < NATIVE:
@@ -107,8 +116,8 @@ def profiles(model: ir.Model, job: Job) -> list[Profile]:
         return one_and_more(model, job.sizes, MOST)
     capacity = job.kv.capacity
     lengths = [length for length in PROMPTS if length < capacity] + [capacity]
-    ranges = [(1, 1, 1), *((1, length, length) for length in lengths)]
-    return [profile(model, {"length": sizes}) for sizes in ranges]
+    ranges = [Range(1, 1, 1), *(Range(1, length, length) for length in lengths)]
+    return [profile(model, {**job.sizes, "length": sizes}) for sizes in ranges]
 
 
 def build(model: ir.Model, job: Job) -> Built:

@@ -18,7 +18,7 @@ from ...errors import VlmcError, reason
 from ...profiles.device import Device
 from ...runtime.tensorrt_engine import ENGINE
 from .. import tensorrt_network
-from ..passes import half_precision, token_loop
+from ..passes import float_outputs, half_precision, token_loop
 from ..tensorrt_profiles import Profile, Range, profile
 from . import MODEL, Built, Job
 
@@ -70,6 +70,7 @@ def build(model: ir.Model, job: Job) -> Built:
 
 def lower(model: ir.Model, job: Job) -> None:
     """The graph as TensorRT-RTX takes it, changed in place."""
+    float_outputs.apply(model)  # attention is fused in float16
     if job.component == "decoder":
         token_loop.apply(model, job.embed())
     half_precision.apply(model)

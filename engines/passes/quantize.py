@@ -1,7 +1,8 @@
 """A plan applied to a canonical float graph: smoothing, then Q/DQ in the one form that every backend can lower.
 
 Weights: symmetric int8 a channel, or blocks of int8 or int4, behind DequantizeLinear. Activations: symmetric int8 a
-tensor between QuantizeLinear and DequantizeLinear (ONNX opset 21 and later). The numbers are the plan's and the
+tensor between QuantizeLinear and DequantizeLinear (ONNX opset 21 and later), before a layer and, where the plan has an
+`output_scale`, behind its bias. The numbers are the plan's and the
 arithmetic is `calibration.weights`, so the PyTorch fake-quant model computes the same.
 """
 
@@ -18,6 +19,8 @@ from ...calibration.plan import ModulePlan, Plan
 from ...calibration.weights import quantize_weight
 from ...errors import VlmcError
 from . import array_of, constant, insert, prune, weight_of
+
+OUTPUT = "output"  # in the names of Q/DQ behind a layer
 
 
 def apply(model: ir.Model, plan: Plan, component: str) -> int:
@@ -48,10 +51,19 @@ def _absorb(graph: ir.Graph, node: ir.Node, divisor: NDArray[np.float32]) -> Non
     _put(graph, node, 1, array_of(node.inputs[1]) / divisor.reshape(shape))
     if len(node.inputs) > 2:
         _put(graph, node, 2, array_of(node.inputs[2]) / divisor)
-    for use in list(node.outputs[0].uses()):  # a linear layer's bias is an Add that carries its name
-        for position, value in enumerate(use.node.inputs):
-            if use.node.op_type == "Add" and value is not None and value.name == f"{node.name}.bias":
-                _put(graph, use.node, position, array_of(value) / divisor)
+    if add := _bias(node):
+        position = next(i for i, value in enumerate(add.inputs) if _is_bias(value, node))
+        _put(graph, add, position, array_of(add.inputs[position]) / divisor)
+
+
+def _bias(node: ir.Node) -> ir.Node | None:
+    """The Add behind the product that adds the layer's own bias, which carries its name."""
+    adds = (use.node for use in node.outputs[0].uses() if use.node.op_type == "Add")
+    return next((add for add in adds if any(_is_bias(value, node) for value in add.inputs)), None)
+
+
+def _is_bias(value: ir.Value | None, node: ir.Node) -> bool:
+    return value is not None and value.name in (f"{node.name}.bias", f"{node.name}.bias.smoothed")
 
 
 def _put(graph: ir.Graph, node: ir.Node, position: int, smoothed: NDArray[Any]) -> None:
@@ -72,6 +84,8 @@ def _quantize(graph: ir.Graph, node: ir.Node, module: ModulePlan) -> None:
         node.replace_input_with(1, _dequantized(graph, node, weight, module))
     if module.activation_scale is not None:
         node.replace_input_with(0, _quantized_input(node, module.activation_scale))
+    if module.output_scale is not None:
+        _quantize_output(node, module.output_scale)
 
 
 def _dequantized(graph: ir.Graph, node: ir.Node, weight: NDArray[np.float32], module: ModulePlan) -> ir.Value:
@@ -106,13 +120,28 @@ def _quantized_input(node: ir.Node, scale: float) -> ir.Value:
                 and float(known.const_value.numpy()) == np.float32(scale)
             ):
                 return next(iter(use.node.outputs[0].uses())).node.outputs[0]
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
+    return _pair(node, source, scale, "input")[1].outputs[0]
+
+
+def _quantize_output(node: ir.Node, scale: float) -> None:
+    """Puts all that the layer makes, its bias added, through int8."""
+    value = (_bias(node) or node).outputs[0]
+    quantize, dequantize = _pair(node, value, scale, OUTPUT)
+    made = dequantize.outputs[0]
+    made.shape, made.type = value.shape, value.type
+    if value.is_graph_output():
+        made.name, value.name = value.name, made.name
+    ir.convenience.replace_all_uses_with(value, made, replace_graph_outputs=True)
+    quantize.replace_input_with(0, value)
+
+
+def _pair(node: ir.Node, value: ir.Value, scale: float, place: str) -> tuple[ir.Node, ir.Node]:
+    """QuantizeLinear and DequantizeLinear of the value, named after the layer and the place."""
+    assert isinstance(node.graph, ir.Graph)
+    name = f"{node.name}.{place}"
     parameters = [
-        constant(graph, f"{node.name}.input.scale", np.array(scale, np.float32)),
-        constant(graph, f"{node.name}.input.zero", np.array(0, np.int8)),
+        constant(node.graph, f"{name}.scale", np.array(scale, np.float32)),
+        constant(node.graph, f"{name}.zero", np.array(0, np.int8)),
     ]
-    quantize = insert(node, "QuantizeLinear", [source, *parameters], f"{node.name}.input.quantize")
-    return insert(
-        node, "DequantizeLinear", [quantize.outputs[0], *parameters], f"{node.name}.input.dequantize"
-    ).outputs[0]
+    quantize = insert(node, "QuantizeLinear", [value, *parameters], f"{name}.quantize")
+    return quantize, insert(node, "DequantizeLinear", [quantize.outputs[0], *parameters], f"{name}.dequantize")

@@ -15,10 +15,13 @@ from vlmc.calibration.observation import Observation, layers_of
 from vlmc.calibration.plan import Plan
 from vlmc.calibration.recipes import Precision, Recipe
 from vlmc.calibration.sets import CalibrationSet, load_set
+from vlmc.calibration.smoothing import divide_outputs, multiply_inputs
 from vlmc.errors import VlmcError
 from vlmc.runtime.images import open_image
 
 DOWN = "decoder/model.layers.1.mlp.down_proj"
+QUERIES = "vision_encoder/vision_model.encoder.layers.1.self_attn.q_proj"
+QK = ("q_proj", "k_proj")
 FC1 = "vision_encoder/vision_model.encoder.layers.0.mlp.fc1"
 
 
@@ -81,6 +84,52 @@ def test_a_scale_covers_the_larger_phase(plan) -> None:
         for module in plan("int8", observer=observer).modules.values():
             assert module.activation_scale * 127 == pytest.approx(max(module.ranges.values()))
             assert (module.ranges == module.peaks) == (observer == "minmax")
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8-minmax"])
+def test_queries_and_keys_of_vision_alone_get_output_scales(plan, components, recipe: str) -> None:
+    rounded = {path for path, module in plan(recipe).modules.items() if module.output_scale is not None}
+    assert rounded == {path for path in layers_of(components) if path.startswith("vision") and path[-6:] in QK}
+    assert len(rounded) == 4
+
+
+def test_an_output_scale_covers_what_the_layer_made(plan, session, components, data) -> None:
+    peak = 0.0
+
+    def hook(module: Any, args: Any, output: torch.Tensor) -> None:
+        nonlocal peak
+        peak = max(peak, float(output.abs().max()))
+
+    handle = components.vision_encoder.get_submodule(QUERIES.removeprefix("vision_encoder/")).register_forward_hook(
+        hook
+    )
+    for row in data.rows:
+        session.vision.run(session.prepare([open_image(row.image)], row.prompt).vision)
+    handle.remove()
+    assert plan("int8").modules[QUERIES].output_scale * 127 == pytest.approx(peak)
+    assert plan("int8", observer="mse").modules[QUERIES].output_scale * 127 < 0.999 * peak
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_the_output_of_a_module_that_absorbs_smoothing_is_scaled_as_it_then_is(
+    session, components, data, observer: str
+) -> None:
+    """`up_proj`, whose outputs are divided for `down_proj`, here by hand."""
+    up = DOWN.replace("down", "up")
+    smoothed = Precision(weight_bits=8, activation_bits=8, smooth=0.5, output_bits=8)
+    recipe = Recipe("one", "", {up: smoothed, DOWN: smoothed}, observer)
+    made = plan_for(session, components, recipe, data, lambda *_: None)
+    pair = [components.decoder.get_submodule(path.removeprefix("decoder/")) for path in (up, DOWN)]
+    weights = [layer.weight.clone() for layer in pair]
+    divide_outputs(pair[0], torch.tensor(made.absorbers[up]))
+    multiply_inputs(pair[1], torch.tensor(made.absorbers[up]))
+    try:
+        plain = replace(recipe, rules={up: replace(smoothed, smooth=0)})
+        after = plan_for(session, components, plain, data, lambda *_: None)
+    finally:
+        for layer, weight in zip(pair, weights, strict=True):
+            layer.weight.copy_(weight)
+    assert made.modules[up].output_scale == pytest.approx(after.modules[up].output_scale, rel=1e-5)
 
 
 def test_smoothing_tames_the_outliers(plan) -> None:
@@ -169,6 +218,17 @@ def _only_the_first_token(generate: Any) -> Any:
         yield from generate(inputs, 1)
 
     return one
+
+
+def test_a_layer_that_makes_nan_is_named(session, components, data) -> None:
+    weight = components.vision_encoder.get_submodule(QUERIES.removeprefix("vision_encoder/")).weight
+    before = weight[0, 0].item()
+    weight[0, 0] = float("nan")
+    try:
+        with pytest.raises(VlmcError, match=r"vision_encoder/.*layers\.1\.self_attn\.q_proj, vision: .* NaN"):
+            Observation(session, components, data, lambda *_: None, outputs=[QUERIES]).peaks()
+    finally:
+        weight[0, 0] = before
 
 
 def test_a_layer_that_turns_out_nan_is_named(session, components, data) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -41,11 +42,25 @@ def test_the_weight_is_the_shared_definition_to_the_last_bit(part: nn.Module, bi
     assert isinstance(made[2], nn.Linear)
 
 
-def test_an_input_is_rounded_to_eight_bits_and_clipped(part: nn.Module) -> None:
-    made = apply_plan(part, plan_of(**{"0": ModulePlan(8, 0, activation_scale=0.5)}), "part")
+@pytest.mark.parametrize("place", ["activation_scale", "output_scale"])
+@pytest.mark.parametrize("kind", [nn.Linear, functools.partial(nn.Conv2d, kernel_size=1)])
+def test_an_input_or_an_output_is_rounded_to_eight_bits_and_clipped(kind: Any, place: str) -> None:
+    layer = kind(1, 1, bias=False).requires_grad_(False)
+    layer.weight.fill_(1.0)
+    made = apply_plan(nn.Sequential(layer), plan_of(**{"0": ModulePlan(8, 0, **{place: 0.5})}), "part")
     x = torch.tensor([0.0, 0.25, 0.26, -0.25, 0.75, -1.0, 63.5, 80.0, -64.0, -80.0])
     expected = torch.tensor([0.0, 0.0, 0.5, 0.0, 1.0, -1.0, 63.5, 63.5, -64.0, -64.0])
-    assert made[0].rounded(x).tolist() == expected.tolist()
+    found = made(x[:, None] if kind is nn.Linear else x[:, None, None, None]).flatten()
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_output_is_rounded_with_its_bias(part: nn.Module) -> None:
+    plain, rounded = (
+        apply_plan(part, plan_of(**{"0": ModulePlan(8, 0, output_scale=scale)}), "part")[0] for scale in (None, 0.05)
+    )
+    x = torch.randn(7, 40)
+    torch.testing.assert_close(rounded(x), (plain(x) / 0.05).round().clamp(-128, 127) * 0.05)
+    assert part[0].bias.abs().min() > 0
 
 
 def test_the_original_is_not_touched(part: nn.Module) -> None:

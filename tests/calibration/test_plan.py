@@ -22,7 +22,7 @@ PLAN = Plan(
     calibrated_on=SetRecord("set", "2" * 64, 3, ("3" * 64,)),
     modules={
         "decoder/a": ModulePlan(
-            8, 0, 0.1, {"prefill": 12.0, "decode": 3.0}, {"prefill": 12.7}, (1.5, 2.0), "decoder/n"
+            8, 0, 0.1, {"prefill": 12.0, "decode": 3.0}, {"prefill": 12.7}, (1.5, 2.0), "decoder/n", 0.2
         ),
         "decoder/b": ModulePlan(4, 32),
     },
@@ -51,7 +51,19 @@ def test_the_recipe_is_spelled_out_in_the_file(here: Artifact) -> None:
         "block": 0,
         "activation_bits": 8,
         "smooth": 0.65,
+        "output_bits": 0,
     }
+
+
+def test_a_plan_from_before_outputs_were_rounded_still_reads_and_rounds_none(here: Artifact) -> None:
+    path = write_plan(here, PLAN)
+    old = json.loads(path.read_text())
+    for rule in old["recipe"]["rules"].values():
+        del rule["output_bits"]
+    for module in old["modules"].values():
+        del module["output_scale"]
+    path.write_text(json.dumps(old))
+    assert {module.output_scale for module in read_plan(here, "int8").modules.values()} == {None}
 
 
 def test_a_missing_plan_says_how_to_make_it(here: Artifact) -> None:

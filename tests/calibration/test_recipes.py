@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from vlmc.calibration import recipes
 from vlmc.calibration.recipes import FLOAT, Precision, Recipe
@@ -45,3 +47,18 @@ def test_int8_leaves_the_patch_convolution_and_takes_the_head() -> None:
 @pytest.mark.parametrize("component", ["vision_encoder", "text_encoder", "fusion", "decoder"])
 def test_int8_takes_every_component_also_those_that_few_models_have(name: str, component: str) -> None:
     assert recipes.load(name).precision(f"{component}/layers.0.mlp.fc1").activation_bits == 8
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-minmax"])
+def test_int8_takes_what_makes_vision_attentions_queries_and_keys_and_no_other_output(name: str) -> None:
+    recipe = recipes.load(name)
+    attention = "vision_encoder/vision_model.encoder.layers.0.self_attn"
+    other = recipe.precision(f"{attention}.v_proj")
+    assert other.output_bits == 0
+    for path in (f"{attention}.q_proj", f"{attention}.k_proj", "vision_encoder/compressor.q_proj"):
+        assert recipe.precision(path) == replace(other, output_bits=8)
+    assert recipe.precision("decoder/model.layers.0.self_attn.q_proj") == other
+
+
+def test_an_output_needs_data_too() -> None:
+    assert Recipe("r", "", {"*": Precision(weight_bits=8, output_bits=8)}).needs_data

@@ -116,8 +116,11 @@ def test_openvino_tells_the_precision_of_its_products(planned: Artifact, tmp_pat
         (tmp_path / recipe).mkdir()
         built = build(planned, "openvino", "vision_encoder", recipe, tmp_path / recipe)
         counts = builders.load("openvino").products(tmp_path / recipe / built.file, built.settings)
-        assert sum(counts.values()) >= 14
+        assert sum(counts.values()) == 14 + 2 * 2, counts  # layers, and attention's two products, fused or not
         assert (counts.get("int8", 0) > 0) == (recipe == "int8")
+        if "int8 attention" in counts:  # where the processor's instructions let OpenVINO fuse it
+            assert recipe == "int8"
+            assert counts["int8 attention"] == counts["float32 attention"] == 2
 
 
 def test_openvino_offers_vision_alone_and_says_why() -> None:
@@ -125,6 +128,19 @@ def test_openvino_offers_vision_alone_and_says_why() -> None:
     assert module.refuses("vision_encoder", "int8", CPU) == ""
     assert "KV cache" in module.refuses("decoder", "int8", CPU)
     assert module.refuses("embed_tokens", "fp32", CPU)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "pairs"),
+    [("openvino", "cpu", 4), ("onnxruntime", "cpu", 0), ("handover", "orin", 0)],  # a handover is TensorRT's lowering
+)
+def test_queries_and_keys_are_rounded_for_openvino_alone(
+    backend: str, device: str, pairs: int, planned: Artifact, tmp_path: Path
+) -> None:
+    built = build(planned, backend, "vision_encoder", "int8", tmp_path, load_device(device))
+    nodes = [node for node in ir.load(tmp_path / built.file).graph if node.op_type == "QuantizeLinear"]
+    assert len(nodes) > pairs
+    assert sum(str(node.name).endswith(".output.quantize") for node in nodes) == pairs
 
 
 def test_what_is_handed_over_is_the_quantised_graph_as_the_devices_tensorrt_takes_it(

@@ -99,6 +99,13 @@ def test_what_it_builds_computes_what_pytorch_does(planned: Artifact, load: Any,
     assert cosine(logits, arrays["0.step_logits"][0]) > 0.9999
 
 
+def test_queries_and_keys_of_vision_are_not_rounded_for_it(planned: Artifact, tmp_path: Path) -> None:
+    model = graph(planned, "vision_encoder", "int8")
+    assert [node for node in model.graph if str(node.name).endswith(".output.quantize")]
+    tensorrt_rtx.lower(model, job(planned, "vision_encoder", "int8", tmp_path))
+    assert not [node for node in model.graph if str(node.name).endswith(".output.quantize")]
+
+
 @pytest.mark.parametrize("device", ["rtx3060", "rtx4090", "rtx5090"])
 def test_each_kind_of_card_gets_an_engine_of_its_own(device: str, planned: Artifact, tmp_path: Path) -> None:
     built = build(planned, "vision_encoder", "int8", tmp_path, device)

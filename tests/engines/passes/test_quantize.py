@@ -66,6 +66,44 @@ def test_an_absorber_divides_its_outputs_bias_and_all(linear: Any, plan_of: Any,
     np.testing.assert_allclose(run(model, INPUT), (INPUT @ WEIGHT + BIAS) / divisors, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["no bias", "bias"])
+def test_outputs_are_rounded_with_their_bias_also_behind_an_absorber(
+    bias: np.ndarray | None, linear: Any, plan_of: Any, run: Any, operators: Any
+) -> None:
+    model, divisors = linear(WEIGHT, bias), np.linspace(0.5, 2, 24, dtype=np.float32)
+    plan = plan_of({"fc": tuple(divisors.tolist())}, fc=ModulePlan(0, 0, output_scale=0.25))
+    quantize.apply(model, plan, "part")
+    exact = (INPUT @ WEIGHT + (0 if bias is None else bias)) / divisors
+    found = run(model, INPUT)
+    np.testing.assert_array_equal(found, np.rint(found / 0.25) * 0.25)
+    np.testing.assert_allclose(found, exact, atol=0.1251)
+    assert [value.name for value in model.graph.outputs] == ["y"]
+    assert model.graph.outputs[0].shape == ir.Shape(["rows", 24])
+    assert operators(model)["QuantizeLinear"] == 1
+
+
+def test_all_that_use_an_output_get_it_rounded(linear: Any, plan_of: Any, load: Any) -> None:
+    model = linear(WEIGHT, BIAS)
+    made = model.graph.outputs[0]
+    negative = ir.node("Neg", [made], name="neg")
+    negative.outputs[0].name, negative.outputs[0].type = "negative", made.type
+    model.graph.append(negative)
+    model.graph.outputs.append(negative.outputs[0])
+    quantize.apply(model, plan_of(fc=ModulePlan(8, 0, output_scale=0.25)), "part")
+    found, turned = load(model).run(None, {"x": INPUT})
+    np.testing.assert_array_equal(turned, -found)
+
+
+def test_queries_and_keys_of_vision_are_rounded_behind_their_bias(planned: Artifact) -> None:
+    model, plan = ir.load(planned.graph("vision_encoder")), read_plan(planned, "int8")
+    quantize.apply(model, plan, "vision_encoder")
+    biases = [pair.inputs[0].producer() for pair in model.graph if (pair.name or "").endswith(".output.quantize")]
+    assert [node.op_type for node in biases] == ["Add"] * 4
+    rounded = {path for path, module in plan.modules.items() if module.output_scale is not None}
+    assert {path.rpartition(".")[2] for path in rounded} == {"q_proj", "k_proj"}
+    assert len(rounded) == 4
+
+
 def test_layers_with_one_input_and_scale_share_the_quantised_input(
     planned: Artifact, operators: Callable[..., dict[str, int]]
 ) -> None:
@@ -105,7 +143,8 @@ def test_a_plan_for_another_graph_is_refused(linear: Any, plan_of: Any) -> None:
 
 
 def probed(model: ir.Model, modules: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Makes every module's input, before it is rounded, and its output, bias included, outputs of the graph."""
+    """Makes every module's input, before it is rounded, and its output, bias and rounding included, outputs of
+    the graph."""
     names = {}
     for node in list(model.graph):
         if node.name not in modules:
@@ -115,6 +154,10 @@ def probed(model: ir.Model, modules: Iterable[str]) -> dict[str, tuple[str, str]
             source = source.producer().inputs[0]
         for use in list(result.uses()):
             if use.node.op_type == "Add" and any(v.name.startswith(f"{node.name}.bias") for v in use.node.inputs):
+                result = use.node.outputs[0]
+        for use in list(result.uses()):
+            if use.node.name == f"{node.name}.output.quantize":
+                (use,) = use.node.outputs[0].uses()
                 result = use.node.outputs[0]
         for value in (source, result):
             if value not in model.graph.outputs and value not in model.graph.inputs:

@@ -270,8 +270,11 @@ def test_a_tokenizer_of_another_size_is_refused(whole: Whole, tmp_path: Path) ->
         describe(tmp_path)
 
 
-def test_a_step_on_a_gpu_needs_no_host(whole: Any, assert_steps_need_no_host: Any) -> None:
-    assert_steps_need_no_host(whole[1])
+@pytest.mark.parametrize("which", ["whole", "answering"])
+def test_a_step_on_a_gpu_needs_no_host(
+    which: str, request: pytest.FixtureRequest, assert_steps_need_no_host: Any
+) -> None:
+    assert_steps_need_no_host(request.getfixturevalue(which)[1])
 
 
 def test_the_readme_says_what_it_can_be_made_into(whole: Any, assert_supported: Any) -> None:
