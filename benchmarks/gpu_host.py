@@ -183,12 +183,10 @@ class Model:
                 self.torch()
 
     def copy(self, form: str) -> Path:
-        """The artefact once more, its files shared, for engines of another form."""
+        """The artefact once more, for engines of another form (onnx_ir refuses weights with several hard links)."""
         folder = DATA / f"{self.name}.{form}"
         if not folder.exists():
-            shutil.copytree(
-                self.folder, folder, copy_function=os.link, ignore=shutil.ignore_patterns("engines", "*.json")
-            )
+            shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("engines", "*.json"))
             for path in [*self.folder.glob("*.json"), *self.folder.glob("plans/*.json")]:
                 shutil.copy(path, folder / path.relative_to(self.folder))
         return folder
@@ -207,7 +205,7 @@ class Model:
         def build(precision: str, gpu: int) -> None:
             name = f"{folder.name}-{part}-{precision}"
             size = (folder / self.manifest["components"][part]["file"]).with_suffix(".onnx.data").stat().st_size
-            with run.room.taken(6 * GIB + 5 * size):
+            with run.room.taken(6 * GIB + 3.5 * size):
                 run.step(
                     name, gpu, TENSORRT, TIMES, "build", str(folder), part, precision, form, most=2000 if slow else MOST
                 )
