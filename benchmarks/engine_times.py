@@ -1,11 +1,12 @@
 """TensorRT engines alone, each run one launch of a CUDA graph: milliseconds, joules and memory.
 
-    python benchmarks/engine_times.py build ARTEFACT COMPONENT PRECISION [FORM]   on the GPU, a process an engine
-    python benchmarks/engine_times.py time ARTEFACT COMPONENT   there: prints, writes ARTEFACT/COMPONENT.times.json
-    ncu … python benchmarks/engine_times.py launch ARTEFACT COMPONENT ENGINE      one run, for the names of its kernels
+    python benchmarks/engine_times.py build ARTEFACT COMPONENT FORM PRECISION     on the GPU, a process an engine
+    python benchmarks/engine_times.py time ARTEFACT COMPONENT FORM        there: writes ARTEFACT/times/PART.FORM.json
+    ncu … python benchmarks/engine_times.py launch ARTEFACT COMPONENT FORM ENGINE one run, for the names of its kernels
 
-For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile, of one picture or one
-decode step at the cache's end, so no prompt can be read. FORMS are ways to build that differ from vlmc's own.
+For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
+tile or text, or one decode step at the cache's end, or a prompt of the golden one's length. FORMS are ways to build;
+the engines lie in ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
@@ -23,26 +24,22 @@ from vlmc.engines.candidate import build as build_engine
 
 ROUNDS, RUNS, SECONDS = 5, 40, 2.0
 FORMS: dict[str, dict[str, Any]] = {
-    "step": {},
-    "whole": {"whole": True},  # as `vlmc build` makes it
-    "whole-level-1": {"whole": True, "prompts": (), "level": 1},  # two profiles: a step, and any prompt
+    "single": {},
+    "prefill": {"prefill": True},
     "level-1": {"level": 1},
-    "level-2": {"level": 2},
     "level-5": {"level": 5},
     "merged": {"merge": True},
-    "merged-level-5": {"merge": True, "level": 5},
     "typed": {"half": True},
-    "merged-typed": {"merge": True, "half": True},
 }
 
 
 def build(
     folder: Path,
     component: str,
+    form: str,
     precision: str,
     *,
-    whole: bool = False,
-    prompts: tuple[int, ...] = (256,),
+    prefill: bool = False,
     level: int = 3,
     merge: bool = False,
     half: bool = False,
@@ -50,11 +47,16 @@ def build(
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
     from vlmc.engines.passes import half_precision
+    from vlmc.engines.tensorrt_profiles import profile
+    from vlmc.runtime.tensorrt_engine import APART
 
-    profiles, lower, serialise = tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise
-    tensorrt.PROMPTS = prompts
-    if not whole:
-        tensorrt.profiles = lambda *given: profiles(*given)[:1]  # its first is the step, or the single picture
+    lower, serialise = tensorrt.lower, tensorrt_network.serialise
+
+    def profiles(model: Any, job: Any) -> Any:
+        sizes = {name: (one.usual,) * 3 for name, one in job.sizes.items()} | dict.fromkeys(APART, (1, 1, 1))
+        if component == "decoder" and not prefill:
+            sizes["length"] = (1, 1, 1)
+        return [profile(model, sizes)]
 
     def lowered(model: Any, job: Any) -> str:
         if merge:
@@ -73,28 +75,71 @@ def build(
 
         return serialise(parsed, shapes, configured)
 
-    tensorrt.lower, tensorrt_network.serialise = lowered, serialised
+    tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
+    place = folder / "engines" / form / component / f"tensorrt-{precision}"
+    Candidate.folder = lambda self, artifact: place  # type: ignore[method-assign]
     build_engine(Artifact(folder), Candidate("h100", component, "tensorrt", precision))
 
 
-def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) -> tuple[Any, Any]:
-    """The engine with a context whose buffers are there; a decoder's cache is full, which takes longest."""
+def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) -> tuple[Any, Any, Any]:
+    """The engine, a context and its buffers; a step is the cache's last, which takes longest."""
+    import numpy as np
     from vlmc.runtime.tensorrt_engine import Engine
 
     engine = Engine(trt, gpu, spec, path)
     context = engine.context()
-    addresses = engine.allocate(context)
+    addresses, shapes = engine.allocate(context), engine.profiles[0]
     if spec.component == "decoder":
-        place = write(gpu, [artifact.manifest.kv.capacity - 1])
-        addresses |= {"position_ids": place, "write_index": place, "input_ids": write(gpu, [1])}
-    context.use_profile(0, engine.profiles[0])
+        length = shapes["inputs_embeds"][1]
+        start = artifact.manifest.kv.capacity - 1 if length == 1 else 0
+        known = {
+            "position_ids": np.arange(start, start + length),
+            "write_index": np.array([start]),
+            "logits_index": np.array([length - 1]),
+            "input_ids": np.full(length, 1 if length == 1 else -1),  # -1: taken from inputs_embeds
+        }
+        for name in engine.inputs:
+            if np.issubdtype(engine.dtypes[name], np.integer):
+                values = np.broadcast_to(known.get(name, np.zeros(1)), shapes[name])
+                gpu.upload(addresses[name], np.ascontiguousarray(values, engine.dtypes[name]))
+        gpu.wait()
+    context.use_profile(0, shapes)
     context.bind(addresses)
     context.enqueue()
     gpu.wait()
-    return engine, context
+    return engine, context, addresses
 
 
-def measure(folder: Path, component: str) -> dict[str, Any]:
+def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses: Any, name: str) -> float | None:
+    """The cosine of what the engine makes of the golden inputs with the golden outputs; of a step there are none."""
+    import numpy as np
+    from vlmc.engines.trial import cosine
+
+    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
+        golden = {key: file[key] for key in file.files}
+    shapes = engine.profiles[0]
+    given = {part: golden[f"0.{part}"] for part in engine.inputs if f"0.{part}" in golden}
+    if name == "decoder" and shapes["inputs_embeds"][1] == 1:
+        return None
+    for part, array in given.items():
+        array = array[: shapes[part][0]]
+        if (name != "decoder" or part != "input_ids") and array.shape == shapes[part]:
+            gpu.upload(addresses[part], np.ascontiguousarray(array, engine.dtypes[part]))
+    context.enqueue()
+    wanted = {"logits": golden["0.prefill_logits"]} if name == "decoder" else {}
+    for tensor in artifact.manifest.components[name].outputs if name != "decoder" else ():
+        if f"0.{tensor.name}" in golden:
+            wanted[tensor.name] = golden[f"0.{tensor.name}"]
+    near = 1.0 if wanted else None
+    for part, array in wanted.items():
+        found = np.empty(context.shape(part), engine.dtypes[part])
+        gpu.download(found, addresses[part])
+        gpu.wait()
+        near = min(near or 0.0, cosine(array.ravel()[: found.size], found.ravel()))
+    return near
+
+
+def measure(folder: Path, component: str, form: str) -> dict[str, Any]:
     """{ENGINE: {"ms", "least_ms", "joules", "watts", "device_bytes", "build_seconds", "bytes", …}}."""
     import pynvml
     import tensorrt as trt
@@ -105,15 +150,18 @@ def measure(folder: Path, component: str) -> dict[str, Any]:
     meter = nvidia.handle(pynvml)
     artifact, found = Artifact(folder), {}
     gpu, launches = Gpu(), {}
-    for path in sorted(folder.glob(f"engines/h100/{component}/tensorrt-*/engine.json")):
+    for path in sorted(folder.glob(f"engines/{form}/{component}/tensorrt-*/engine.json")):
         spec, free = read_record(EngineSpec, path), gpu.free_bytes()
-        engine, context = ready(trt, gpu, artifact, spec, path.with_name(spec.file))
+        engine, context, addresses = ready(trt, gpu, artifact, spec, path.with_name(spec.file))
         name = path.parent.name
+        near = agreement(gpu, artifact, engine, context, addresses, component)
         launches[name] = (gpu.capture(context.enqueue), engine, context)
         report = spec.report
         found[name] = {
+            "shapes": {tensor: list(shape) for tensor, shape in engine.profiles[0].items() if "past_" not in tensor},
             "device_bytes": free - gpu.free_bytes(),
             "scratch_bytes": spec.settings["scratch_bytes"],
+            "agreement": near,
             "build_seconds": report.seconds,
             "build_peak_bytes": report.peak_memory_bytes,
             "bytes": report.size_bytes,
@@ -150,39 +198,31 @@ def in_rounds(gpu: Any, launches: dict[str, tuple[Any, ...]]) -> dict[str, list[
     return samples
 
 
-def launch(folder: Path, component: str, name: str) -> None:
+def launch(folder: Path, component: str, form: str, name: str) -> None:
     """Runs the engine twice, the first time to set itself up."""
     import tensorrt as trt
     from vlmc.runtime.cuda import Gpu
 
-    path = folder / "engines" / "h100" / component / name / "engine.json"
+    path = folder / "engines" / form / component / name / "engine.json"
     spec, gpu = read_record(EngineSpec, path), Gpu()
-    _engine, context = ready(trt, gpu, Artifact(folder), spec, path.with_name(spec.file))
+    _engine, context, _ = ready(trt, gpu, Artifact(folder), spec, path.with_name(spec.file))
     context.enqueue()
     gpu.wait()
 
 
-def write(gpu: Any, numbers: list[int]) -> int:
-    """The address of int32 numbers on the GPU."""
-    import numpy as np
-
-    address = gpu.allocate(4 * len(numbers))
-    gpu.upload(address, np.array(numbers, np.int32))
-    gpu.wait()
-    return int(address)
-
-
 def main() -> None:
-    command, folder, component, *rest = sys.argv[1:]
+    command, root, component, form, *rest = sys.argv[1:]
+    folder = Path(root)
     if command == "build":
-        precision, *form = rest
-        build(Path(folder), component, precision, **FORMS[form[0] if form else "step"])
+        build(folder, component, form, *rest, **FORMS[form])
     elif command == "launch":
-        launch(Path(folder), component, *rest)
+        launch(folder, component, form, *rest)
     else:
-        found = measure(Path(folder), component)
-        (Path(folder) / f"{component}.times.json").write_text(json.dumps(found, indent=1))
-        print(folder, component, json.dumps({name: entry["ms"] for name, entry in found.items()}), flush=True)
+        found = measure(folder, component, form)
+        output = folder / "times" / f"{component}.{form}.json"
+        output.parent.mkdir(exist_ok=True)
+        output.write_text(json.dumps(found, indent=1))
+        print(folder, component, form, json.dumps({name: entry["ms"] for name, entry in found.items()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     bash benchmarks/gpu_unpack.sh                                    after the last part of gpu_pack.sh
     python3 benchmarks/gpu_host.py --seconds 1500 --builders 0,14,14 --slow 12    logs and records lie under /tmp/gpu
 
-It takes the artefacts and skeletons that lie in /tmp/gpu/data. Of those in WHOLE it builds what `vlmc build` would and
-runs `vlmc profile`; of the others every engine with one profile, and PyTorch's times (engine_times.py, torch_times.py).
-`--builders` says how many engines are in the making on each GPU at once, `--slow` how many of the slowest kind on the
-GPU behind them. What is timed has its GPU to itself: a GPU without builders times from the start, the others once
-nothing is left for them to build. What is not finished in time is missing, and its log says where it was.
+It takes the artefacts and skeletons that lie in /tmp/gpu/data. The demo is built by `vlmc build` and measured by `vlmc
+profile`; of the others every engine is built with one shape and timed, and PyTorch too (engine_times.py,
+torch_times.py), for decoders of 30 layers with all their profiles were not built in a quarter of an hour. `--builders`
+says how many engines are in the making on each GPU at once, `--slow` how many of the largest decoders on the GPU behind
+them. What is timed has its GPU to itself: a GPU without builders times from the start, the others once nothing is left
+for them to build. What is not finished in time is missing, and its log says where it was.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import heapq
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import threading
@@ -33,35 +33,29 @@ LOGS, DATA = HOME / "logs", HOME / "data"
 TORCH, TENSORRT = str(HOME / "torch-python"), str(HOME / "tensorrt-python")  # interpreters that gpu_unpack.sh made
 VLMC = ("-m", "vlmc")
 TIMES, FORMS = "benchmarks/engine_times.py", "benchmarks/tensorrt_variants.py"
-WHOLE = {
-    "demo": "whole",
-    "smolvlm-256m": "whole-level-1",
-    "smolvlm-500m": "whole-level-1",
-    "smolvlm-2.2b": "whole-level-1",
-}
-STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in many forms
+DEMO = "demo"
+SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
+STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in several forms
 BOTH = ("fp16", "int8")
-STUDIED = {
-    **dict.fromkeys(("level-1", "level-2", "level-5", "merged", "merged-level-5"), BOTH),
-    **dict.fromkeys(("typed", "merged-typed"), ("fp16",)),
-}
-OTHER = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
+STUDIED = {"merged": BOTH, "level-1": BOTH, "typed": ("fp16",)}
+SLOW = 20  # layers of a decoder that takes longer than all else
+ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
-build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""
+build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
 GIB = 1 << 30
-MOST = 480  # seconds that an engine may take which others wait behind
+Call = Callable[[int], None]  # with the number of the GPU that it has
 
 
 class Queue:
-    """Calls in the order of their priority, the smallest first. `get` waits until there is one, or nobody may put
-    another."""
+    """Calls in the order of their priority, the smallest first."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[int, int, Callable[[int], None]]] = []
+        self._calls: list[tuple[int, int, Call]] = []
         self._changed, self._number, self._writers = threading.Condition(), itertools.count(), 0
 
     @contextmanager
     def writing(self) -> Iterator[None]:
+        """While this is open, more may come."""
         with self._changed:
             self._writers += 1
         try:
@@ -71,13 +65,13 @@ class Queue:
                 self._writers -= 1
                 self._changed.notify_all()
 
-    def put(self, priority: int, call: Callable[[int], None]) -> None:
+    def put(self, priority: int, call: Call) -> None:
         with self._changed:
             heapq.heappush(self._calls, (priority, next(self._number), call))
             self._changed.notify()
 
     def serve(self, gpu: int) -> None:
-        """Calls them with the GPU's number until none is left."""
+        """Calls them until none is left and none can come."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or not self._writers)
@@ -113,31 +107,45 @@ class Room:
 class Run:
     """The clock, the log of steps, the engines to build and what to time."""
 
-    def __init__(self, seconds: float, memory: float, runs: int) -> None:
+    def __init__(self, seconds: float, memory: float) -> None:
         self.begin, self.end = time.monotonic(), time.monotonic() + seconds
-        self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(6), threading.Semaphore(3)
-        self.runs, self.builds, self.slow, self.timings = str(runs), Queue(), Queue(), Queue()
+        self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(8), threading.Semaphore(3)
+        self.builds, self.slow, self.timings = Queue(), Queue(), Queue()
 
-    def step(self, name: str, gpu: int | None, python: str, *arguments: str, most: float = 2000) -> bool:
-        """Runs it to its end or to the end of the time; whether it went well. Its output is logs/NAME.log."""
-        left = min(most, self.end - time.monotonic())
-        if left < 5:
-            return False
-        visible = "" if gpu is None else str(gpu)
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": "8", "COLUMNS": "100"}
-        start = time.monotonic()
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        with self.builds.writing(), self.slow.writing(), self.timings.writing():
+            yield
+
+    def start(self, name: str, gpu: int | None, python: str, *arguments: str) -> Step:
+        environment = os.environ | {"OMP_NUM_THREADS": "8", "COLUMNS": "100"}
+        environment["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu)
         with (LOGS / f"{name}.log").open("w") as log:
             process = subprocess.Popen(
                 [python, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
             )
-            try:
-                code: int | str = process.wait(left)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                code = "out of time"
+        return Step(self, name, process)
+
+    def step(self, name: str, gpu: int | None, python: str, *arguments: str) -> bool:
+        """Runs it to its end or to the end of the time; whether it went well. Its output is logs/NAME.log."""
+        return self.end - time.monotonic() > 5 and self.start(name, gpu, python, *arguments).wait(gpu)
+
+
+class Step:
+    """A program that runs."""
+
+    def __init__(self, run: Run, name: str, process: subprocess.Popen[bytes]) -> None:
+        self.run, self.name, self.process, self.begin = run, name, process, time.monotonic()
+
+    def wait(self, gpu: int | None) -> bool:
+        try:
+            code: int | str = self.process.wait(max(self.run.end - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            code = "out of time"
         now = time.monotonic()
-        line = f"{now - self.begin:6.0f} s  {name:60s} {now - start:6.1f} s  GPU {gpu}  {code or 'ok'}"
+        line = f"{now - self.run.begin:6.0f} s  {self.name:60s} {now - self.begin:6.1f} s  GPU {gpu}  {code or 'ok'}"
         with (LOGS / "steps.txt").open("a") as steps:
             print(line, file=steps)
         return code == 0
@@ -149,163 +157,153 @@ class Model:
     def __init__(self, run: Run, name: str, place: int) -> None:
         self.run, self.name, self.folder, self.place = run, name, DATA / name, place
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
+        self.parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
+
+    def bytes(self, part: str) -> int:
+        """Of the component's float32 weights."""
+        return int(self.manifest["files"][f"{self.manifest['components'][part]['file']}.data"]["bytes"])
 
     def prepare(self) -> None:
         """Brings the weights and asks for all that is to be built and timed."""
-        run, name, whole = self.run, self.name, WHOLE.get(self.name)
-        with run.builds.writing(), run.slow.writing(), run.timings.writing():
+        run, name = self.run, self.name
+        with run.writing():
             if (self.folder / "skeleton.json").is_file():
-                size = 2.5 * sum(file["bytes"] for file in self.manifest["files"].values())
-                with run.filling, run.room.taken(size):
+                with run.filling:
                     if not run.step(f"{name}-fill", None, TORCH, "benchmarks/skeleton.py", "fill", str(self.folder)):
                         return
-            parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
-            groups = []
-            for part in parts:
-                form = (
-                    (whole if part == "decoder" else "whole") if whole else "level-1" if part == "decoder" else "step"
-                )
-                if name == STUDY:
-                    form = "step"
-                groups.append(self.group(part, form, self.folder, self.place))
-            if whole:
-                groups.append(self.others(parts))
-                threading.Thread(target=self.profile, args=(groups,)).start()
-                if name == "demo":
-                    for part in parts:
-                        self.group(part, "level-1", self.copy("level-1"), 20)
-                elif "decoder" in parts:
-                    self.group("decoder", "step", self.copy("step"), 3)
-            if name == STUDY:
-                for form, precisions in STUDIED.items():
-                    self.group("decoder", form, self.copy(form), 4, precisions)
-            if not whole:
-                self.torch()
+            if name == DEMO:
+                self.whole()
+                return
+            for part in self.parts:
+                self.group(part, "single", self.place)
+            if name in SIZES:
+                self.group("decoder", "prefill", 30)
+                self.others()
+            for form, precisions in STUDIED.items() if name == STUDY else ():
+                self.group("decoder", form, 40, precisions)
+            threading.Thread(target=self.torch).start()
+            time.sleep(1)  # by then it is a writer
 
-    def copy(self, form: str) -> Path:
-        """The artefact once more, for engines of another form (onnx_ir refuses weights with several hard links)."""
-        folder = DATA / f"{self.name}.{form}"
-        if not folder.exists():
-            shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("engines", "*.json"))
-            for path in [*self.folder.glob("*.json"), *self.folder.glob("plans/*.json")]:
-                shutil.copy(path, folder / path.relative_to(self.folder))
-        return folder
-
-    def group(
-        self, part: str, form: str, folder: Path, priority: int, precisions: tuple[str, ...] = BOTH
-    ) -> threading.Event:
-        """Asks for the component's engines, and for their times once all are there; the event says that they are."""
-        run, left, lock, done = self.run, list(precisions), threading.Lock(), threading.Event()
-        if folder == self.folder and self.name == "demo" and part == "vision_encoder":
-            left.append("int8-implicit")
+    def group(self, part: str, form: str, priority: int, precisions: tuple[str, ...] = BOTH) -> None:
+        """Asks for the component's engines in that form, and for their times once all are there."""
+        run, left, lock = self.run, list(precisions), threading.Lock()
+        queue = run.slow if part == "decoder" and self.manifest["kv"]["layers"] >= SLOW else run.builds
         timing = run.timings.writing()
         timing.__enter__()
-        slow = part == "decoder" and self.name in WHOLE and self.name != "demo"  # 30 layers: longer than all else
 
         def build(precision: str, gpu: int) -> None:
-            name = f"{folder.name}-{part}-{precision}"
-            size = (folder / self.manifest["components"][part]["file"]).with_suffix(".onnx.data").stat().st_size
-            with run.room.taken(6 * GIB + 3.5 * size):
-                run.step(
-                    name, gpu, TENSORRT, TIMES, "build", str(folder), part, precision, form, most=2000 if slow else MOST
-                )
+            with run.room.taken(6 * GIB + 3.5 * self.bytes(part)):
+                name = f"{self.name}-{part}-{form}-{precision}"
+                run.step(name, gpu, TENSORRT, TIMES, "build", str(self.folder), part, form, precision)
             with lock:
                 left.remove(precision)
-                if left:
-                    return
-            done.set()
-            run.timings.put(priority, lambda gpu: self.time(folder, part, gpu))
-            timing.__exit__(None, None, None)
-
-        for precision in tuple(left):
-            queue = run.slow if slow else run.builds
-            queue.put(priority, lambda gpu, precision=precision: build(precision, gpu))  # type: ignore[misc]
-        return done
-
-    def time(self, folder: Path, part: str, gpu: int) -> None:
-        self.run.step(f"{folder.name}-{part}-times", gpu, TENSORRT, TIMES, "time", str(folder), part)
-        if (self.name == "demo" and folder == self.folder) or (folder.name == STUDY and part == "decoder"):
-            for precision in BOTH:
-                kernels = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, TIMES, "launch", str(folder), part)
-                name = f"{folder.name}-{part}-kernels-{precision}"
-                self.run.step(name, gpu, "ncu", *kernels, f"tensorrt-{precision}", most=120)
-        if self.name not in WHOLE or folder != self.folder:
-            for engine in folder.glob(f"engines/h100/{part}/*/*.trt"):
-                engine.unlink()  # the disk is for the next
-
-    def others(self, parts: list[str]) -> threading.Event:
-        """Asks for the engines that take seconds."""
-        done = threading.Event()
-
-        def build(gpu: int) -> None:
-            for part, backend, precision in [
-                ("embed_tokens", "numpy", "fp32"),
-                *((part, "onnxruntime_gpu", "fp16") for part in parts),
-            ]:
-                name = f"{self.name}-{part}-{backend}-{precision}"
-                self.run.step(name, gpu, TENSORRT, "-c", OTHER, str(self.folder), part, backend, precision)
-            done.set()
-
-        self.run.builds.put(self.place, build)
-        return done
-
-    def profile(self, needs: list[threading.Event]) -> None:
-        """Once all engines are there: `vlmc build`, which chooses, and `vlmc profile`."""
-        run, name, folder = self.run, self.name, str(self.folder)
-        with run.timings.writing():
-            for event in needs:
-                event.wait(max(run.end - time.monotonic(), 0))
-
-            def measure(gpu: int) -> None:
-                run.step(f"{name}-build", gpu, TENSORRT, *VLMC, "build", folder, "--device", "h100", "--int8")
-                run.step(f"{name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", folder, most=120)
-                few = ("--runs", self.run.runs, "--samples", "20" if name == "demo" else "0", "--tokens", "64")
-                settings = ("--device", "h100", *few, "--torch-python", TORCH)
-                run.step(f"{name}-profile", gpu, TENSORRT, *VLMC, "profile", folder, *settings)
-
-            run.timings.put(self.place, measure)
-
-    def torch(self) -> None:
-        """PyTorch's times: its weights are loaded while it waits for a GPU."""
-        run = self.run
+                if not left:
+                    run.timings.put(priority, measure)
+                    timing.__exit__(None, None, None)
 
         def measure(gpu: int) -> None:
-            with run.loading:
-                modes = ("compile",) if self.name == STUDY else ()
-                run.step(f"{self.name}-torch", gpu, TORCH, "benchmarks/torch_times.py", str(self.folder), *modes)
+            known = (str(self.folder), part, form)
+            run.step(f"{self.name}-{part}-{form}-times", gpu, TENSORRT, TIMES, "time", *known)
+            if (self.name, form) == (SIZES[-1], "single") and part == "decoder":
+                run.step(f"{self.name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", str(self.folder))
+            for precision in BOTH if (self.name, part, form) == (STUDY, "decoder", "single") else ():
+                ncu = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, TIMES, "launch", *known)
+                run.step(f"{self.name}-{part}-kernels-{precision}", gpu, "ncu", *ncu, f"tensorrt-{precision}")
+            for engine in self.folder.glob(f"engines/{form}/{part}/*/*.trt"):
+                engine.unlink()  # the disk is for the next
 
-        run.timings.put(50 + self.place, measure)
+        for precision in precisions:
+            queue.put(priority, lambda gpu, precision=precision: build(precision, gpu))  # type: ignore[misc]
 
+    def others(self) -> None:
+        """Asks for the engines that take seconds."""
 
-def forms(run: Run) -> None:
-    """The forms of tensorrt_variants.py, and the names of the kernels that they run."""
-    folder = str(DATA / "vit2")
-    with run.builds.writing(), run.timings.writing():
-        if not run.step("vit2-make", None, TORCH, FORMS, "make", folder):
-            return
-        names = sorted(path.stem for path in (DATA / "vit2" / "onnx").glob("*.onnx"))
-        left, lock = list(names), threading.Lock()
+        def build(gpu: int) -> None:
+            wanted = [("embed_tokens", "numpy", "fp32"), *((part, "onnxruntime_gpu", "fp16") for part in self.parts)]
+            for made in wanted:
+                name = "-".join((self.name, *made))
+                self.run.step(name, gpu, TENSORRT, "-c", ENGINE, str(self.folder), *made)
+
+        self.run.builds.put(0, build)
+
+    def torch(self) -> None:
+        """PyTorch's times. Its weights are loaded before it asks for a GPU, whose number it reads from a file."""
+        run, loaded = self.run, self.folder / "loaded"
+        modes = ["eager", "graph"] + ["compile"] * (self.name in (*SIZES, STUDY))
+        modes += ["onnxruntime", "fake-quant"] * (self.name in SIZES)
+        with run.timings.writing(), run.loading, run.room.taken(2.5 * sum(map(self.bytes, self.parts))):
+            done = threading.Event()
+            step = run.start(f"{self.name}-torch", 0, TORCH, "benchmarks/torch_times.py", str(self.folder), *modes)
+            while not loaded.exists() and step.process.poll() is None and time.monotonic() < run.end:
+                time.sleep(0.2)
+
+            def measure(gpu: int) -> None:
+                try:
+                    (self.folder / "go.new").write_text(str(gpu))
+                    (self.folder / "go.new").rename(self.folder / "go")
+                    step.wait(gpu)
+                finally:
+                    done.set()
+
+            run.timings.put(20 + self.place, measure)
+            done.wait()
+
+    def whole(self) -> None:
+        """The demo: engines as `vlmc build` makes them, its verdict, and `vlmc profile`."""
+        run, folder, lock = self.run, str(self.folder), threading.Lock()
+        made = [(part, "tensorrt", precision) for part in self.parts for precision in BOTH]
+        made += [("vision_encoder", "tensorrt", "int8-implicit"), ("embed_tokens", "numpy", "fp32")]
+        made += [(part, "onnxruntime_gpu", "fp16") for part in self.parts]
+        left = list(made)
         timing = run.timings.writing()
         timing.__enter__()
 
+        def build(one: tuple[str, str, str], gpu: int) -> None:
+            with run.room.taken(6 * GIB):
+                run.step("-".join((self.name, *one)), gpu, TENSORRT, "-c", ENGINE, folder, *one)
+            with lock:
+                left.remove(one)
+                if not left:
+                    run.timings.put(self.place, measure)
+                    timing.__exit__(None, None, None)
+
         def measure(gpu: int) -> None:
-            run.step("vit2-time", gpu, TENSORRT, FORMS, "time", folder)
-            for name in ("fp16", "int8"):
-                kernels = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, FORMS, "launch", folder, name)
-                run.step(f"vit2-kernels-{name}", gpu, "ncu", *kernels, most=120)
+            run.step("demo-build", gpu, TENSORRT, *VLMC, "build", folder, "--device", "h100", "--int8")
+            run.step("demo-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", folder)
+            settings = ("--device", "h100", "--runs", "5", "--tokens", "64", "--samples", "20", "--torch-python", TORCH)
+            run.step("demo-profile", gpu, TENSORRT, *VLMC, "profile", folder, *settings)
+
+        for one in made:
+            run.builds.put(self.place, lambda gpu, one=one: build(one, gpu))  # type: ignore[misc]
+
+
+def forms(run: Run, names: list[str]) -> None:
+    """Forms of tensorrt_variants.py, and the names of the kernels that they run."""
+    folder, left, lock = str(DATA / "vit2"), list(names), threading.Lock()
+    with run.writing():
+        if not run.step("vit2-make", None, TORCH, FORMS, "make", folder):
+            return
+        timing = run.timings.writing()
+        timing.__enter__()
 
         def build(name: str, gpu: int) -> None:
             with run.room.taken(6 * GIB):
-                run.step(f"vit2-{name}", gpu, TENSORRT, FORMS, "build", folder, name, most=400)
+                run.step(f"vit2-{name}", gpu, TENSORRT, FORMS, "build", folder, name)
             with lock:
                 left.remove(name)
-                if left:
-                    return
-            run.timings.put(5, measure)
-            timing.__exit__(None, None, None)
+                if not left:
+                    run.timings.put(35, measure)
+                    timing.__exit__(None, None, None)
+
+        def measure(gpu: int) -> None:
+            run.step("vit2-time", gpu, TENSORRT, FORMS, "time", folder)
+            for name in names:
+                if name in (*BOTH, "int8-convolutions"):
+                    ncu = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, FORMS, "launch", folder, name)
+                    run.step(f"vit2-kernels-{name}", gpu, "ncu", *ncu)
 
         for name in names:
-            run.builds.put(5, lambda gpu, name=name: build(name, gpu))  # type: ignore[misc]
+            run.builds.put(35, lambda gpu, name=name: build(name, gpu))  # type: ignore[misc]
 
 
 def main() -> None:
@@ -313,15 +311,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--builders", default="0,14,14", help="engines in the making, GPU by GPU")
     parser.add_argument("--slow", type=int, default=12, help="large decoders in the making, on one GPU more")
-    parser.add_argument("--memory", type=float, default=380, help="GiB that steps may take together")
-    parser.add_argument("--runs", type=int, default=5, help="of each variant in a profile")
+    parser.add_argument("--memory", type=float, default=420, help="GiB that steps may take together, as estimated")
+    parser.add_argument("--forms", default="", help="of tensorrt_variants.py, with commas")
     arguments = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.seconds, arguments.memory, arguments.runs)
+    run = Run(arguments.seconds, arguments.memory)
     names = sorted((path.parent.name for path in DATA.glob("*/manifest.json")), key=order)
-    threads = [threading.Thread(target=forms, args=(run,))]
-    threads += [threading.Thread(target=Model(run, name, 1 + i).prepare) for i, name in enumerate(names)]
-    with run.builds.writing(), run.slow.writing(), run.timings.writing():
+    threads = [threading.Thread(target=Model(run, name, 1 + i).prepare) for i, name in enumerate(names)]
+    if arguments.forms:
+        threads.append(threading.Thread(target=forms, args=(run, arguments.forms.split(","))))
+    with run.writing():
         for thread in threads:
             thread.start()
         time.sleep(1)  # by then each of them is a writer
@@ -344,10 +343,10 @@ def main() -> None:
         print(f"{time.monotonic() - run.begin:6.0f} s  all done", file=steps)
 
 
-def order(name: str) -> tuple[int, int, str]:
-    """The demo first, then what is profiled, the study of forms and the rest, small ones ahead."""
-    size = sum(file["bytes"] for file in json.loads((DATA / name / "manifest.json").read_text())["files"].values())
-    return (0 if name == "demo" else 1 if name == STUDY or name in WHOLE else 2, size, name)
+def order(name: str) -> tuple[bool, int, str]:
+    """The sizes of SmolVLM first, then the large ones, which take longest."""
+    files = json.loads((DATA / name / "manifest.json").read_text())["files"]
+    return (name not in SIZES, -sum(file["bytes"] for file in files.values()), name)
 
 
 if __name__ == "__main__":

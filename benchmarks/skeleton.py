@@ -10,6 +10,7 @@ again. Checksums tell whether they are the very same: then golden outputs, scale
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -80,6 +81,7 @@ def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
     """The module's parameter of that name as the graph has it, of a linear layer turned. What is none of its parameters
     (a table that export computed) is noise of usual size."""
     shape = tuple(tensor.shape.numpy())
+    name = re.sub(r"#\d+", "", name)  # of a layer that is called several times
     try:
         owner = component.get_submodule(name.rpartition(".")[0])
         weight = getattr(owner, name.rpartition(".")[2]).detach()
