@@ -218,8 +218,20 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class AnswerTrial:
+    """Whole answers with these engines (by component): median `milliseconds`, and the cosine of the first token's
+    logits with the golden ones. `key` is the hash of the engines' keys."""
+
+    engines: dict[str, str]
+    milliseconds: float
+    agreement: float
+    key: str
+
+
+@dataclass(frozen=True)
 class BuildSpec:
-    """`engines/DEVICE/RECIPE.json`: what `vlmc build` kept. `remaining` says what is left to do on the device."""
+    """`engines/DEVICE/RECIPE.json`: what `vlmc build` kept. `remaining` says what is left to do on the device.
+    `answers`: of the mix, where the best engines come from several backends, and then of each backend alone."""
 
     schema: int
     device: str
@@ -228,6 +240,7 @@ class BuildSpec:
     seconds: float
     created: str
     remaining: str = ""
+    answers: tuple[AnswerTrial, ...] = ()
 
 
 class Artifact:

@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from ..artifact import FLOATS, SCHEMA, Artifact, BuildReport, BuildSpec, Choice, EngineSpec, write_record
+from ..artifact import (
+    FLOATS,
+    SCHEMA,
+    AnswerTrial,
+    Artifact,
+    BuildReport,
+    BuildSpec,
+    Choice,
+    EngineSpec,
+    read_record,
+    write_record,
+)
 from ..calibration import recipes
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
 from ..files import remove_leftovers
 from ..profiles.device import Device
 from ..runtime import backends, cuda
-from . import builders, child, verdict, work
+from . import builders, child, trial, verdict, work
 from .candidate import Candidate, cached, record_trial
 
 Report = Callable[[str, int, int], None]  # what is being done, done, total
@@ -60,6 +73,14 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
             choice = _verdict(artifact, device, component, own, embed)
             why = "" if any(candidate.precision == recipe for candidate in own) else refused
             choices[component] = dataclasses.replace(choice, reason=choice.reason + why)
+    path = artifact.root / "engines" / device.name / f"{recipe}.json"
+    answers: tuple[AnswerTrial, ...] = ()
+    mixes = verdict.mixes(choices, artifact.manifest.source.random_weights)
+    if mixes and not here and artifact.manifest.matching is None:
+        report("trying whole answers", len(todo), len(todo))
+        keys = {(candidate.component, candidate.engine): spec.key for candidate, spec in specs.items()}
+        answers = _answers(artifact, device, mixes, keys, _earlier(path))
+        choices = verdict.together(choices, answers)
     record = BuildSpec(
         schema=SCHEMA,
         device=device.name,
@@ -68,8 +89,9 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
         seconds=round(time.perf_counter() - start, 3),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
         remaining=device.handover if here else "",
+        answers=answers,
     )
-    write_record(artifact.root / "engines" / device.name / f"{recipe}.json", record)
+    write_record(path, record)
     return record, hits
 
 
@@ -162,6 +184,36 @@ def _try(
             counted = {"work": _work(artifact, candidate, spec)}
             own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | counted)
     return {candidate.engine: spec.report for candidate, spec in own.items()}
+
+
+def _answers(
+    artifact: Artifact,
+    device: Device,
+    mixes: list[dict[str, str]],
+    keys: Mapping[tuple[str, str], str],
+    earlier: tuple[AnswerTrial, ...],
+) -> tuple[AnswerTrial, ...]:
+    """Whole answers of every mix, unless all were tried before. `keys`: the engines', by component and name."""
+    known = {answer.key: answer for answer in earlier}
+    names = {}
+    for mix in mixes:
+        made_of = " ".join(keys[part, mix[part]] for part in artifact.components)
+        names[hashlib.sha256(made_of.encode()).hexdigest()] = "+".join(mix[part] for part in artifact.components)
+    if not names.keys() <= known.keys():  # numbers of two hours are not compared
+        what = "Trying whole answers on this machine"
+        arguments = (str(artifact.root), device.name, trial.WHOLE, "", *names.values())
+        found = json.loads(child.run("trial", what, *arguments))
+        for (key, name), mix in zip(names.items(), mixes, strict=True):
+            known[key] = AnswerTrial(mix, found[name]["latency_ms"]["run"], found[name]["agreement"], key)
+    return tuple(known[key] for key in names)
+
+
+def _earlier(path: Path) -> tuple[AnswerTrial, ...]:
+    """The whole answers of the build whose record that is."""
+    try:
+        return read_record(BuildSpec, path).answers
+    except VlmcError:  # none yet, damaged or of an older schema: tried again
+        return ()
 
 
 def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[str, float]:

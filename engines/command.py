@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
         )
     rows = results(opened, record)
     if as_json:
-        console.print_json({"device": device, "recipe": recipe, "engines": rows, "cached": hits})
+        answers = [asdict(answer) for answer in record.answers]
+        console.print_json({"device": device, "recipe": recipe, "engines": rows, "answers": answers, "cached": hits})
     else:
         _print(record, rows, hits)
 
@@ -64,10 +66,14 @@ def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> No
     from rich.markup import escape
     from rich.table import Table
 
+    from .trial import ANSWER
+    from .verdict import title
+
     output = console.output()
     table = Table(title=f"Engines for {record.device}", box=box.SIMPLE_HEAD)
     for column in ("engine", "ms", "cosine", "matrix products", "MB", "build s", "peak MB", ""):
-        table.add_column(column, justify="left" if column in ("engine", "matrix products", "") else "right")
+        words = column in ("engine", "matrix products", "")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column == "engine")
     component = ""
     for row in rows:
         if row["component"] != component:
@@ -87,6 +93,9 @@ def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> No
     output.print(table)
     for component, choice in record.choices.items():
         output.print(f"[bold]{component}[/bold]: {escape(f'{choice.engine}, {choice.reason}.')}")
+    if record.answers:
+        found = ", ".join(f"{title(answer.engines)} {answer.milliseconds:.1f} ms" for answer in record.answers)
+        output.print(f"Whole answers of {ANSWER} tokens: {found}.")
     if hits:
         output.print(f"Unchanged since an earlier build: {', '.join(hits)}.")
     if record.remaining:

@@ -2,6 +2,9 @@
 
 One process a component. Rounds go over the candidates, each loaded alone, so that a slow minute of the machine falls
 on all of them and idle threads of one do not disturb another.
+
+What two backends cost each other in one process is not seen that way. So whole answers are tried too, as if they were a
+component: WHOLE, whose engines are mixes, the engines of all components joined by `+`.
 """
 
 from __future__ import annotations
@@ -17,14 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact import Artifact
+from ..files import read_json
 from ..runtime import backends
+from ..runtime.images import open_image
 from ..runtime.runner import Runner
+from ..runtime.session import open_session
 from . import child
 
 ROUNDS = 3
 SECONDS = 0.3  # of each candidate in a round, after one warm-up; at least MINIMUM runs
 MINIMUM = 2
 ANSWER = 32  # tokens of the answer that a decoder is judged by: prefill and that many steps
+WHOLE = "answer"
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -37,7 +44,7 @@ def try_component(artifact: Artifact, device: str, component: str, engines: list
     agreement = dict.fromkeys(engines, 0.0)
     for _ in range(ROUNDS):
         for engine in engines:
-            trial = _decoder_trial if component == "decoder" else _runner_trial
+            trial = {"decoder": _decoder_trial, WHOLE: _answer_trial}.get(component, _runner_trial)
             agreement[engine], timings = trial(artifact, device, component, engine, embed, golden)
             for name, values in timings.items():
                 samples[engine].setdefault(name, []).extend(values)
@@ -97,6 +104,23 @@ def _decoder_trial(a: Artifact, device: str, component: str, engine: str, embed:
     steps: list[float] = []
     timed(answer)
     return near, {"prefill": prefill, "decode": steps[1:]}
+
+
+def _answer_trial(a: Artifact, device: str, component: str, mix: str, embed: str, golden: Arrays) -> Outcome:
+    """Golden case 0 from the picture to ANSWER tokens, or to a full cache; the end of text is ignored, so that every
+    mix does the same work."""
+    session = open_session(a, device, dict(zip(a.components, mix.split("+"), strict=True)))
+    case = read_json(a.path_of("golden/golden.json"))["cases"][0]
+    image = open_image(a.path_of(case["image"]))
+    image.load()  # decoding the file is not what is timed
+
+    def answer(tokens: int = ANSWER) -> None:
+        for _ in session.generate(session.prepare([image], case["prompt"]), tokens, ignore_eos=True):
+            pass
+
+    answer(1)
+    near = cosine(golden["0.prefill_logits"], session.decoder.logits())
+    return near, {"run": timed(answer)}
 
 
 def further_of(a: Artifact, golden: Arrays, case: str, most: int) -> dict[str, NDArray[Any]]:

@@ -1,14 +1,20 @@
-"""Which candidate is kept, and why, in words that a person can check against the numbers."""
+"""Which candidate is kept, and why, in words that a person can check against the numbers.
+
+First each component by itself (`choose`). Where that ends in a mix of backends, whole answers decide between it and
+every backend that can do all alone (`together`): two backends in one process can cost each other more than they gain.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..artifact import FLOATS, BuildReport, Choice
+from ..artifact import FLOATS, AnswerTrial, BuildReport, Choice
 from ..errors import VlmcError
+from ..profiles.variants import TITLES
 from .trial import ANSWER
 
 GAIN = 1.02  # below it a difference is noise, and float is kept
+MIX_GAIN = 1.05  # the same for whole answers: on a busy machine two trials of one mix differ by as much
 NEAR = 0.95  # cosine with the golden outputs below which an engine computes something else
 
 
@@ -30,16 +36,14 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
     right = {e for e, r in reports.items() if random_weights or (r.agreement or 0.0) >= NEAR}
     costs = {engine: cost(report) for engine, report in reports.items() if engine in right}
     wrong = "".join(f"; {e} was left out: cosine {reports[e].agreement or 0:.3f}" for e in reports if e not in right)
-    floats = [engine for engine in costs if engine.endswith(FLOATS)]
-    if not floats:
+    if not _floats(costs):
         raise VlmcError(
             f"No float engine of {component} computes what PyTorch does",
             found=wrong.removeprefix("; "),
             expected=f"cosine ≥ {NEAR}",
             fix="report it with the model's name and the versions that `vlmc doctor` shows",
         )
-    baseline, best = min(floats, key=costs.__getitem__), min(costs, key=costs.__getitem__)
-    kept = baseline if costs[baseline] < costs[best] * GAIN else best
+    kept, baseline = _fastest(costs), _fastest(_floats(costs))
     what = f"{costs[kept]:.2f} ms" + (f" for prompt and {ANSWER} tokens" if component == "decoder" else "")
     others = ", ".join(f"{e} {ms:.2f}" for e, ms in sorted(costs.items(), key=lambda item: item[1]) if e != kept)
     if not others:
@@ -49,6 +53,71 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
     else:
         why = f"fastest here: {what}, {costs[baseline] / costs[kept]:.2f}× {baseline} ({others}){wrong}"
     return Choice(kept, why, candidates)
+
+
+def _floats(costs: Mapping[str, float]) -> dict[str, float]:
+    return {engine: ms for engine, ms in costs.items() if engine.endswith(FLOATS)}
+
+
+def _fastest(costs: Mapping[str, float]) -> str:
+    """The fastest engine; the fastest float one unless something is faster by GAIN."""
+    best, floats = min(costs, key=costs.__getitem__), _floats(costs)
+    baseline = min(floats, key=floats.__getitem__, default=best)
+    return baseline if costs[baseline] < costs[best] * GAIN else best
+
+
+def mixes(choices: Mapping[str, Choice], random_weights: bool) -> list[dict[str, str]]:
+    """Engines by component whose whole answers are to be compared: the chosen ones, and what each backend that can do
+    every component would keep alone. Empty where one backend was chosen for all, or none can do all.
+
+    The look-up of embeddings counts for nothing and stays as it was chosen.
+    """
+    chosen = {component: choice.engine for component, choice in choices.items()}
+    parts = {component: choice for component, choice in choices.items() if component != "embed_tokens"}
+    if len({_backend(choice.engine) for choice in parts.values()}) < 2:
+        return []
+    known = dict.fromkeys(_backend(e) for choice in parts.values() for e in (*choice.candidates, choice.engine))
+    alone = [{part: _best_of(backend, choice, random_weights) for part, choice in parts.items()} for backend in known]
+    singles = [chosen | engines for engines in alone if all(engines.values())]
+    return [chosen, *singles] if singles else []
+
+
+def _best_of(backend: str, choice: Choice, random_weights: bool) -> str:
+    """What `choose` would have kept had there been this backend alone; empty where it has nothing that is right."""
+    if choice.engine not in choice.candidates:  # nothing else could be tried
+        return choice.engine if _backend(choice.engine) == backend else ""
+    own = {engine: found for engine, found in choice.candidates.items() if found and _backend(engine) == backend}
+    costs = {e: found["judged_by"] for e, found in own.items() if random_weights or found["agreement"] >= NEAR}
+    return _fastest(costs) if costs else ""
+
+
+def together(choices: Mapping[str, Choice], answers: Sequence[AnswerTrial]) -> dict[str, Choice]:
+    """The choices once whole answers were timed, of `mixes` in that order: the mix stays where it is faster than every
+    single backend by MIX_GAIN, for one backend is simpler, and one package less on the device."""
+    mix, best = answers[0], min(answers[1:], key=lambda answer: answer.milliseconds)
+    if mix.milliseconds * MIX_GAIN <= best.milliseconds:
+        return dict(choices)
+    alone, both = f"{best.milliseconds:.1f} ms", f"{mix.milliseconds:.1f}"
+    why = f"{title(best.engines)} for all parts answers in {alone}, the mix in {both}"
+    if mix.milliseconds < best.milliseconds * MIX_GAIN:
+        why += ": within noise, and one backend is simpler"
+
+    def changed(choice: Choice, engine: str) -> Choice:
+        if engine == choice.engine:
+            return choice
+        return Choice(engine, f"{why}; by itself {choice.engine}, {choice.reason}", choice.candidates)
+
+    return {component: changed(choice, best.engines[component]) for component, choice in choices.items()}
+
+
+def title(engines: Mapping[str, str]) -> str:
+    """The backends of these engines (by component), the look-up of embeddings aside, as a person calls them."""
+    used = dict.fromkeys(_backend(engine) for part, engine in engines.items() if part != "embed_tokens")
+    return " + ".join(TITLES.get(backend, backend) for backend in used)
+
+
+def _backend(engine: str) -> str:
+    return engine.partition("-")[0]
 
 
 def unmeasured(engine: str, why: str, engines: Sequence[str]) -> Choice:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, read_record
+from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, MatchSpec, read_record, write_record
 from vlmc.calibration.plan import plan_path
 from vlmc.engines import build as module
 from vlmc.engines import builders, trial
@@ -80,7 +82,7 @@ def test_another_recipe_shares_the_float_engines(built_copy: Path, in_process: l
         "vision_encoder onnxruntime-fp32",
         "vision_encoder openvino-fp32",
     ]
-    assert [step[0] for step in in_process] == ["candidate", "trial"]
+    assert [step[0] for step in in_process if step[2] != trial.WHOLE] == ["candidate", "trial"]
     assert record.choices["vision_encoder"].engine.endswith("fp32")  # the recipe leaves vision as it is
     assert read_record(BuildSpec, built_copy / "engines" / "cpu" / "w4.json") == record
 
@@ -91,7 +93,8 @@ def test_a_damaged_engine_is_built_again_and_no_other(built_copy: Path, in_proce
     damaged.write_bytes(whole[:-100])
     _, hits = run(Artifact(built_copy), "cpu", "int8")
     assert len(hits) == 6
-    assert [step[:3] for step in in_process] == [("candidate", "cpu", "decoder"), ("trial", "cpu", "decoder")]
+    steps = [step[:3] for step in in_process if step[2] != trial.WHOLE]
+    assert steps == [("candidate", "cpu", "decoder"), ("trial", "cpu", "decoder")]
     assert damaged.read_bytes() == whole
 
 
@@ -147,11 +150,12 @@ def test_what_killed_builds_left_is_neither_used_nor_kept(
     assert [path.name for path in folder.iterdir()] == ["onnxruntime-fp32"]
 
 
-def test_progress_is_told(artifact: Artifact, in_process: list[tuple[str, ...]]) -> None:
+def test_progress_is_told(artifact: Artifact, recorded: Callable[..., None]) -> None:
+    recorded(mix=40.0, single=60.0)
     told: list[tuple[str, int, int]] = []
     build(artifact, load_device("cpu"), "fp32", lambda *step: told.append(step))
     assert told[0] == ("building vision_encoder onnxruntime-fp32", 0, 4)
-    assert told[-1] == ("trying vision_encoder", 4, 4)
+    assert told[4:] == [("trying vision_encoder", 4, 4), ("trying whole answers", 4, 4)]
 
 
 def test_an_engine_for_another_interpreter_is_built_and_named_and_not_tried(
@@ -177,6 +181,93 @@ def test_an_engine_for_another_interpreter_is_built_and_named_and_not_tried(
     shutil.rmtree(artifact.engine_folder("cpu", "decoder", "onnxruntime_gpu-fp16"))
     left = [candidate.component for candidate in candidates(artifact, both, "fp32") if "gpu" in candidate.backend]
     assert left == ["vision_encoder"]
+
+
+# Whole answers, where the best engines come from two backends
+
+
+MIX = {"vision_encoder": "openvino-int8", "embed_tokens": "onnxruntime-fp32", "decoder": "onnxruntime-int8"}
+SINGLE = MIX | {"vision_encoder": "onnxruntime-int8"}
+
+
+def kept(record: BuildSpec) -> dict[str, str]:
+    return {component: choice.engine for component, choice in record.choices.items()}
+
+
+def test_one_backend_is_kept_where_its_whole_answers_are_faster(
+    artifact: Artifact, recorded: Callable[..., None], in_process: list[tuple[str, ...]]
+) -> None:
+    recorded(mix=66.0, single=62.0)
+    record, _ = run(artifact, "cpu", "int8")
+    assert kept(record) == SINGLE
+    assert record.choices["vision_encoder"].reason.startswith(
+        "ONNX Runtime for all parts answers in 62.0 ms, the mix in 66.0; by itself "
+    )
+    assert "for all parts" not in record.choices["decoder"].reason
+    assert [(answer.engines, answer.milliseconds) for answer in record.answers] == [(MIX, 66.0), (SINGLE, 62.0)]
+    assert [step[2] for step in in_process if step[0] == "trial"] == ["vision_encoder", "decoder", trial.WHOLE]
+    assert read_record(BuildSpec, artifact.root / "engines" / "cpu" / "int8.json") == record
+    assert [row["engine"] for row in results(artifact, record) if row["kept"]] == list(SINGLE.values())
+
+
+def test_the_mix_is_kept_where_its_whole_answers_are_faster(artifact: Artifact, recorded: Callable[..., None]) -> None:
+    recorded(mix=50.0, single=62.0)
+    record, _ = run(artifact, "cpu", "int8")
+    assert kept(record) == MIX
+    assert record.choices["vision_encoder"].reason.startswith("fastest here: 12.00 ms")
+    assert len(record.answers) == 2
+
+
+def test_whole_answers_are_tried_once_for_the_same_engines(
+    artifact: Artifact, recorded: Callable[..., None], in_process: list[tuple[str, ...]]
+) -> None:
+    recorded(mix=66.0, single=62.0)
+    first, _ = run(artifact, "cpu", "int8")
+    in_process.clear()
+    recorded(mix=1.0, single=2.0)
+    again, _ = run(artifact, "cpu", "int8")
+    assert in_process == []
+    assert (again.choices, again.answers) == (first.choices, first.answers)
+
+    path = artifact.root / "engines" / "cpu" / "int8.json"
+    other = replace(first.answers[1], key="of another engine of that name")
+    write_record(path, replace(first, answers=(first.answers[0], other)))
+    assert kept(run(artifact, "cpu", "int8")[0]) == MIX  # both are tried anew
+    assert [step[2] for step in in_process] == [trial.WHOLE]
+
+
+def test_a_record_from_before_whole_answers_is_read_and_they_are_tried(
+    artifact: Artifact, recorded: Callable[..., None], in_process: list[tuple[str, ...]]
+) -> None:
+    recorded(mix=66.0, single=62.0)
+    run(artifact, "cpu", "int8")
+    path = artifact.root / "engines" / "cpu" / "int8.json"
+    old = json.loads(path.read_text())
+    del old["answers"]
+    path.write_text(json.dumps(old))
+    assert artifact.build("cpu", "int8").answers == ()
+    in_process.clear()
+    assert len(run(artifact, "cpu", "int8")[0].answers) == 2
+    assert [step[2] for step in in_process] == [trial.WHOLE]
+
+
+def test_a_backend_that_computes_something_else_is_no_alternative(
+    artifact: Artifact, recorded: Callable[..., None], in_process: list[tuple[str, ...]]
+) -> None:
+    recorded(mix=66.0, single=62.0, agreement=0.9)  # int8 is wrong
+    record, _ = run(artifact, "cpu", "int8")
+    floats = {"vision_encoder": "openvino-fp32", "embed_tokens": "onnxruntime-fp32", "decoder": "onnxruntime-fp32"}
+    assert [answer.engines for answer in record.answers] == [floats, floats | {"vision_encoder": "onnxruntime-fp32"}]
+
+
+def test_a_model_that_matches_answers_nothing(
+    artifact: Artifact, recorded: Callable[..., None], in_process: list[tuple[str, ...]]
+) -> None:
+    recorded(mix=66.0, single=62.0)
+    artifact.manifest = replace(artifact.manifest, matching=MatchSpec(1.0, 8, (), (), 0))
+    record, _ = run(artifact, "cpu", "int8")
+    assert (kept(record), record.answers) == (MIX, ())
+    assert trial.WHOLE not in [step[2] for step in in_process]
 
 
 # For other machines

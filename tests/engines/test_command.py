@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from vlmc.artifact import Artifact
 from vlmc.engines.command import build
+from vlmc.engines.trial import ANSWER
 from vlmc.errors import VlmcError
 
 
@@ -40,6 +42,22 @@ def test_json_is_clean_even_where_it_has_to_calibrate_first(
     assert Artifact(tiny_copy).build("cpu", "int8-minmax")
     assert "Calibrating int8-minmax first" in result.stderr
     assert json.loads((tiny_copy / "plans" / "int8-minmax.json").read_text())["calibrated_on"]["rows"] == 3
+
+
+def test_whole_answers_are_told_where_they_were_tried(
+    planned: Artifact, tmp_path: Path, recorded: Callable[..., None]
+) -> None:
+    folder = shutil.copytree(planned.root, tmp_path / "tiny")
+    recorded(mix=66.04, single=62.0)
+    printed = run(folder, "--int8").output
+    assert max(map(len, printed.splitlines())) <= 100
+    said = " ".join(printed.split())
+    assert "vision_encoder: onnxruntime-int8, ONNX Runtime for all parts answers in 62.0 ms, the mix in 66.0" in said
+    assert f"Whole answers of {ANSWER} tokens: OpenVINO + ONNX Runtime 66.0 ms, ONNX Runtime 62.0 ms." in said
+    answers = json.loads(run(folder, "--int8", "--json").stdout)["answers"]
+    assert [answer["milliseconds"] for answer in answers] == [66.04, 62.0]
+    assert answers[1]["engines"]["vision_encoder"] == "onnxruntime-int8"
+    assert "Whole answers" not in run(folder, "--int8", "--device", "orin").output  # not this machine
 
 
 def test_a_recipe_for_weights_needs_no_set(tiny_copy: Path, in_process: list[Any]) -> None:

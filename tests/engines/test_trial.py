@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from vlmc.artifact import Artifact, FileSpec
 from vlmc.engines import trial
 from vlmc.engines.trial import cosine, try_component
-from vlmc.files import sha256_of
+from vlmc.files import read_json, sha256_of
 from vlmc.runtime import backends
+from vlmc.runtime.images import open_image
 from vlmc.runtime.runner import HostDecoder
 
 
@@ -68,6 +70,43 @@ def test_an_answer_that_ended_at_once_and_a_prompt_that_fills_the_cache_are_trie
     )
     found = try_component(made, "cpu", "decoder", ["onnxruntime-fp32"], "onnxruntime-fp32")
     assert found["onnxruntime-fp32"]["latency_ms"]["decode"] > 0
+
+
+def test_a_whole_answer_is_tried_like_a_component_whose_engines_are_mixes(built: Artifact) -> None:
+    mixes = [f"{vision}+onnxruntime-fp32+onnxruntime-int8" for vision in ("openvino-int8", "onnxruntime-fp32")]
+    found = try_component(built, "cpu", trial.WHOLE, mixes, "")
+    assert list(found) == mixes
+    for one in found.values():
+        assert one["latency_ms"]["run"] > 0
+        assert one["agreement"] > 0.9
+    exact = "onnxruntime-fp32+onnxruntime-fp32+onnxruntime-fp32"
+    assert try_component(built, "cpu", trial.WHOLE, [exact], "")[exact]["agreement"] > 0.99999
+
+
+@pytest.mark.parametrize(("room", "tokens"), [(50, trial.ANSWER), (3, 4), (0, 1)])
+def test_an_answer_has_as_many_tokens_as_the_cache_has_room_for(
+    room: int, tokens: int, built: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, given = trial.open_session, []
+
+    def small(*arguments: Any) -> Any:
+        session = load(*arguments)
+        case = read_json(built.path_of("golden/golden.json"))["cases"][0]
+        prompt = session.prepare([open_image(built.path_of(case["image"]))], case["prompt"])
+        session.decoder.capacity = len(prompt.input_ids) + room
+        generate = session.generate
+
+        def counted(*a: Any, **k: Any) -> Iterator[int]:
+            made = list(generate(*a, **k))
+            given.append(len(made))
+            return iter(made)
+
+        session.generate = counted
+        return session
+
+    monkeypatch.setattr(trial, "open_session", small)
+    try_component(built, "cpu", trial.WHOLE, ["onnxruntime-fp32+onnxruntime-fp32+onnxruntime-fp32"], "")
+    assert set(given[1:3]) == {tokens}  # after the first token alone, whose logits are looked at
 
 
 def test_decoding_is_timed_by_the_step(built: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
