@@ -30,6 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "level-5": {"level": 5},
     "merged": {"merge": True},
     "typed": {"half": True},
+    "half-layers": {"layers": True},
 }
 
 
@@ -43,6 +44,7 @@ def build(
     level: int = 3,
     merge: bool = False,
     half: bool = False,
+    layers: bool = False,
 ) -> None:
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
@@ -69,6 +71,11 @@ def build(
         return form
 
     def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
+        if layers:
+            from tensorrt_variants import half_layers
+
+            half_layers(parsed.trt, parsed.network)
+
         def configured(config: Any) -> None:
             configure(config)
             config.builder_optimization_level = level
@@ -114,10 +121,17 @@ def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses
     """The cosine of what the engine makes of the golden inputs with the golden outputs; of a step there are none."""
     import numpy as np
     from vlmc.engines.trial import cosine
+    from vlmc.runtime.tensorrt_engine import batch
 
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         golden = {key: file[key] for key in file.files}
-    shapes = engine.profiles[0]
+    spec, shapes = artifact.manifest.components[name], engine.profiles[0]
+    if not batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)]) and any(
+        golden[f"0.{part}"].shape != shapes[part]
+        for part in engine.inputs
+        if f"0.{part}" in golden and name != "decoder"
+    ):
+        return None  # tiles that have to do with one another, and only one of them
     given = {part: golden[f"0.{part}"] for part in engine.inputs if f"0.{part}" in golden}
     if name == "decoder" and shapes["inputs_embeds"][1] == 1:
         return None
@@ -127,7 +141,7 @@ def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses
             gpu.upload(addresses[part], np.ascontiguousarray(array, engine.dtypes[part]))
     context.enqueue()
     wanted = {"logits": golden["0.prefill_logits"]} if name == "decoder" else {}
-    for tensor in artifact.manifest.components[name].outputs if name != "decoder" else ():
+    for tensor in spec.outputs if name != "decoder" else ():
         if f"0.{tensor.name}" in golden:
             wanted[tensor.name] = golden[f"0.{tensor.name}"]
     near = 1.0 if wanted else None

@@ -37,7 +37,7 @@ DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in several forms
 BOTH = ("fp16", "int8")
-STUDIED = {"merged": BOTH, "level-1": BOTH, "typed": ("fp16",)}
+STUDIED = {"merged": BOTH, "typed": ("fp16",), "half-layers": BOTH}
 SLOW = 20  # layers of a decoder that takes longer than all else
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build

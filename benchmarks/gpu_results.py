@@ -23,15 +23,14 @@ def main(folder: Path, output: Path) -> None:
     record = {
         "what": "TensorRT 8.6.0 and PyTorch on an H100; random weights but for the demo; batch 1",
         "command": "benchmarks/gpu_host.py (benchmarks/README.md says how)",
-        "steps": {line.split()[2]: [float(line.split()[3]), line.split()[7]] for line in steps},
+        "steps": {line.split()[2]: [float(line.split()[3]), line.split()[7]] for line in steps if "GPU" in line},
         "models": models,
     }
     if (logs / "vit2-time.log").is_file():
         text = (logs / "vit2-time.log").read_text()
         record["vit2"] = json.loads(text[text.index("{") :])
-    record["kernels"] = {
-        path.stem.replace("-kernels-", " "): kernels(path) for path in sorted(logs.glob("*-kernels-*.log"))
-    }
+    profiled = {path.stem.replace("-kernels-", " "): kernels(path) for path in sorted(logs.glob("*-kernels-*.log"))}
+    record["kernels"] = {name: found for name, found in profiled.items() if found}
     output.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -39,6 +38,7 @@ def model(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / "manifest.json").read_text())
     found: dict[str, Any] = {
         "parameters": {name: spec["parameters"] for name, spec in manifest["components"].items()},
+        "kv": manifest["kv"],
         "random_weights": manifest["source"]["kind"] == "random",
     }
     for path in sorted((folder / "engines" / "h100").glob("*.json")):
@@ -54,8 +54,10 @@ def model(folder: Path) -> dict[str, Any]:
     for name in ("torch", "overhead"):
         if (folder / f"{name}.json").is_file():
             found[name] = json.loads((folder / f"{name}.json").read_text())
-    for path in sorted(folder.glob("*.times.json")):
-        found.setdefault("times", {})[path.name.partition(".")[0]] = json.loads(path.read_text())
+    for path in sorted(folder.glob("times/*.json")):
+        part, form, _ = path.name.rsplit(".", 2)
+        if timed := json.loads(path.read_text()):
+            found.setdefault("engines", {}).setdefault(part, {})[form] = timed
     report = folder / "profile" / "h100" / "report.json"
     if report.is_file():
         found["profile"] = profile(json.loads(report.read_text()))

@@ -33,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph 
     "int8-level-5": {"int8": "*", "level": 5},
     "int8-erf": {"int8": "*", "gelu": "none"},
     "int8-typed": {"int8": "*", "half": True},
+    "int8-half-layers": {"int8": "*", "layers": True},
     "fp16-convolutions": {"convolutions": "*"},
     "int8-convolutions": {"int8": "*", "convolutions": "*"},
     "int8-mlp-convolutions": {"int8": "*.fc?", "convolutions": "*.fc?"},
@@ -76,6 +77,7 @@ def lower(
     scores: bool = False,
     products: bool = False,
     convolutions: str = "",
+    layers: bool = False,
     level: int = 3,
 ) -> None:
     """The canonical graph in one of the forms; `int8` names the layers (fnmatch), with scales that do not matter;
@@ -231,7 +233,12 @@ def build(folder: Path, name: str) -> None:
     start, form = time.perf_counter(), FORMS[name]
     parsed = tensorrt_network.parse(trt, folder / "onnx" / f"{name}.onnx", name, ("EXPLICIT_BATCH",))
 
+    if form.get("layers"):
+        half_layers(trt, parsed.network)
+
     def configure(config: Any) -> None:
+        if form.get("layers"):
+            config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         config.builder_optimization_level = form.get("level", 3)
         for flag in ["FP16"] + ["INT8"] * ("int8" in form):
@@ -249,6 +256,22 @@ def build(folder: Path, name: str) -> None:
         "bytes": (folder / f"{name}.trt").stat().st_size,
     }
     (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def half_layers(trt: Any, network: Any) -> None:
+    """Asks for FP16 in every layer of floats that is no part of a norm: beside int8 products TensorRT 8.6 leaves the
+    rest in float32, attention too (docs/experiments.md)."""
+    from vlmc.engines.builders.tensorrt import NORM_PARTS
+
+    integer = (trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE, trt.LayerType.CONSTANT, trt.LayerType.SHAPE)
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        if (
+            layer.type not in integer
+            and layer.get_output(0).dtype == trt.float32
+            and not layer.name.endswith(NORM_PARTS)
+        ):
+            layer.precision = trt.float16
+            layer.set_output_type(0, trt.float16)
 
 
 def load(folder: Path, name: str, gpu: Any) -> tuple[Any, Any]:

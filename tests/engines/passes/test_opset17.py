@@ -81,6 +81,8 @@ OPERATORS = [
     "(float[2,6] x) => (float[2,3] y) { a, b = Split<num_outputs = 2, axis = 1>(x) y = Sub(a, b) }",
     "(float[2,N,4] x) => (float[1] y) { s = Shape<start = -2, end = 2>(x) y = Cast<to = 1, saturate = 1>(s) }",
     "(float[2,N,4] x) => (float[2] y) { s = Shape<start = 1>(x) y = Cast<to = 1>(s) }",
+    """(float[1,2,3,4] x) => (float[1,2,6,8] y) <float[4] s = {1, 1, 2, 2}>
+       { y = Resize<mode = "nearest", keep_aspect_ratio_policy = "stretch", antialias = 0>(x, , s) }""",
     # Indices: int64 as inputs, from shapes, and where the two meet
     """(float[5,4] x, int64[N] i) => (float[N,4] y)
        { one = Constant<value_int = 1>() j = Sub(one, i) y = Gather(x, j) }""",
