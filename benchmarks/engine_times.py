@@ -31,6 +31,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "merged": {"merge": True},
     "typed": {"half": True},
     "half-layers": {"layers": True},
+    "half-cache": {"cache": True},
+    "half-all": {"cache": True, "layers": True, "merge": True},
 }
 
 
@@ -45,6 +47,7 @@ def build(
     merge: bool = False,
     half: bool = False,
     layers: bool = False,
+    cache: bool = False,
 ) -> None:
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
@@ -68,6 +71,10 @@ def build(
         form = lower(model, job)
         if half:
             half_precision.apply(model)
+        if cache:
+            from tensorrt_variants import half_cache
+
+            print("cache", half_cache(model), flush=True)
         return form
 
     def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:

@@ -37,12 +37,13 @@ DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in several forms
 BOTH = ("fp16", "int8")
-STUDIED = {"merged": BOTH, "typed": ("fp16",), "half-layers": BOTH}
+STUDIED = {"half-cache": BOTH, "half-layers": BOTH, "half-all": BOTH, "merged": BOTH, "typed": ("fp16",)}
 SLOW = 20  # layers of a decoder that takes longer than all else
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
 GIB = 1 << 30
+SPACE = {"fp16": 3.5, "int8": 8}  # of the float32 weights' bytes that a builder takes at its peak, beside 6 GiB
 Call = Callable[[int], None]  # with the number of the GPU that it has
 
 
@@ -107,7 +108,8 @@ class Room:
 class Run:
     """The clock, the log of steps, the engines to build and what to time."""
 
-    def __init__(self, seconds: float, memory: float) -> None:
+    def __init__(self, seconds: float, memory: float, known: dict[str, Any]) -> None:
+        self.known = known
         self.begin, self.end = time.monotonic(), time.monotonic() + seconds
         self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(8), threading.Semaphore(3)
         self.builds, self.slow, self.timings = Queue(), Queue(), Queue()
@@ -186,13 +188,17 @@ class Model:
 
     def group(self, part: str, form: str, priority: int, precisions: tuple[str, ...] = BOTH) -> None:
         """Asks for the component's engines in that form, and for their times once all are there."""
+        known = self.run.known.get(self.name, {}).get("engines", {}).get(part, {}).get(form, {})
+        precisions = tuple(one for one in precisions if f"tensorrt-{one}" not in known)
+        if not precisions:
+            return
         run, left, lock = self.run, list(precisions), threading.Lock()
         queue = run.slow if part == "decoder" and self.manifest["kv"]["layers"] >= SLOW else run.builds
         timing = run.timings.writing()
         timing.__enter__()
 
         def build(precision: str, gpu: int) -> None:
-            with run.room.taken(6 * GIB + 3.5 * self.bytes(part)):
+            with run.room.taken(6 * GIB + SPACE[precision] * self.bytes(part)):
                 name = f"{self.name}-{part}-{form}-{precision}"
                 run.step(name, gpu, TENSORRT, TIMES, "build", str(self.folder), part, form, precision)
             with lock:
@@ -231,6 +237,9 @@ class Model:
         run, loaded = self.run, self.folder / "loaded"
         modes = ["eager", "graph"] + ["compile"] * (self.name in (*SIZES, STUDY))
         modes += ["onnxruntime", "fake-quant"] * (self.name in SIZES)
+        modes = [mode for mode in modes if mode not in run.known.get(self.name, {}).get("torch", {})]
+        if not modes:
+            return
         with run.timings.writing(), run.loading, run.room.taken(2.5 * sum(map(self.bytes, self.parts))):
             done = threading.Event()
             step = run.start(f"{self.name}-torch", 0, TORCH, "benchmarks/torch_times.py", str(self.folder), *modes)
@@ -311,11 +320,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--builders", default="0,14,14", help="engines in the making, GPU by GPU")
     parser.add_argument("--slow", type=int, default=12, help="large decoders in the making, on one GPU more")
-    parser.add_argument("--memory", type=float, default=420, help="GiB that steps may take together, as estimated")
+    parser.add_argument("--memory", type=float, default=440, help="GiB that steps may take together")
+    parser.add_argument("--known", type=Path, help="results of an earlier run, which are not measured again")
     parser.add_argument("--forms", default="", help="of tensorrt_variants.py, with commas")
     arguments = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.seconds, arguments.memory)
+    known = json.loads(arguments.known.read_text())["models"] if arguments.known else {}
+    run = Run(arguments.seconds, arguments.memory, known)
     names = sorted((path.parent.name for path in DATA.glob("*/manifest.json")), key=order)
     threads = [threading.Thread(target=Model(run, name, 1 + i).prepare) for i, name in enumerate(names)]
     if arguments.forms:

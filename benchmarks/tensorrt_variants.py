@@ -258,6 +258,36 @@ def build(folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(record))
 
 
+def half_cache(model: Any) -> int:
+    """The KV cache as FP16 inside of the graph too, with casts that a builder can fuse: where only the network's inputs
+    and outputs are told to be FP16, TensorRT 8.6 copies the whole cache to float32 and back at each step. Returns how
+    many tensors."""
+    import onnx_ir as ir
+    from vlmc.engines.builders.tensorrt import STATES
+    from vlmc.engines.passes import insert
+
+    graph, changed = model.graph, 0
+    for value in [value for value in graph.inputs if str(value.name).startswith(STATES)]:
+        uses = list(value.uses())
+        value.dtype = ir.DataType.FLOAT16
+        wide = insert(uses[0].node, "Cast", [value], f"{value.name}.wide", to=int(ir.DataType.FLOAT)).outputs[0]
+        wide.dtype = ir.DataType.FLOAT
+        for use in uses:
+            use.node.replace_input_with(use.idx, wide)
+        changed += 1
+    for index, value in enumerate(graph.outputs):
+        if str(value.name).startswith(STATES):
+            node = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT16)}, name=f"{value.name}.half")
+            made = node.outputs[0]
+            made.name, value.name = value.name, f"{value.name}.wide"
+            made.dtype, made.shape = ir.DataType.FLOAT16, value.shape
+            graph.append(node)
+            graph.outputs[index] = made
+            changed += 1
+    graph.sort()
+    return changed
+
+
 def half_layers(trt: Any, network: Any) -> None:
     """Asks for FP16 in every layer of floats that is no part of a norm: beside int8 products TensorRT 8.6 leaves the
     rest in float32, attention too (docs/experiments.md)."""

@@ -26,7 +26,7 @@ from vlmc.exporter.family import Components, Decoder, Family
 from vlmc.exporter.torch_runner import torch_session
 from vlmc.profiles.device import load_device
 from vlmc.runtime.images import open_image
-from vlmc.runtime.preprocessing import Prepared
+from vlmc.runtime.preprocessing import Prepared, idefics3
 from vlmc.runtime.preprocessing.idefics3 import Idefics3
 from vlmc.runtime.session import open_session
 
@@ -99,19 +99,21 @@ class Odd(SmolVlm):
         )
 
 
-def prepared(self: Idefics3, images: Any) -> Prepared:
-    found = plainly(self, images)
-    tokens = sum(text.count(self.config.image_token) for text in found.image_texts)
-    return dataclasses.replace(found, rows=np.arange(tokens) % 2)
+class OddPictures(Idefics3):
+    """A class of its own: a protocol remembers of a class what it once had."""
 
+    def __call__(self, images: Any) -> Prepared:
+        found = super().__call__(images)
+        tokens = sum(text.count(self.config.image_token) for text in found.image_texts)
+        return dataclasses.replace(found, rows=np.arange(tokens) % 2)
 
-plainly = Idefics3.__call__
+    def positions(self, places: Any, prepared: Prepared | None) -> Any:
+        """A picture's tokens all stand in one place, in the second row."""
+        ahead = np.cumsum(~places)
+        return np.stack((np.arange(len(places)) // 2, ahead)).astype(np.int64)
 
-
-def positions(self: Idefics3, places: Any, found: Prepared | None) -> Any:
-    """A picture's tokens all stand in one place, in the second row."""
-    ahead = np.cumsum(~places)
-    return np.stack((np.arange(len(places)) // 2, ahead)).astype(np.int64)
+    def prefix_length(self, places: Any, prepared: Prepared | None) -> int:
+        return int(places.sum())
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +121,7 @@ def odd(tiny_checkpoint: Path, picture_set: Path, tmp_path_factory: pytest.TempP
     with pytest.MonkeyPatch.context() as patch:
         found: dict[str, Family] = family.all_families()
         patch.setitem(found, "smolvlm", Odd())
-        patch.setattr(Idefics3, "__call__", prepared)
-        patch.setattr(Idefics3, "positions", positions, raising=False)
-        patch.setattr(Idefics3, "prefix_length", lambda _, places, __: int(places.sum()), raising=False)
+        patch.setattr(idefics3, "Idefics3", OddPictures)
         options = Options(capacity=128, cases=2, picture_set=picture_set, max_new_tokens=6)
         folder = tmp_path_factory.mktemp("odd") / "artefact"
         yield export(checkpoint.resolve(str(tiny_checkpoint)), folder, options, lambda *_: None)
