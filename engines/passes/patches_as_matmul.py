@@ -26,11 +26,12 @@ def apply(model: ir.Model) -> int:
 
 
 def _over_patches(node: ir.Node) -> bool:
-    """Whether the kernel steps by its own size, from edge to edge."""
+    """Whether the kernel is more than a pixel and steps by its own size, from edge to edge."""
     attributes, sizes = node.attributes, list(_source(node).shape or ())[2:]
     kernel = list(attributes.get_ints("kernel_shape", ()))
     return (
         len(sizes) == len(kernel) == 2
+        and kernel != [1, 1]  # a layer of a convolutional network, as Gemma 3n's has by the hundred
         and list(attributes.get_ints("strides", (1, 1))) == kernel
         and all(isinstance(size, int) and size % step == 0 for size, step in zip(sizes, kernel, strict=True))
         and not any(attributes.get_ints("pads", ()))
@@ -67,8 +68,8 @@ def _rewrite(node: ir.Node) -> None:
     patches: ir.Value = reshaped(node, folded, (-1, rows * columns, channels * high * wide), f"{path}.patches")
     if pair := _pair(node):  # each number is rounded as before, and the pair stands where TensorRT looks for it
         for half in pair:
-            inputs = [patches, *half.inputs[1:]]
-            patches = insert(node, half.op_type, inputs, f"{half.name}.patches").outputs[0]
+            inputs, what = [patches, *half.inputs[1:]], half.op_type.removesuffix("Linear").lower()
+            patches = insert(node, half.op_type, inputs, f"{path}.patches.{what}").outputs[0]
     result = insert(node, "MatMul", [patches, _weight(node)], path).outputs[0]
     if len(node.inputs) > 2:
         result = insert(node, "Add", [result, node.inputs[2]], f"{path}.biased").outputs[0]

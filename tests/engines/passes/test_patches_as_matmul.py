@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vlmc.artifact import Artifact
 from vlmc.calibration.plan import ModulePlan, read_plan
-from vlmc.engines.passes import patches_as_matmul, quantize
+from vlmc.engines.passes import constant, patches_as_matmul, quantize
 from vlmc.exporter import golden
 
 
@@ -59,7 +59,7 @@ def pixels(sizes: tuple[int, int] = (8, 12), tiles: int = 2) -> np.ndarray:
 @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)).filter(lambda sizes: sizes != (1, 1)),
     bias=st.booleans(),
     flattened=st.booleans(),
     tiles=st.integers(1, 3),
@@ -125,6 +125,30 @@ def test_patches_that_overlap_or_miss_the_edge_stay_a_convolution(
     model = embedding(sizes, flattened=False, **attributes)
     assert patches_as_matmul.apply(model) == 0
     assert operators(model) == {"Conv": 1}
+
+
+def test_a_kernel_of_one_pixel_stays_a_convolution(operators: Any) -> None:
+    model = embedding(kernel=(1, 1), flattened=False)
+    assert patches_as_matmul.apply(model) == 0
+    assert operators(model) == {"Conv": 1}
+
+
+def test_convolutions_that_share_rounded_pixels_do_not_share_names(plan_of: Any, run: Any, close: Any) -> None:
+    model = embedding(flattened=False)
+    first = model.graph[0]
+    weight = constant(model.graph, "again.weight", np.ones((5, 3, 4, 3), np.float32))
+    second = ir.node("Conv", [first.inputs[0], weight], attributes=dict(first.attributes), name="again")
+    total = ir.node("Add", [first.outputs[0], second.outputs[0]], name="total")
+    for node in (second, total):
+        made, like = node.outputs[0], first.outputs[0]
+        made.name, made.type, made.shape = f"{node.name}.y", like.type, like.shape
+        model.graph.append(node)
+    model.graph.outputs[0] = total.outputs[0]
+    entry = ModulePlan(8, 0, activation_scale=0.02)
+    quantize.apply(model, plan_of(patches=entry, again=entry), "part")
+    expected = run(model, pixels())
+    assert patches_as_matmul.apply(model) == 2
+    close(run(model, pixels()), expected)
 
 
 @pytest.mark.parametrize("recipe", ["", "int8"])
