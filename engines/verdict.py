@@ -7,6 +7,7 @@ every backend that can do all alone (`together`): two backends in one process ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..artifact import FLOATS, AnswerTrial, BuildReport, Choice
 from ..errors import VlmcError
@@ -95,19 +96,20 @@ def together(choices: Mapping[str, Choice], answers: Sequence[AnswerTrial]) -> d
     """The choices once whole answers were timed, of `mixes` in that order: the mix stays where it is faster than every
     single backend by MIX_GAIN, for one backend is simpler, and one package less on the device."""
     mix, best = answers[0], min(answers[1:], key=lambda answer: answer.milliseconds)
-    if mix.milliseconds * MIX_GAIN <= best.milliseconds:
-        return dict(choices)
     alone, both = f"{best.milliseconds:.1f} ms", f"{mix.milliseconds:.1f}"
+    stays = mix.milliseconds * MIX_GAIN <= best.milliseconds
     why = f"{title(best.engines)} for all parts answers in {alone}, the mix in {both}"
-    if mix.milliseconds < best.milliseconds * MIX_GAIN:
+    if not stays and mix.milliseconds < best.milliseconds * MIX_GAIN:
         why += ": within noise, and one backend is simpler"
 
-    def changed(choice: Choice, engine: str) -> Choice:
+    def judged(choice: Choice, engine: str) -> Choice:
         if engine == choice.engine:
             return choice
-        return Choice(engine, f"{why}; by itself {choice.engine}, {choice.reason}", choice.candidates)
+        if stays:
+            return replace(choice, reason=f"{choice.reason}; {why}")
+        return replace(choice, engine=engine, reason=f"{why}; by itself {choice.engine}, {choice.reason}")
 
-    return {component: changed(choice, best.engines[component]) for component, choice in choices.items()}
+    return {component: judged(choice, best.engines[component]) for component, choice in choices.items()}
 
 
 def title(engines: Mapping[str, str]) -> str:
