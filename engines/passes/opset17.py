@@ -134,7 +134,7 @@ def _check(node: ir.Node, canonical: int) -> None:
         raise refuse(node, f"an operator of {node.domain or 'a later opset'}") from None
     for name in sorted(node.attributes.keys() - schema.attributes.keys()):
         default = newer.attributes[name].default_value if name in newer.attributes else None
-        if default is None or ir.from_proto(default).value != node.attributes[name].value:
+        if default is None or ir.serde.deserialize_attribute(default).value != node.attributes[name].value:
             raise refuse(node, f"the attribute {name}")
         node.attributes.pop(name)
     if len(node.inputs) > schema.max_input:
