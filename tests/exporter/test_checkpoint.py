@@ -99,7 +99,7 @@ def test_there_are_presets_of_three_true_sizes() -> None:
         ("./nowhere/at/all", False, r"no such folder.*vlmc models"),
         ("smolvlm-256m", False, "is a preset: a config without weights.*--random-weights"),
         ("smolvlm-265m", True, "There is no preset 'smolvlm-265m'.*did you mean smolvlm-256m"),
-        ("nothing-like-it-at-all", True, "vlmc models"),
+        ("xyz", True, "vlmc models"),
     ],
 )
 def test_a_name_that_is_none_is_answered_with_the_nearest(model: str, random: bool, says: str) -> None:

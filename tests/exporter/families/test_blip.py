@@ -236,16 +236,20 @@ def test_it_is_calibrated_built_and_writes(
     assert list(opened.generate(inputs, 4)) == case["tokens"]
 
 
-def test_the_preset_fits_together() -> None:
-    """On the meta device: the picture's keys and values are as many and as wide as the decoder's queries."""
-    found = resolve("blip-large", random_weights=True)
+@pytest.mark.parametrize("preset", ["blip-large", "blip-vqa-base"])
+def test_the_preset_fits_together(preset: str) -> None:
+    """On the meta device: the picture's keys and values are as many and as wide as the queries of what reads them."""
+    found = resolve(preset, random_weights=True)
     assert found.preset is not None
     prepared = preprocessing.load(found.preset["preprocessing"])([Image.new("RGB", (640, 480))])
     with torch.device("meta"):
         model = found.family.randomise(found.config, 0).eval()
-        features = found.family.split(model).vision_encoder(torch.empty(prepared.vision["pixel_values"].shape))
+        parts = found.family.split(model)
+        features = parts.vision_encoder(torch.empty(prepared.vision["pixel_values"].shape))
+        read = features if parts.fusion is None else parts.fusion(features, torch.zeros(1, 7, dtype=torch.long))
     kv = found.family.kv(model, 512)
     assert features.shape == (kv.layers, 2, kv.kv_heads, 24 * 24 + 1, kv.head_dim)
+    assert read.shape[:3] == (kv.layers, 2, kv.kv_heads)
 
 
 def test_a_head_that_vlmc_does_not_know_is_refused(whole: Whole, tmp_path: Path) -> None:
