@@ -59,9 +59,10 @@ def fix_dimension(model: ir.Model, name: str, size: int) -> None:
 
 
 def parse(trt: Any, path: Path, what: str, flags: Sequence[str] = ("STRONGLY_TYPED",)) -> Parsed:
-    """The network of an ONNX file whose weights lie beside it. `what` names it in errors, which name the nodes that the
-    parser refuses (it stops at the first). `flags` are names of NetworkDefinitionCreationFlag; those that this version
-    of TensorRT does not have are left out."""
+    """The network of an ONNX file whose weights lie beside it; both may go afterwards, which halves the disk that a
+    build needs (seen with TensorRT 8.6 and RTX 1.7). `what` names it in errors, which name the nodes that the parser
+    refuses (it stops at the first). `flags` are names of NetworkDefinitionCreationFlag; those that this version of
+    TensorRT does not have are left out."""
     log = logger(trt)
     errors: list[str] = []
     warnings: list[str] = []

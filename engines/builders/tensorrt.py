@@ -132,22 +132,22 @@ def build(model: ir.Model, job: Job) -> Built:
         del model
         flags = ("EXPLICIT_BATCH",) if weak else ("EXPLICIT_BATCH", "STRONGLY_TYPED")
         parsed = tensorrt_network.parse(trt, path, job.component, flags)
+    if weak:
+        _type_weakly(trt, parsed)
+
+    def configure(config: Any) -> None:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then names precisions
         if weak:
-            _type_weakly(trt, parsed)
+            flags = ["FP16", "PREFER_PRECISION_CONSTRAINTS"] + ["INT8"] * (job.precision not in FLOATS)
+            for flag in flags:
+                config.set_flag(getattr(trt.BuilderFlag, flag))
+        if job.calibration is not None:
+            tensorrt_calibrator.use(trt, parsed.builder, config, job.calibration, cuda.Gpu())
+        cache.use(config)
 
-        def configure(config: Any) -> None:
-            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then names precisions
-            if weak:
-                flags = ["FP16", "PREFER_PRECISION_CONSTRAINTS"] + ["INT8"] * (job.precision not in FLOATS)
-                for flag in flags:
-                    config.set_flag(getattr(trt.BuilderFlag, flag))
-            if job.calibration is not None:
-                tensorrt_calibrator.use(trt, parsed.builder, config, job.calibration, cuda.Gpu())
-            cache.use(config)
-
-        engine = tensorrt_network.serialise(parsed, shapes, configure)
-        (job.folder / ENGINE).write_bytes(engine)
-        cache.keep()
+    engine = tensorrt_network.serialise(parsed, shapes, configure)
+    (job.folder / ENGINE).write_bytes(engine)
+    cache.keep()
     settings = {"version": str(trt.__version__), "sm": cuda.architecture(), **_inspected(trt, parsed, engine)}
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None

@@ -55,11 +55,11 @@ def build(model: ir.Model, job: Job) -> Built:
         ir.save(model, path, external_data=f"{MODEL}.data")
         parsed = tensorrt_network.parse(trt, path, job.component)
 
-        def configure(config: Any) -> None:
-            config.num_compute_capabilities = 1
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job.device.sm}"), 0)
+    def configure(config: Any) -> None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job.device.sm}"), 0)
 
-        engine = tensorrt_network.serialise(parsed, profiles(model, job), configure)
+    engine = tensorrt_network.serialise(parsed, profiles(model, job), configure)
     (job.folder / ENGINE).write_bytes(engine)
     products = tensorrt_network.products(parsed)
     settings = {"version": str(trt.__version__), "sm": job.device.sm, "products": products}
