@@ -27,7 +27,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "single": {},
     "prefill": {"prefill": True},
     "level-1": {"level": 1},
-    "level-5": {"level": 5},
     "merged": {"merge": True},
     "typed": {"half": True},
     "half-layers": {"layers": True},
@@ -91,6 +90,7 @@ def build(
 
     tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
     place = folder / "engines" / form / component / f"tensorrt-{precision}"
+    # Engines of several forms stand side by side in one artefact.
     Candidate.folder = lambda self, artifact: place  # type: ignore[method-assign]
     build_engine(Artifact(folder), Candidate("h100", component, "tensorrt", precision))
 
@@ -133,30 +133,26 @@ def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         golden = {key: file[key] for key in file.files}
     spec, shapes = artifact.manifest.components[name], engine.profiles[0]
-    if not batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)]) and any(
-        golden[f"0.{part}"].shape != shapes[part]
-        for part in engine.inputs
-        if f"0.{part}" in golden and name != "decoder"
-    ):
-        return None  # tiles that have to do with one another, and only one of them
     given = {part: golden[f"0.{part}"] for part in engine.inputs if f"0.{part}" in golden}
-    if name == "decoder" and shapes["inputs_embeds"][1] == 1:
+    if name == "decoder":
+        given.pop("input_ids", None)  # a prompt is in its embeddings
+        wanted = {"logits": golden["0.prefill_logits"]} if shapes["inputs_embeds"][1] > 1 else {}
+    else:
+        wanted = {tensor.name: golden[key] for tensor in spec.outputs if (key := f"0.{tensor.name}") in golden}
+        apart = batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)])
+        if not apart and any(array.shape != shapes[part] for part, array in given.items()):
+            return None  # tiles that have to do with one another, and only one of them
+    if not wanted:
         return None
     for part, array in given.items():
-        array = array[: shapes[part][0]]
-        if (name != "decoder" or part != "input_ids") and array.shape == shapes[part]:
-            gpu.upload(addresses[part], np.ascontiguousarray(array, engine.dtypes[part]))
+        gpu.upload(addresses[part], np.ascontiguousarray(array[: shapes[part][0]], engine.dtypes[part]))
     context.enqueue()
-    wanted = {"logits": golden["0.prefill_logits"]} if name == "decoder" else {}
-    for tensor in spec.outputs if name != "decoder" else ():
-        if f"0.{tensor.name}" in golden:
-            wanted[tensor.name] = golden[f"0.{tensor.name}"]
-    near = 1.0 if wanted else None
+    near = 1.0
     for part, array in wanted.items():
         found = np.empty(context.shape(part), engine.dtypes[part])
         gpu.download(found, addresses[part])
         gpu.wait()
-        near = min(near or 0.0, cosine(array.ravel()[: found.size], found.ravel()))
+        near = min(near, cosine(array.ravel()[: found.size], found.ravel()))
     return near
 
 

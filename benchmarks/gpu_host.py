@@ -5,7 +5,7 @@
 
 It takes the artefacts and skeletons that lie in /tmp/gpu/data. The demo is built by `vlmc build` and measured by `vlmc
 profile`; of the others every engine is built with one shape and timed, and PyTorch too (engine_times.py,
-torch_times.py), for decoders of 30 layers with all their profiles were not built in a quarter of an hour. `--builders`
+torch_times.py), for decoders of 30 layers with all their profiles were not built in eight minutes. `--builders`
 says how many engines are in the making on each GPU at once, `--slow` how many of the largest decoders on the GPU behind
 them. What is timed has its GPU to itself: a GPU without builders times from the start, the others once nothing is left
 for them to build. What is not finished in time is missing, and its log says where it was.
@@ -14,6 +14,7 @@ for them to build. What is not finished in time is missing, and its log says whe
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import itertools
 import json
@@ -219,7 +220,7 @@ class Model:
                 engine.unlink()  # the disk is for the next
 
         for precision in precisions:
-            queue.put(priority, lambda gpu, precision=precision: build(precision, gpu))  # type: ignore[misc]
+            queue.put(priority, functools.partial(build, precision))
 
     def others(self) -> None:
         """Asks for the engines that take seconds."""
@@ -283,7 +284,7 @@ class Model:
             run.step("demo-profile", gpu, TENSORRT, *VLMC, "profile", folder, *settings)
 
         for one in made:
-            run.builds.put(self.place, lambda gpu, one=one: build(one, gpu))  # type: ignore[misc]
+            run.builds.put(self.place, functools.partial(build, one))
 
 
 def forms(run: Run, names: list[str]) -> None:
@@ -312,7 +313,7 @@ def forms(run: Run, names: list[str]) -> None:
                     run.step(f"vit2-kernels-{name}", gpu, "ncu", *ncu)
 
         for name in names:
-            run.builds.put(35, lambda gpu, name=name: build(name, gpu))  # type: ignore[misc]
+            run.builds.put(35, functools.partial(build, name))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from ...errors import VlmcError
@@ -32,6 +32,15 @@ class Precision:
 
 
 FLOAT = Precision()
+
+
+def eight_bits(smooth: float) -> dict[str, Precision]:
+    """The rules of 8-bit weights and activations everywhere but in the patch convolution, which is below a hundredth of
+    the work. Of vision attention, queries and keys too (see `int8`)."""
+    plain = Precision(weight_bits=8, activation_bits=8, smooth=smooth)
+    rules = {"*patch_embed*": FLOAT}
+    rules |= dict.fromkeys(("vision_encoder/*.q_proj", "vision_encoder/*.k_proj"), replace(plain, output_bits=8))
+    return rules | dict.fromkeys(("vision_encoder/*", "text_encoder/*", "fusion/*", "decoder/*"), plain)
 
 
 @dataclass(frozen=True)

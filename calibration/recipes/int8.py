@@ -4,7 +4,7 @@ Alpha is between the paper's 0.5 and the 0.85 that its authors use for Llama: of
 demo's log probabilities nearest to float on held-out questions. Ranges are the largest values seen: after smoothing,
 cutting them (percentile, entropy, least squares) helped the picture's features a little and cost the decoder more.
 The head is quantised: on the demo that costs nothing, and it is a fifth of the bytes that SmolVLM-256M's decoder
-reads. The patch convolution stays float: it is below a hundredth of the work. A text encoder and a fusion, which few
+reads. The patch convolution stays float. A text encoder and a fusion, which few
 models have, are treated like the rest; no trained one was measured yet.
 
 Vision attention's queries and keys are 8-bit where projections of their own make them, so that a backend can multiply
@@ -12,17 +12,6 @@ them as integers (OpenVINO does). The decoder's are not: its keys are in the KV 
 norm or a rotary embedding follows the projection, the product stays float and the rounding brings nothing.
 """
 
-from dataclasses import replace
+from . import Recipe, eight_bits
 
-from . import FLOAT, Precision, Recipe
-
-W8A8 = Precision(weight_bits=8, activation_bits=8, smooth=0.65)
-ATTENDING = dict.fromkeys(("vision_encoder/*.q_proj", "vision_encoder/*.k_proj"), replace(W8A8, output_bits=8))
-
-RECIPE = Recipe(
-    "int8",
-    "8-bit weights and activations, smoothed",
-    {"*patch_embed*": FLOAT}
-    | ATTENDING
-    | dict.fromkeys(("vision_encoder/*", "text_encoder/*", "fusion/*", "decoder/*"), W8A8),
-)
+RECIPE = Recipe("int8", "8-bit weights and activations, smoothed", eight_bits(smooth=0.65))

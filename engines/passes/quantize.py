@@ -2,8 +2,8 @@
 
 Weights: symmetric int8 a channel, or blocks of int8 or int4, behind DequantizeLinear. Activations: symmetric int8 a
 tensor between QuantizeLinear and DequantizeLinear (ONNX opset 21 and later), before a layer and, where the plan has an
-`output_scale`, behind its bias. The numbers are the plan's and the
-arithmetic is `calibration.weights`, so the PyTorch fake-quant model computes the same.
+`output_scale`, behind its bias. The numbers are the plan's and the arithmetic is `calibration.weights`, so the PyTorch
+fake-quant model computes the same.
 """
 
 from __future__ import annotations
