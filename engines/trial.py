@@ -3,8 +3,8 @@
 One process a component. Rounds go over the candidates, each loaded alone, so that a slow minute of the machine falls
 on all of them and idle threads of one do not disturb another.
 
-What two backends cost each other in one process is not seen that way. So whole answers are tried too, as if they were a
-component: WHOLE, whose engines are mixes, the engines of all components joined by `+`.
+What a component gains by itself can be lost in an answer, where another backend runs before and behind it. So whole
+answers are tried too, as if they were a component: WHOLE, whose engines are mixes, all components' joined by `+`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which candidate is kept, and why, in words that a person can check against the numbers.
 
 First each component by itself (`choose`). Where that ends in a mix of backends, whole answers decide between it and
-every backend that can do all alone (`together`): two backends in one process can cost each other more than they gain.
+every backend that can do all alone (`together`): what a component gains by itself can be lost in an answer.
 """
 
 from __future__ import annotations
