@@ -199,8 +199,8 @@ def test_elsewhere_the_float_engine_is_built_and_the_sentence_said(
 ) -> None:
     record, _ = stage.build(artifact, load_device(device), "int8-implicit", lambda *_: None)
     reason = record.choices["vision_encoder"].reason
-    assert reason.endswith(
+    assert (  # what a mix of backends took may follow
         "; int8-implicit is not offered: its INT8 scales are found by TensorRT (up to 10.11) while it "
         "builds on the device"
-    )
+    ) in reason
     assert "int8-implicit" not in record.choices["decoder"].reason
