@@ -26,12 +26,8 @@ ROUNDS, RUNS, SECONDS = 5, 40, 2.0
 FORMS: dict[str, dict[str, Any]] = {
     "single": {},
     "prefill": {"prefill": True},
-    "level-1": {"level": 1},
-    "merged": {"merge": True},
-    "typed": {"half": True},
-    "half-layers": {"layers": True},
-    "half-cache": {"cache": True},
-    "half-all": {"cache": True, "layers": True, "merge": True},
+    "untold": {"untold": True},
+    "static": {"static": True},
 }
 
 
@@ -42,19 +38,16 @@ def build(
     precision: str,
     *,
     prefill: bool = False,
-    level: int = 3,
-    merge: bool = False,
-    half: bool = False,
-    layers: bool = False,
-    cache: bool = False,
+    untold: bool = False,
+    static: bool = False,
 ) -> None:
-    from vlmc.engines import tensorrt_network
+    """`untold`: no layer of a decoder is told its type; `static`: a decode step whose length is no free size."""
+    from vlmc.engines import tensorrt_network, tensorrt_typing
     from vlmc.engines.builders import tensorrt
-    from vlmc.engines.passes import half_precision
     from vlmc.engines.tensorrt_profiles import profile
     from vlmc.runtime.tensorrt_engine import APART
 
-    lower, serialise = tensorrt.lower, tensorrt_network.serialise
+    lower, told = tensorrt.lower, tensorrt_typing.apply
 
     def profiles(model: Any, job: Any) -> Any:
         sizes = {name: (one.usual,) * 3 for name, one in job.sizes.items()} | dict.fromkeys(APART, (1, 1, 1))
@@ -63,32 +56,14 @@ def build(
         return [profile(model, sizes)]
 
     def lowered(model: Any, job: Any) -> str:
-        if merge:
-            from tensorrt_variants import merge_products
+        made = lower(model, job)
+        if static:
+            tensorrt_network.fix_dimension(model, "length", 1)
+        return made
 
-            print("merged", merge_products(model), flush=True)
-        form = lower(model, job)
-        if half:
-            half_precision.apply(model)
-        if cache:
-            from tensorrt_variants import half_cache
-
-            print("cache", half_cache(model), flush=True)
-        return form
-
-    def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
-        if layers:
-            from tensorrt_variants import half_layers
-
-            half_layers(parsed.trt, parsed.network)
-
-        def configured(config: Any) -> None:
-            configure(config)
-            config.builder_optimization_level = level
-
-        return serialise(parsed, shapes, configured)
-
-    tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
+    tensorrt.profiles, tensorrt.lower = profiles, lowered
+    if untold:
+        tensorrt_typing.apply = lambda trt, network, decoder: told(trt, network, False)
     place = folder / "engines" / form / component / f"tensorrt-{precision}"
     # Engines of several forms stand side by side in one artefact.
     Candidate.folder = lambda self, artifact: place  # type: ignore[method-assign]
@@ -183,6 +158,7 @@ def measure(folder: Path, component: str, form: str) -> dict[str, Any]:
             "build_peak_bytes": report.peak_memory_bytes,
             "bytes": report.size_bytes,
             "layers": spec.settings["layers"],
+            "told_layers": spec.settings["told_layers"],
             "products": report.products,
         }
     samples = in_rounds(gpu, launches)

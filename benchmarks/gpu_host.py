@@ -1,14 +1,14 @@
 """Everything that is measured on the GPU host of shared/gpu/README.md, in one command, by the host's own Python.
 
     bash benchmarks/gpu_unpack.sh                                    after the last part of gpu_pack.sh
-    python3 benchmarks/gpu_host.py --seconds 1500 --builders 0,14,14 --slow 12    logs and records lie under /tmp/gpu
+    python3 benchmarks/gpu_host.py --seconds 1500 --builders 0,12,12,12    logs and records lie under /tmp/gpu
 
 It takes the artefacts and skeletons that lie in /tmp/gpu/data. The demo is built by `vlmc build` and measured by `vlmc
 profile`; of the others every engine is built with one shape and timed, and PyTorch too (engine_times.py,
 torch_times.py), for decoders of 30 layers with all their profiles were not built in eight minutes. `--builders`
-says how many engines are in the making on each GPU at once, `--slow` how many of the largest decoders on the GPU behind
-them. What is timed has its GPU to itself: a GPU without builders times from the start, the others once nothing is left
-for them to build. What is not finished in time is missing, and its log says where it was.
+says how many engines are in the making on each GPU at once. What is timed has its GPU to itself: a GPU without builders
+times from the start, the others once nothing is left for them to build. What is not finished in time is missing, and
+its log says where it was.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in several forms
 BOTH = ("fp16", "int8")
-STUDIED = {"half-cache": BOTH, "half-layers": BOTH, "half-all": BOTH, "merged": BOTH, "typed": ("fp16",)}
-SLOW = 20  # layers of a decoder that takes longer than all else
+STUDIED = ("untold", "static")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
@@ -112,12 +111,12 @@ class Run:
     def __init__(self, seconds: float, memory: float, known: dict[str, Any]) -> None:
         self.known = known
         self.begin, self.end = time.monotonic(), time.monotonic() + seconds
-        self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(8), threading.Semaphore(3)
-        self.builds, self.slow, self.timings = Queue(), Queue(), Queue()
+        self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(12), threading.Semaphore(5)
+        self.builds, self.timings = Queue(), Queue()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        with self.builds.writing(), self.slow.writing(), self.timings.writing():
+        with self.builds.writing(), self.timings.writing():
             yield
 
     def start(self, name: str, gpu: int | None, python: str, *arguments: str) -> Step:
@@ -161,6 +160,9 @@ class Model:
         self.run, self.name, self.folder, self.place = run, name, DATA / name, place
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
         self.parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
+        modes = ["eager", "graph"] + ["compile"] * (name in (*SIZES, STUDY))
+        modes += ["onnxruntime", "fake-quant"] * (name in SIZES)
+        self.modes = [mode for mode in modes if mode not in run.known.get(name, {}).get("torch", {})]  # of PyTorch
 
     def bytes(self, part: str) -> int:
         """Of the component's float32 weights."""
@@ -180,21 +182,21 @@ class Model:
             for part in self.parts:
                 self.group(part, "single", self.place)
             if name in SIZES:
-                self.group("decoder", "prefill", 30)
+                self.group("decoder", "prefill", self.place)
+            if "onnxruntime" in self.modes:
                 self.others()
-            for form, precisions in STUDIED.items() if name == STUDY else ():
-                self.group("decoder", form, 40, precisions)
+            for form in STUDIED if name == STUDY else ():
+                self.group("decoder", form, self.place)
             threading.Thread(target=self.torch).start()
             time.sleep(1)  # by then it is a writer
 
-    def group(self, part: str, form: str, priority: int, precisions: tuple[str, ...] = BOTH) -> None:
+    def group(self, part: str, form: str, priority: int) -> None:
         """Asks for the component's engines in that form, and for their times once all are there."""
         known = self.run.known.get(self.name, {}).get("engines", {}).get(part, {}).get(form, {})
-        precisions = tuple(one for one in precisions if f"tensorrt-{one}" not in known)
+        precisions = [one for one in BOTH if f"tensorrt-{one}" not in known]
         if not precisions:
             return
         run, left, lock = self.run, list(precisions), threading.Lock()
-        queue = run.slow if part == "decoder" and self.manifest["kv"]["layers"] >= SLOW else run.builds
         timing = run.timings.writing()
         timing.__enter__()
 
@@ -220,7 +222,7 @@ class Model:
                 engine.unlink()  # the disk is for the next
 
         for precision in precisions:
-            queue.put(priority, functools.partial(build, precision))
+            run.builds.put(priority, functools.partial(build, precision))
 
     def others(self) -> None:
         """Asks for the engines that take seconds."""
@@ -236,14 +238,11 @@ class Model:
     def torch(self) -> None:
         """PyTorch's times. Its weights are loaded before it asks for a GPU, whose number it reads from a file."""
         run, loaded = self.run, self.folder / "loaded"
-        modes = ["eager", "graph"] + ["compile"] * (self.name in (*SIZES, STUDY))
-        modes += ["onnxruntime", "fake-quant"] * (self.name in SIZES)
-        modes = [mode for mode in modes if mode not in run.known.get(self.name, {}).get("torch", {})]
-        if not modes:
+        if not self.modes:
             return
         with run.timings.writing(), run.loading, run.room.taken(2.5 * sum(map(self.bytes, self.parts))):
             done = threading.Event()
-            step = run.start(f"{self.name}-torch", 0, TORCH, "benchmarks/torch_times.py", str(self.folder), *modes)
+            step = run.start(f"{self.name}-torch", 0, TORCH, "benchmarks/torch_times.py", str(self.folder), *self.modes)
             while not loaded.exists() and step.process.poll() is None and time.monotonic() < run.end:
                 time.sleep(0.2)
 
@@ -319,8 +318,7 @@ def forms(run: Run, names: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1500)
-    parser.add_argument("--builders", default="0,14,14", help="engines in the making, GPU by GPU")
-    parser.add_argument("--slow", type=int, default=12, help="large decoders in the making, on one GPU more")
+    parser.add_argument("--builders", default="0,12,12,12", help="engines in the making, GPU by GPU")
     parser.add_argument("--memory", type=float, default=440, help="GiB that steps may take together")
     parser.add_argument("--known", type=Path, help="results of an earlier run, which are not measured again")
     parser.add_argument("--forms", default="", help="of tensorrt_variants.py, with commas")
@@ -337,16 +335,16 @@ def main() -> None:
             thread.start()
         time.sleep(1)  # by then each of them is a writer
 
-    def serve(gpu: int, queue: Queue, builders: int) -> None:
-        working = [threading.Thread(target=queue.serve, args=(gpu,)) for _ in range(builders)]
+    def serve(gpu: int, builders: int) -> None:
+        working = [threading.Thread(target=run.builds.serve, args=(gpu,)) for _ in range(builders)]
         for worker in working:
             worker.start()
         for worker in working:
             worker.join()
         run.timings.serve(gpu)
 
-    shares = [(run.builds, int(count)) for count in arguments.builders.split(",")] + [(run.slow, arguments.slow)]
-    serving = [threading.Thread(target=serve, args=(gpu, *share)) for gpu, share in enumerate(shares)]
+    counts = [int(count) for count in arguments.builders.split(",")]
+    serving = [threading.Thread(target=serve, args=share) for share in enumerate(counts)]
     for thread in serving:
         thread.start()
     for thread in [*serving, *threads]:
@@ -356,9 +354,9 @@ def main() -> None:
 
 
 def order(name: str) -> tuple[bool, int, str]:
-    """The sizes of SmolVLM first, then the large ones, which take longest."""
+    """The demo, whose profile takes longest, then the large ones first."""
     files = json.loads((DATA / name / "manifest.json").read_text())["files"]
-    return (name not in SIZES, -sum(file["bytes"] for file in files.values()), name)
+    return (name != DEMO, -sum(file["bytes"] for file in files.values()), name)
 
 
 if __name__ == "__main__":

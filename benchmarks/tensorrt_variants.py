@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 LAYERS = 2
+ATTENTION = (".scores", ".values", ".weights", ".query", ".key")
 FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph as `vlmc build` lowers it
     "fp16-convolution": {"patches": False},
     "fp16": {},
@@ -33,7 +34,11 @@ FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph 
     "int8-level-5": {"int8": "*", "level": 5},
     "int8-erf": {"int8": "*", "gelu": "none"},
     "int8-typed": {"int8": "*", "half": True},
-    "int8-half-layers": {"int8": "*", "layers": True},
+    "fp16-static": {"static": True},
+    "fp16-layers": {"layers": "all"},
+    "int8-layers": {"int8": "*", "layers": "all"},
+    "int8-attention-layers": {"int8": "*", "layers": "attention"},
+    "int8-mlp-attention-layers": {"int8": "*.fc?", "layers": "attention"},
     "fp16-convolutions": {"convolutions": "*"},
     "int8-convolutions": {"int8": "*", "convolutions": "*"},
     "int8-mlp-convolutions": {"int8": "*.fc?", "convolutions": "*.fc?"},
@@ -77,7 +82,8 @@ def lower(
     scores: bool = False,
     products: bool = False,
     convolutions: str = "",
-    layers: bool = False,
+    static: bool = False,
+    layers: str = "",
     level: int = 3,
 ) -> None:
     """The canonical graph in one of the forms; `int8` names the layers (fnmatch), with scales that do not matter;
@@ -86,6 +92,7 @@ def lower(
 
     import onnx_ir as ir
     from vlmc.calibration.plan import ModulePlan
+    from vlmc.engines import tensorrt_network
     from vlmc.engines.passes import float_weights, half_precision, opset17, patches_as_matmul, quantize, weight_of
 
     if gelu:
@@ -95,9 +102,9 @@ def lower(
     if convolutions:
         as_convolutions(model, convolutions)
     if int8:
-        layers = [n.name for n in model.graph if n.op_type in ("MatMul", "Conv") and weight_of(n) is not None]
-        layers = [name for name in layers if "patch" not in str(name)]
-        chosen = {f"vision_encoder/{name}": ModulePlan(8, 0, 0.05) for name in layers if fnmatch(str(name), int8)}
+        names = [str(n.name) for n in model.graph if n.op_type in ("MatMul", "Conv") and weight_of(n) is not None]
+        names = [name for name in names if "patch" not in name and fnmatch(name, int8)]
+        chosen = {f"vision_encoder/{name}": ModulePlan(8, 0, 0.05) for name in names}
         plan: Any = SimpleNamespace(absorbers={}, modules=chosen, recipe=SimpleNamespace(name="int8"))
         quantize.apply(model, plan, "vision_encoder")
     if merge:
@@ -112,6 +119,8 @@ def lower(
         quantize_attention(model)
     if half:
         half_precision.apply(model)
+    if static:
+        tensorrt_network.fix_dimension(model, "tiles", 1)
 
 
 def as_convolutions(model: Any, names: str) -> None:
@@ -234,7 +243,7 @@ def build(folder: Path, name: str) -> None:
     parsed = tensorrt_network.parse(trt, folder / "onnx" / f"{name}.onnx", name, ("EXPLICIT_BATCH",))
 
     if form.get("layers"):
-        half_layers(trt, parsed.network)
+        half_layers(trt, parsed.network, form["layers"] == "attention")
 
     def configure(config: Any) -> None:
         if form.get("layers"):
@@ -258,48 +267,18 @@ def build(folder: Path, name: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(record))
 
 
-def half_cache(model: Any) -> int:
-    """The KV cache as FP16 inside of the graph too, with casts that a builder can fuse: where only the network's inputs
-    and outputs are told to be FP16, TensorRT 8.6 copies the whole cache to float32 and back at each step. Returns how
-    many tensors."""
-    import onnx_ir as ir
-    from vlmc.engines.builders.tensorrt import STATES
-    from vlmc.engines.passes import insert
+def half_layers(trt: Any, network: Any, attention: bool) -> None:
+    """Asks for FP16 in every layer of floats but norms and int8 products, or in attention's alone: beside int8 products
+    TensorRT 8.6 leaves the rest in float32 (docs/experiments.md)."""
+    from vlmc.engines.tensorrt_typing import NORM_PARTS, UNTOLD
 
-    graph, changed = model.graph, 0
-    for value in [value for value in graph.inputs if str(value.name).startswith(STATES)]:
-        uses = list(value.uses())
-        value.dtype = ir.DataType.FLOAT16
-        wide = insert(uses[0].node, "Cast", [value], f"{value.name}.wide", to=int(ir.DataType.FLOAT)).outputs[0]
-        wide.dtype = ir.DataType.FLOAT
-        for use in uses:
-            use.node.replace_input_with(use.idx, wide)
-        changed += 1
-    for index, value in enumerate(graph.outputs):
-        if str(value.name).startswith(STATES):
-            node = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT16)}, name=f"{value.name}.half")
-            made = node.outputs[0]
-            made.name, value.name = value.name, f"{value.name}.wide"
-            made.dtype, made.shape = ir.DataType.FLOAT16, value.shape
-            graph.append(node)
-            graph.outputs[index] = made
-            changed += 1
-    graph.sort()
-    return changed
-
-
-def half_layers(trt: Any, network: Any) -> None:
-    """Asks for FP16 in every layer of floats that is no part of a norm: beside int8 products TensorRT 8.6 leaves the
-    rest in float32, attention too (docs/experiments.md)."""
-    from vlmc.engines.builders.tensorrt import NORM_PARTS
-
-    integer = (trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE, trt.LayerType.CONSTANT, trt.LayerType.SHAPE)
-    for layer in (network.get_layer(index) for index in range(network.num_layers)):
-        if (
-            layer.type not in integer
-            and layer.get_output(0).dtype == trt.float32
-            and not layer.name.endswith(NORM_PARTS)
-        ):
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    dequantised = {layer.get_output(0).name for layer in layers if layer.type == trt.LayerType.DEQUANTIZE}
+    for layer in layers:
+        product = layer.type == trt.LayerType.MATRIX_MULTIPLY and layer.get_input(0).name in dequantised
+        if product or layer.type.name in UNTOLD or layer.name.endswith(NORM_PARTS):
+            continue
+        if layer.get_output(0).dtype == trt.float32 and (not attention or layer.name.endswith(ATTENTION)):
             layer.precision = trt.float16
             layer.set_output_type(0, trt.float16)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -137,31 +136,6 @@ def logits(model: ir.Model, feeds: dict[str, Any], folder: Path) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused kernels round activations
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     return session.run(["logits"], feeds)[0]
-
-
-def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
-    class Layer:
-        def __init__(self, name: str) -> None:
-            self.name, self.precision, self.output = name, "", ""
-
-        def set_output_type(self, index: int, kind: str) -> None:
-            self.output = kind
-
-    layers = [Layer("layers.0.norm.square"), Layer("layers.0.mlp.up_proj"), Layer("layers.0.norm.normal")]
-    inputs = [SimpleNamespace(name=name, dtype="f32") for name in ("inputs_embeds", "past_key_values.0.key")]
-    outputs = [SimpleNamespace(name=name, dtype="f32") for name in ("logits", "present.0.key")]
-    network = SimpleNamespace(
-        num_layers=3,
-        get_layer=layers.__getitem__,
-        num_inputs=2,
-        get_input=inputs.__getitem__,
-        num_outputs=2,
-        get_output=outputs.__getitem__,
-    )
-    parsed: Any = SimpleNamespace(network=network)
-    builder._type_weakly(SimpleNamespace(float32="f32", float16="f16"), parsed)
-    assert [layer.precision for layer in layers] == ["f32", "", "f32"]
-    assert [tensor.dtype for tensor in inputs + outputs] == ["f32", "f16", "f32", "f16"]
 
 
 def test_products_are_the_inspectors_where_it_shows_layers() -> None:
