@@ -53,7 +53,7 @@ def build(
         sizes = {name: (one.usual,) * 3 for name, one in job.sizes.items()} | dict.fromkeys(APART, (1, 1, 1))
         if component == "decoder" and not prefill:
             sizes["length"] = (1, 1, 1)
-        return [profile(model, sizes)]
+        return [one for one in [profile(model, sizes)] if one]  # none where nothing is free
 
     def lowered(model: Any, job: Any) -> str:
         made = lower(model, job)
