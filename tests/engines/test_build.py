@@ -15,7 +15,7 @@ from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, MatchSpec, re
 from vlmc.calibration.plan import plan_path
 from vlmc.engines import build as module
 from vlmc.engines import builders, trial
-from vlmc.engines.build import build, candidates, reason_not_here, results
+from vlmc.engines.build import TURNS, build, candidates, reason_not_here, results
 from vlmc.errors import VlmcError
 from vlmc.profiles.device import device_names, load_device
 
@@ -194,6 +194,9 @@ def kept(record: BuildSpec) -> dict[str, str]:
     return {component: choice.engine for component, choice in record.choices.items()}
 
 
+EACH = [trial.WHOLE] * 2 * TURNS  # a process for each of two mixes, in turns
+
+
 def test_one_backend_is_kept_where_its_whole_answers_are_faster(
     artifact: Artifact, recorded: Callable[..., None], in_process: list[tuple[str, ...]]
 ) -> None:
@@ -205,7 +208,9 @@ def test_one_backend_is_kept_where_its_whole_answers_are_faster(
     )
     assert "for all parts" not in record.choices["decoder"].reason
     assert [(answer.engines, answer.milliseconds) for answer in record.answers] == [(MIX, 66.0), (SINGLE, 62.0)]
-    assert [step[2] for step in in_process if step[0] == "trial"] == ["vision_encoder", "decoder", trial.WHOLE]
+    assert [step[2] for step in in_process if step[0] == "trial"] == ["vision_encoder", "decoder", *EACH]
+    mixes = [step[4:] for step in in_process if step[2] == trial.WHOLE]
+    assert mixes == [("+".join(MIX.values()),), ("+".join(SINGLE.values()),)] * TURNS
     assert read_record(BuildSpec, artifact.root / "engines" / "cpu" / "int8.json") == record
     assert [row["engine"] for row in results(artifact, record) if row["kept"]] == list(SINGLE.values())
 
@@ -233,7 +238,7 @@ def test_whole_answers_are_tried_once_for_the_same_engines(
     other = replace(first.answers[1], key="of another engine of that name")
     write_record(path, replace(first, answers=(first.answers[0], other)))
     assert kept(run(artifact, "cpu", "int8")[0]) == MIX  # both are tried anew
-    assert [step[2] for step in in_process] == [trial.WHOLE]
+    assert [step[2] for step in in_process] == EACH
 
 
 def test_a_record_from_before_whole_answers_is_read_and_they_are_tried(
@@ -248,7 +253,7 @@ def test_a_record_from_before_whole_answers_is_read_and_they_are_tried(
     assert artifact.build("cpu", "int8").answers == ()
     in_process.clear()
     assert len(run(artifact, "cpu", "int8")[0].answers) == 2
-    assert [step[2] for step in in_process] == [trial.WHOLE]
+    assert [step[2] for step in in_process] == EACH
 
 
 def test_a_backend_that_computes_something_else_is_no_alternative(
