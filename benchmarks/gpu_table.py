@@ -1,6 +1,6 @@
-"""The tables of benchmarks/results/h100.md, from a file that gpu_results.py wrote.
+"""The tables of benchmarks/results/h100.md, from files that gpu_results.py wrote, the later one's figures first.
 
-    python benchmarks/gpu_table.py benchmarks/results/h100-2026-11-22-sizes.json
+    python benchmarks/gpu_table.py benchmarks/results/h100-DATE.json benchmarks/results/h100-LATER.json
 
 A step's limit is the time in which the memory delivers what it reads at least once: the decoder's weights (2 bytes each
 in FP16, 1 in int8) and a full KV cache in FP16.
@@ -9,11 +9,14 @@ in FP16, 1 in int8) and a full KV cache in FP16.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 BANDWIDTH = 3.35e12  # bytes a second: NVIDIA's data sheet of the H100 SXM
+BEFORE = "†"  # of an engine whose layers were told no types
+CUT_TOWER = "smolvlm-2.2b-8of24"  # one layer of vision, for its decoder alone is looked at
 COLUMNS = (
     ("PyTorch eager", "eager"),
     ("CUDA graph", "graph"),
@@ -22,43 +25,71 @@ COLUMNS = (
 )
 
 
-def main(path: Path) -> None:
-    models = json.loads(path.read_text())["models"]
+def main(*paths: str) -> None:
+    models: dict[str, Any] = {}
+    for path in paths:
+        for name, model in json.loads(Path(path).read_text())["models"].items():
+            merge(models.setdefault(name, {}), model)
     header = [name for name, _ in COLUMNS] + ["ONNX Runtime CUDA", "TensorRT FP16", "TensorRT int8"]
     for what, part, form, key in (
         ("Vision, one tile", "vision_encoder", "single", "vision_encoder_ms"),
         ("A prompt (its length in brackets)", "decoder", "prefill", "prefill_ms"),
         ("A decode step, cache of 1,024 full", "decoder", "single", "decode_ms"),
     ):
-        rows = {name: row(model, part, form, key) for name, model in models.items()}
-        limit = ["share of the limit, FP16 and int8"] if key == "decode_ms" else []
+        limit = ["share of the limit, FP16 and int8"] if part == "decoder" and form == "single" else []
         print(f"{what}, milliseconds:\n")
         print(line(["model", *header, *limit]))
         print(line(["---"] * (1 + len(header) + len(limit))))
-        for name, cells in rows.items():
-            if any(cells):
-                given = models[name].get("torch", {}).get("eager", {})
+        for name, model in sorted((whole_towers(models) if part == "vision_encoder" else models).items()):
+            cells = row(model, part, form, key)
+            if any(ms is not None for ms, _ in cells):
+                given = model.get("torch", {}).get("eager", {})
                 title = f"{name} ({given['prompt']})" if form == "prefill" and "prompt" in given else name
-                print(line([title, *map(shown, cells), *(shares(models[name], cells) if limit else [])]))
+                print(line([title, *map(shown, cells), *(shares(model, cells) if limit else [])]))
         print()
 
 
-def row(model: dict[str, Any], part: str, form: str, key: str) -> list[float | None]:
+def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for name, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            merge(into[name], value)
+        else:
+            into[name] = value
+
+
+def whole_towers(models: dict[str, Any]) -> dict[str, Any]:
+    """By the model's own name: where its decoder was cut (`-8of24`) its vision encoder was not."""
+    found: dict[str, Any] = {}
+    for name in sorted(models, reverse=True):
+        if name != CUT_TOWER:
+            merge(found.setdefault(re.sub(r"-\d+of\d+$", "", name), {}), models[name])
+    return found
+
+
+Cell = tuple[float | None, str]  # milliseconds and a mark
+
+
+def row(model: dict[str, Any], part: str, form: str, key: str) -> list[Cell]:
     torch, engines = model.get("torch", {}), model.get("engines", {}).get(part, {}).get(form, {})
-    found = [torch.get(mode, {}).get(key) for mode in (*(mode for _, mode in COLUMNS), "onnxruntime")]
-    return found + [engines.get(f"tensorrt-{precision}", {}).get("ms") for precision in ("fp16", "int8")]
+    modes = [torch.get(mode, {}) for mode in (*(mode for _, mode in COLUMNS), "onnxruntime")]
+    found: list[Cell] = [(mode.get(key) if isinstance(mode, dict) else None, "") for mode in modes]
+    for precision in ("fp16", "int8"):
+        engine = engines.get(f"tensorrt-{precision}", {})
+        found.append((engine.get("ms"), BEFORE if part == "decoder" and not engine.get("told_layers") else ""))
+    return found
 
 
-def shares(model: dict[str, Any], cells: list[float | None]) -> list[str]:
+def shares(model: dict[str, Any], cells: list[Cell]) -> list[str]:
     kv = model["kv"]
     cache = 2 * kv["layers"] * kv["kv_heads"] * kv["capacity"] * kv["head_dim"] * 2
     limits = [(model["parameters"]["decoder"] * size + cache) / BANDWIDTH * 1000 for size in (2, 1)]
     pairs = zip(limits, cells[-2:], strict=True)
-    return [", ".join("–" if ms is None else f"{100 * limit / ms:.0f} %" for limit, ms in pairs)]
+    return [", ".join("–" if ms is None else f"{100 * limit / ms:.0f} %" for limit, (ms, _) in pairs)]
 
 
-def shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+def shown(cell: Cell) -> str:
+    ms, mark = cell
+    return "–" if ms is None else f"{ms:.2f}{mark}"
 
 
 def line(cells: list[str]) -> str:
@@ -66,4 +97,4 @@ def line(cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*sys.argv[1:])
