@@ -12,7 +12,7 @@ timing cache lies in the device's folder of the artefact, for all its engines.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -143,15 +143,7 @@ def build(model: ir.Model, job: Job) -> Built:
             tensorrt_calibrator.use(trt, parsed.builder, config, job.calibration, cuda.Gpu())
         cache.use(config)
 
-    try:
-        engine = tensorrt_network.serialise(parsed, shapes, configure)
-    except VlmcError:
-        if not told:
-            raise
-        tensorrt_typing.release(told)
-        parsed.errors.clear()
-        told = []
-        engine = tensorrt_network.serialise(parsed, shapes, configure)
+    engine = serialised(parsed, shapes, configure, told)
     (job.folder / ENGINE).write_bytes(engine)
     cache.keep()
     settings = {"version": str(trt.__version__), "sm": cuda.architecture(), **_inspected(trt, parsed, engine)}
@@ -159,6 +151,20 @@ def build(model: ir.Model, job: Job) -> Built:
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
     return Built(ENGINE, settings, contract)
+
+
+def serialised(parsed: Parsed, shapes: Sequence[Profile], configure: Callable[[Any], None], told: list[Any]) -> Any:
+    """The engine; where TensorRT has no implementation for what layers were told, one without that, and `told` is
+    empty then."""
+    try:
+        return tensorrt_network.serialise(parsed, shapes, configure)
+    except VlmcError:
+        if not told:
+            raise
+    tensorrt_typing.release(told)
+    told.clear()
+    parsed.errors.clear()
+    return tensorrt_network.serialise(parsed, shapes, configure)
 
 
 def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from vlmc.engines import builders, tensorrt_network
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.passes import quantize
 from vlmc.engines.tensorrt_profiles import Range
+from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.profiles.device import load_device
 
@@ -136,6 +138,32 @@ def logits(model: ir.Model, feeds: dict[str, Any], folder: Path) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused kernels round activations
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     return session.run(["logits"], feeds)[0]
+
+
+def test_layers_are_told_nothing_where_tensorrt_has_no_implementation_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layer:
+        num_outputs, told = 1, True
+
+        def reset_precision(self) -> None:
+            self.told = False
+
+        def reset_output_type(self, index: int) -> None:
+            assert index == 0
+
+    parsed: Any = SimpleNamespace(errors=["no implementation"])
+
+    def serialise(*arguments: Any) -> bytes:
+        if layer.told:
+            raise VlmcError("TensorRT does not build it")
+        return b"engine"
+
+    monkeypatch.setattr(tensorrt_network, "serialise", serialise)
+    layer = Layer()
+    with pytest.raises(VlmcError, match="does not build"):
+        builder.serialised(parsed, [], print, [])
+    told: list[Any] = [layer]
+    assert builder.serialised(parsed, [], print, told) == b"engine"
+    assert (told, parsed.errors) == ([], [])
 
 
 def test_products_are_the_inspectors_where_it_shows_layers() -> None:
