@@ -26,7 +26,6 @@ ROUNDS, RUNS, SECONDS = 5, 40, 2.0
 FORMS: dict[str, dict[str, Any]] = {
     "single": {},
     "prefill": {"prefill": True},
-    "untold": {"untold": True},
     "static": {"static": True},
 }
 
@@ -38,16 +37,15 @@ def build(
     precision: str,
     *,
     prefill: bool = False,
-    untold: bool = False,
     static: bool = False,
 ) -> None:
-    """`untold`: no layer of a decoder is told its type; `static`: a decode step whose length is no free size."""
-    from vlmc.engines import tensorrt_network, tensorrt_typing
+    """`static`: a decode step whose length is no free size."""
+    from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
     from vlmc.engines.tensorrt_profiles import profile
     from vlmc.runtime.tensorrt_engine import APART
 
-    lower, told = tensorrt.lower, tensorrt_typing.apply
+    lower = tensorrt.lower
 
     def profiles(model: Any, job: Any) -> Any:
         sizes = {name: (one.usual,) * 3 for name, one in job.sizes.items()} | dict.fromkeys(APART, (1, 1, 1))
@@ -62,8 +60,6 @@ def build(
         return made
 
     tensorrt.profiles, tensorrt.lower = profiles, lowered
-    if untold:
-        tensorrt_typing.apply = lambda trt, network, decoder: told(trt, network, False)
     place = folder / "engines" / form / component / f"tensorrt-{precision}"
     # Engines of several forms stand side by side in one artefact.
     Candidate.folder = lambda self, artifact: place  # type: ignore[method-assign]
@@ -158,7 +154,6 @@ def measure(folder: Path, component: str, form: str) -> dict[str, Any]:
             "build_peak_bytes": report.peak_memory_bytes,
             "bytes": report.size_bytes,
             "layers": spec.settings["layers"],
-            "told_layers": spec.settings["told_layers"],
             "products": report.products,
         }
     samples = in_rounds(gpu, launches)

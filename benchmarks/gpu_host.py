@@ -38,7 +38,7 @@ DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in several forms
 BOTH = ("fp16", "int8")
-STUDIED = ("untold", "static")
+STUDIED = ("static",)
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it

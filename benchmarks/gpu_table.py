@@ -2,12 +2,13 @@
 
     python benchmarks/gpu_table.py benchmarks/results/h100-DATE.json benchmarks/results/h100-LATER.json
 
-A step's limit is the time in which the memory delivers what it reads at least once: the decoder's weights (2 bytes each
-in FP16, 1 in int8) and a full KV cache in FP16.
+A record's `mark` stands behind what its decoders' engines took. A step's limit is the time in which the memory delivers
+what it reads at least once: the decoder's weights (2 bytes each in FP16, 1 in int8) and a full KV cache in FP16.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import sys
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 BANDWIDTH = 3.35e12  # bytes a second: NVIDIA's data sheet of the H100 SXM
-BEFORE = "†"  # of an engine whose layers were told no types
 CUT_TOWER = "smolvlm-2.2b-8of24"  # one layer of vision, for its decoder alone is looked at
 COLUMNS = (
     ("PyTorch eager", "eager"),
@@ -28,7 +28,11 @@ COLUMNS = (
 def main(*paths: str) -> None:
     models: dict[str, Any] = {}
     for path in paths:
-        for name, model in json.loads(Path(path).read_text())["models"].items():
+        record = json.loads(Path(path).read_text())
+        for name, model in record["models"].items():
+            for form in model.get("engines", {}).get("decoder", {}).values():
+                for engine in form.values():
+                    engine["mark"] = record.get("mark", "")
             merge(models.setdefault(name, {}), model)
     header = [name for name, _ in COLUMNS] + ["ONNX Runtime CUDA", "TensorRT FP16", "TensorRT int8"]
     for what, part, form, key in (
@@ -62,7 +66,7 @@ def whole_towers(models: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in sorted(models, reverse=True):
         if name != CUT_TOWER:
-            merge(found.setdefault(re.sub(r"-\d+of\d+$", "", name), {}), models[name])
+            merge(found.setdefault(re.sub(r"-\d+of\d+$", "", name), {}), copy.deepcopy(models[name]))
     return found
 
 
@@ -75,7 +79,7 @@ def row(model: dict[str, Any], part: str, form: str, key: str) -> list[Cell]:
     found: list[Cell] = [(mode.get(key) if isinstance(mode, dict) else None, "") for mode in modes]
     for precision in ("fp16", "int8"):
         engine = engines.get(f"tensorrt-{precision}", {})
-        found.append((engine.get("ms"), BEFORE if part == "decoder" and not engine.get("told_layers") else ""))
+        found.append((engine.get("ms"), engine.get("mark", "")))
     return found
 
 

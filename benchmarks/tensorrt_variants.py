@@ -19,6 +19,8 @@ from types import SimpleNamespace
 from typing import Any
 
 LAYERS = 2
+# Layers whose types are no choice, and norms, with which TensorRT 8.6 finds no implementation.
+UNTOLD = ("QUANTIZE", "DEQUANTIZE", "CONSTANT", "SHAPE", "CAST", "NORMALIZATION")
 ATTENTION = (".scores", ".values", ".weights", ".query", ".key")
 FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph as `vlmc build` lowers it
     "fp16-convolution": {"patches": False},
@@ -270,7 +272,7 @@ def build(folder: Path, name: str) -> None:
 def half_layers(trt: Any, network: Any, attention: bool) -> None:
     """Asks for FP16 in every layer of floats but norms and int8 products, or in attention's alone: beside int8 products
     TensorRT 8.6 leaves the rest in float32 (docs/experiments.md)."""
-    from vlmc.engines.tensorrt_typing import NORM_PARTS, UNTOLD
+    from vlmc.engines.builders.tensorrt import NORM_PARTS
 
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     dequantised = {layer.get_output(0).name for layer in layers if layer.type == trt.LayerType.DEQUANTIZE}

@@ -40,8 +40,8 @@ def times(artifact: Artifact, runners: dict[str, Any], decoder: Any, golden: dic
     for name, runner in runners.items():
         arrays = {}
         for tensor in artifact.manifest.components[name].inputs:
-            array = golden[f"0.{tensor.name}"]
-            arrays[tensor.name] = array[:1] if tensor.shape[0] in APART else array
+            one = tuple(slice(1) if size in APART else slice(None) for size in tensor.shape)
+            arrays[tensor.name] = golden[f"0.{tensor.name}"][one]
         found[f"{name}_ms"] = statistics.median(trial.timed(lambda: runner.run(arrays)))  # noqa: B023
         found[f"{name}_joules"] = joules(lambda: runner.run(arrays))  # noqa: B023
     if decoder is None:

@@ -12,7 +12,7 @@ timing cache lies in the device's folder of the artefact, for all its engines.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,13 +21,12 @@ import onnx_ir as ir
 
 from ...artifact import FLOATS, KvContract
 from ...calibration import recipes
-from ...errors import VlmcError
 from ...files import write_bytes
 from ...profiles.device import Device
 from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
 from ...runtime.tensorrt_engine import ENGINE, logger
-from .. import tensorrt_calibrator, tensorrt_network, tensorrt_typing
+from .. import tensorrt_calibrator, tensorrt_network
 from ..passes import (
     float_outputs,
     float_weights,
@@ -48,6 +47,8 @@ STRONG = (10, 12)
 INTEGER_WEIGHTS = INT4 = (10, 0)  # weights as int8 constants, and blocks of int4
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST = 8  # tiles or texts at once; more run in parts
+STATES = ("past_key_values.", "present.")
+NORM_PARTS = (".square", ".mean", ".shifted", ".root", ".normal")  # layers of a spelt-out norm (passes/decompositions)
 REGION = "(asked; in a fused region, where TensorRT shows no kernel)"
 PRODUCTS = (
     "CaskConvolution",
@@ -131,7 +132,8 @@ def build(model: ir.Model, job: Job) -> Built:
         del model
         flags = ("EXPLICIT_BATCH",) if weak else ("EXPLICIT_BATCH", "STRONGLY_TYPED")
         parsed = tensorrt_network.parse(trt, path, job.component, flags)
-    told = tensorrt_typing.apply(trt, parsed.network, job.component == "decoder") if weak else []
+    if weak:
+        _type_weakly(trt, parsed)
 
     def configure(config: Any) -> None:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then names precisions
@@ -143,34 +145,35 @@ def build(model: ir.Model, job: Job) -> Built:
             tensorrt_calibrator.use(trt, parsed.builder, config, job.calibration, cuda.Gpu())
         cache.use(config)
 
-    engine = serialised(parsed, shapes, configure, told)
+    engine = tensorrt_network.serialise(parsed, shapes, configure)
     (job.folder / ENGINE).write_bytes(engine)
     cache.keep()
     settings = {"version": str(trt.__version__), "sm": cuda.architecture(), **_inspected(trt, parsed, engine)}
-    settings["told_layers"] = len(told)
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
     return Built(ENGINE, settings, contract)
-
-
-def serialised(parsed: Parsed, shapes: Sequence[Profile], configure: Callable[[Any], None], told: list[Any]) -> Any:
-    """The engine; where TensorRT has no implementation for what layers were told, one without that, and `told` is
-    empty then."""
-    try:
-        return tensorrt_network.serialise(parsed, shapes, configure)
-    except VlmcError:
-        if not told:
-            raise
-    tensorrt_typing.release(told)
-    told.clear()
-    parsed.errors.clear()
-    return tensorrt_network.serialise(parsed, shapes, configure)
 
 
 def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
     """As the builder read them when it had the engine in hand."""
     counts: dict[str, int] = settings["products"]
     return counts
+
+
+def _type_weakly(trt: Any, parsed: Parsed) -> None:
+    """What FP16 must not touch, and what it must: norms stay float32, for squares leave FP16's range; the KV cache is
+    FP16, which halves what a step reads."""
+    network = parsed.network
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.name.endswith(NORM_PARTS):
+            layer.precision = trt.float32
+            layer.set_output_type(0, trt.float32)
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    tensors += [network.get_output(i) for i in range(network.num_outputs)]
+    for tensor in tensors:
+        if tensor.name.startswith(STATES):
+            tensor.dtype = trt.float16
 
 
 class _TimingCache:

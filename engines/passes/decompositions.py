@@ -48,9 +48,7 @@ def rotary_embedding(node: ir.Node, made: Made) -> ir.Value:
     rest = None
     if turned < width:
         x, rest = _split(node, "parts", x, [turned, width - turned])
-    half = turned // 2
-    # A Gather is fused with the products behind it; TensorRT 8.6 copies the halves of a Split one by one.
-    swapped = _add(node, "swapped", "Gather", [x, _integers(node, [*range(half, turned), *range(half)])], axis=3)
+    swapped = _add(node, "swapped", "Concat", _split(node, "halves", x, [turned // 2, turned // 2])[::-1], axis=3)
     cosines, sines = _twice(node, "cos", cos, made), _twice(node, "sin", sin, made)
     products = [_add(node, "cos", "Mul", [x, cosines]), _add(node, "sin", "Mul", [swapped, sines])]
     result = _add(node, "turned", "Add", products)

@@ -1,15 +1,10 @@
 """Attention over a scattered cache → attention over two segments, what the cache holds and what is new.
 
-The cache is then only read: the scores of both segments meet in the maximum and the sum of one softmax, and the graph
+The cache is then only read: its products and those of the new keys and values meet in one softmax, and the graph
 returns the new keys and values alone, which the runtime writes at write_index. Its KV contract is `append`.
-
-The form is the one that TensorRT 8.6 makes the fewest kernels of (docs/experiments.md): nothing is put side by side or
-cut apart, and the cached keys are a product's left operand, for as the right one they are turned at each step.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,9 +13,7 @@ from ...artifact import KvSpec
 from ...errors import VlmcError
 from . import HIDDEN, causal, constant, insert, producer, prune, replace, reshaped
 
-SEGMENTS = ("past", "new")
-TURNED = [0, 1, 3, 2]
-Segments = tuple[ir.Value, ir.Value]  # of what the cache holds, and of what is new
+END = np.iinfo(np.int32).max  # of a slice
 
 
 def apply(model: ir.Model, kv: KvSpec) -> int:
@@ -36,7 +29,7 @@ def apply(model: ir.Model, kv: KvSpec) -> int:
     for value in graph.inputs:
         if str(value.name).startswith("past_key_values."):
             value.shape = ir.Shape((1, kv.kv_heads, kv.capacity, kv.head_dim))
-    hidden: dict[tuple[ir.Value, int], Segments] = {}  # by the mask and the number of queries that share a key
+    hidden: dict[tuple[ir.Value, int], ir.Value] = {}  # by the mask and the number of queries that share a key
     scatters: dict[ir.Node, None] = {}
     for node in attentions:
         keys, values = (producer(scattered, "TensorScatter") for scattered in node.inputs[1:3])
@@ -74,8 +67,8 @@ def _heads(node: ir.Node) -> int:
     return int(query.shape[1])  # type: ignore[arg-type]
 
 
-def _hidden(anchor: ir.Node, mask: ir.Value, write_index: ir.Value | None, group: int, capacity: int) -> Segments:
-    """Boolean (1, 1, group × length, capacity) and (1, 1, group × length, length): the keys that a query does not see.
+def _hidden(anchor: ir.Node, mask: ir.Value, write_index: ir.Value | None, group: int, capacity: int) -> ir.Value:
+    """Boolean (1, 1, group × length, capacity + length): the keys that a query does not see.
 
     Of the cache that is what the mask hides, and all from write_index on; of the new ones what it hides where they
     would have been written. In int32, for TensorRT 8 gathers no booleans."""
@@ -93,47 +86,35 @@ def _hidden(anchor: ir.Node, mask: ir.Value, write_index: ir.Value | None, group
     steps = insert(anchor, "Range", [zero, length, one], f"{name}.steps").outputs[0]
     places = insert(anchor, "Add", [steps, write_index], f"{name}.places").outputs[0]
     new = insert(anchor, "Gather", [seen, places], f"{name}.new", axis=3).outputs[0]
-
-    def unseen(keys: ir.Value, segment: str) -> ir.Value:
-        if group > 1:  # rows in the order of _attend's queries
-            keys = insert(anchor, "Concat", [keys] * group, f"{name}.{segment}.grouped", axis=2).outputs[0]
-        return insert(anchor, "Less", [keys, some], f"{name}.{segment}.hidden").outputs[0]
-
-    return unseen(past, "past"), unseen(new, "new")
+    keys = insert(anchor, "Concat", [past, new], f"{name}.keys", axis=3).outputs[0]
+    if group > 1:  # rows in the order of _attend's queries
+        keys = insert(anchor, "Concat", [keys] * group, f"{name}.grouped", axis=2).outputs[0]
+    return insert(anchor, "Less", [keys, some], name).outputs[0]
 
 
-def _attend(node: ir.Node, keys: ir.Node, values: ir.Node, hidden: Segments, kv: KvSpec) -> ir.Value:
+def _attend(node: ir.Node, keys: ir.Node, values: ir.Node, hidden: ir.Value, kv: KvSpec) -> ir.Value:
     """softmax(q · [past, new]ᵀ) · [past, new], of which neither pair is ever put side by side."""
     graph, name, heads = node.graph, str(node.name), _heads(node)
     assert isinstance(graph, ir.Graph)
-    last = constant(graph, "axis.last", np.array([-1], np.int64))
-    # Chosen and not added: what an unwritten place holds may be of any size.
-    fill = constant(graph, "hidden.score", np.array(HIDDEN, np.float32))
-
-    def add(part: str, operator: str, inputs: list[ir.Value | None], **attributes: Any) -> ir.Value:
-        return insert(node, operator, inputs, f"{name}.{part}", **attributes).outputs[0]
-
     scale = node.attributes.get_float("scale", kv.head_dim**-0.5)
-    query = add("scaled", "Mul", [node.inputs[0], constant(graph, f"{name}.scale", np.array(scale, np.float32))])
+    factor = constant(graph, f"{name}.scale", np.array(scale, np.float32))
+    query = insert(node, "Mul", [node.inputs[0], factor], f"{name}.scaled").outputs[0]
     # Queries that share a key are rows of one product, so no key is repeated.
     query = reshaped(node, query, (1, kv.kv_heads, -1, kv.head_dim), f"{name}.grouped")
-    columns = add("past.columns", "MatMul", [keys.inputs[0], add("columns", "Transpose", [query], perm=TURNED)])
-    scores = [
-        add("past.scores", "Transpose", [columns], perm=TURNED),
-        add("new.scores", "MatMul", [query, add("new.key", "Transpose", [keys.inputs[1]], perm=TURNED)]),
-    ]
-    seen = [
-        add(f"{segment}.seen", "Where", [unseen, fill, score])
-        for segment, unseen, score in zip(SEGMENTS, hidden, scores, strict=True)
-    ]
-    tops = [add(f"{segment}.top", "ReduceMax", [score, last]) for segment, score in zip(SEGMENTS, seen, strict=True)]
-    top = add("top", "Max", [*tops])
-    sums, outputs, powers = [], [], []
-    for segment, score in zip(SEGMENTS, seen, strict=True):
-        powers.append(add(f"{segment}.power", "Exp", [add(f"{segment}.less", "Sub", [score, top])]))
-        sums.append(add(f"{segment}.sum", "ReduceSum", [powers[-1], last]))
-    total = add("sum", "Add", [*sums])
-    for segment, power, scattered in zip(SEGMENTS, powers, values.inputs[:2], strict=True):
-        share = add(f"{segment}.weights", "Div", [power, total])
-        outputs.append(add(f"{segment}.values", "MatMul", [share, scattered]))
-    return reshaped(node, add("values", "Add", [*outputs]), (1, heads, -1, kv.head_dim), f"{name}.heads")
+    scores = []
+    for segment, part in (("past", keys.inputs[0]), ("new", keys.inputs[1])):
+        turned = insert(node, "Transpose", [part], f"{name}.{segment}.key", perm=[0, 1, 3, 2]).outputs[0]
+        scores.append(insert(node, "MatMul", [query, turned], f"{name}.{segment}.scores").outputs[0])
+    joined = insert(node, "Concat", [*scores], f"{name}.scores", axis=3).outputs[0]
+    # Chosen and not added: what an unwritten place holds may be of any size.
+    fill = constant(graph, "hidden.score", np.array(HIDDEN, np.float32))
+    seen = insert(node, "Where", [hidden, fill, joined], f"{name}.seen").outputs[0]
+    weights = insert(node, "Softmax", [seen], f"{name}.weights", axis=3).outputs[0]
+    outputs = []
+    segments = (("past", values.inputs[0], 0, kv.capacity), ("new", values.inputs[1], kv.capacity, END))
+    for segment, part, start, end in segments:
+        bounds = [constant(graph, f"bound.{bound}", np.array([bound], np.int64)) for bound in (start, end, 3)]
+        share = insert(node, "Slice", [weights, *bounds], f"{name}.{segment}.weights").outputs[0]
+        outputs.append(insert(node, "MatMul", [share, part], f"{name}.{segment}.values").outputs[0])
+    total = insert(node, "Add", [*outputs], f"{name}.values").outputs[0]
+    return reshaped(node, total, (1, heads, -1, kv.head_dim), f"{name}.heads")

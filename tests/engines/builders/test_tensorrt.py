@@ -21,7 +21,6 @@ from vlmc.engines import builders, tensorrt_network
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.passes import quantize
 from vlmc.engines.tensorrt_profiles import Range
-from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.profiles.device import load_device
 
@@ -140,30 +139,29 @@ def logits(model: ir.Model, feeds: dict[str, Any], folder: Path) -> Any:
     return session.run(["logits"], feeds)[0]
 
 
-def test_layers_are_told_nothing_where_tensorrt_has_no_implementation_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
     class Layer:
-        num_outputs, told = 1, True
+        def __init__(self, name: str) -> None:
+            self.name, self.precision, self.output = name, "", ""
 
-        def reset_precision(self) -> None:
-            self.told = False
+        def set_output_type(self, index: int, kind: str) -> None:
+            self.output = kind
 
-        def reset_output_type(self, index: int) -> None:
-            assert index == 0
-
-    parsed: Any = SimpleNamespace(errors=["no implementation"])
-
-    def serialise(*arguments: Any) -> bytes:
-        if layer.told:
-            raise VlmcError("TensorRT does not build it")
-        return b"engine"
-
-    monkeypatch.setattr(tensorrt_network, "serialise", serialise)
-    layer = Layer()
-    with pytest.raises(VlmcError, match="does not build"):
-        builder.serialised(parsed, [], print, [])
-    told: list[Any] = [layer]
-    assert builder.serialised(parsed, [], print, told) == b"engine"
-    assert (told, parsed.errors) == ([], [])
+    layers = [Layer("layers.0.norm.square"), Layer("layers.0.mlp.up_proj"), Layer("layers.0.norm.normal")]
+    inputs = [SimpleNamespace(name=name, dtype="f32") for name in ("inputs_embeds", "past_key_values.0.key")]
+    outputs = [SimpleNamespace(name=name, dtype="f32") for name in ("logits", "present.0.key")]
+    network = SimpleNamespace(
+        num_layers=3,
+        get_layer=layers.__getitem__,
+        num_inputs=2,
+        get_input=inputs.__getitem__,
+        num_outputs=2,
+        get_output=outputs.__getitem__,
+    )
+    parsed: Any = SimpleNamespace(network=network)
+    builder._type_weakly(SimpleNamespace(float32="f32", float16="f16"), parsed)
+    assert [layer.precision for layer in layers] == ["f32", "", "f32"]
+    assert [tensor.dtype for tensor in inputs + outputs] == ["f32", "f16", "f32", "f16"]
 
 
 def test_products_are_the_inspectors_where_it_shows_layers() -> None:

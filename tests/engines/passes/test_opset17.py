@@ -121,7 +121,7 @@ def test_tables_of_the_rotation_are_made_once(operators: Any) -> None:
     model = graph("""(float[1,2,N,8] x, float[1,N,4] c, float[1,N,4] s) => (float[1,2,N,8] y)
                      { a = RotaryEmbedding(x, c, s) y = RotaryEmbedding(a, c, s) }""")
     assert opset17.apply(model) == 2
-    assert operators(model) == {"Unsqueeze": 2, "Neg": 1, "Concat": 2, "Gather": 2, "Mul": 4, "Add": 2}
+    assert operators(model) == {"Unsqueeze": 2, "Neg": 1, "Concat": 4, "Split": 2, "Mul": 4, "Add": 2}
 
 
 def test_a_cast_from_int32_to_int32_goes(operators: Any) -> None:
