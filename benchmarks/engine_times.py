@@ -5,8 +5,9 @@
     ncu … python benchmarks/engine_times.py launch ARTEFACT COMPONENT FORM ENGINE one run, for the names of its kernels
 
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
-tile or text, or one decode step at the cache's end, or a prompt of the golden one's length. FORMS are ways to build;
-the engines lie in ARTEFACT/engines/FORM.
+tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
+the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of decoder_forms.py, and `told-half`,
+`told-float` or `told-left` for its `tell`. The engines lie in ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
@@ -23,43 +24,43 @@ from vlmc.engines.candidate import Candidate
 from vlmc.engines.candidate import build as build_engine
 
 ROUNDS, RUNS, SECONDS = 5, 40, 2.0
-FORMS: dict[str, dict[str, Any]] = {
-    "single": {},
-    "prefill": {"prefill": True},
-    "static": {"static": True},
-}
+TOLD = "told-"
 
 
-def build(
-    folder: Path,
-    component: str,
-    form: str,
-    precision: str,
-    *,
-    prefill: bool = False,
-    static: bool = False,
-) -> None:
-    """`static`: a decode step whose length is no free size."""
+def build(folder: Path, component: str, form: str, precision: str) -> None:
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
     from vlmc.engines.tensorrt_profiles import profile
     from vlmc.runtime.tensorrt_engine import APART
 
-    lower = tensorrt.lower
+    words, lower, serialise, usual = form.split("+"), tensorrt.lower, tensorrt_network.serialise, tensorrt.profiles
 
     def profiles(model: Any, job: Any) -> Any:
+        if "whole" in words:
+            return usual(model, job)
         sizes = {name: (one.usual,) * 3 for name, one in job.sizes.items()} | dict.fromkeys(APART, (1, 1, 1))
-        if component == "decoder" and not prefill:
+        if component == "decoder" and "prefill" not in words:
             sizes["length"] = (1, 1, 1)
         return [one for one in [profile(model, sizes)] if one]  # none where nothing is free
 
     def lowered(model: Any, job: Any) -> str:
+        from decoder_forms import CHANGES
+
         made = lower(model, job)
-        if static:
-            tensorrt_network.fix_dimension(model, "length", 1)
+        for word in words:
+            if word in CHANGES:
+                print(word, CHANGES[word](model), flush=True)
         return made
 
-    tensorrt.profiles, tensorrt.lower = profiles, lowered
+    def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
+        from decoder_forms import tell
+
+        for word in words:
+            if word.startswith(TOLD):
+                print(word, tell(parsed.trt, parsed.network, word.removeprefix(TOLD)), flush=True)
+        return serialise(parsed, shapes, configure)
+
+    tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
     place = folder / "engines" / form / component / f"tensorrt-{precision}"
     # Engines of several forms stand side by side in one artefact.
     Candidate.folder = lambda self, artifact: place  # type: ignore[method-assign]
@@ -202,7 +203,7 @@ def main() -> None:
     command, root, component, form, *rest = sys.argv[1:]
     folder = Path(root)
     if command == "build":
-        build(folder, component, form, *rest, **FORMS[form])
+        build(folder, component, form, *rest)
     elif command == "launch":
         launch(folder, component, form, *rest)
     else:

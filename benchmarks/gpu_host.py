@@ -38,7 +38,11 @@ DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in several forms
 BOTH = ("fp16", "int8")
-STUDIED = ("static",)
+SHORTER = "gather+left+joined"
+STUDIED = (SHORTER, f"{SHORTER}+told-half", f"{SHORTER}+told-left", f"{SHORTER}+static+element+pieces+told-left")
+WHOLE = tuple(
+    f"whole+{change}" for change in SHORTER.split("+")
+)  # of the demo: which builds with profiles for prompts?
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
@@ -180,6 +184,8 @@ class Model:
                         return
             if name == DEMO:
                 self.whole()
+                for form in WHOLE:
+                    self.group("decoder", form, 30)
                 return
             for part in self.parts:
                 self.group(part, "single", self.place)
