@@ -39,7 +39,7 @@ from ..runtime import backends, cuda
 from . import builders, child, trial, verdict, work
 from .candidate import Candidate, cached, record_trial
 
-TURNS = 2  # of each mix, so that a slow minute falls on all of them
+TURNS = 3  # of each mix, so that a slow minute falls on all of them
 Report = Callable[[str, int, int], None]  # what is being done, done, total
 
 

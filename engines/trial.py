@@ -4,7 +4,8 @@ One process a component. Rounds go over the candidates, each loaded alone, so th
 on all of them and idle threads of one do not disturb another.
 
 What a component gains by itself can be lost in an answer, where another backend runs before and behind it. So whole
-answers are tried too, as if they were a component: WHOLE, whose engines are mixes, all components' joined by `+`.
+answers are tried too, as if they were a component: WHOLE, whose engines are mixes, all components' joined by `+`, each
+in turns of a process of its own (build.py).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def try_component(artifact: Artifact, device: str, component: str, engines: list
         golden = {name: file[name] for name in file.files}
     samples: dict[str, dict[str, list[float]]] = {engine: {} for engine in engines}
     agreement = dict.fromkeys(engines, 0.0)
-    for _ in range(ROUNDS):
+    for _ in range(1 if component == WHOLE else ROUNDS):  # a mix has its turns instead
         for engine in engines:
             trial = {"decoder": _decoder_trial, WHOLE: _answer_trial}.get(component, _runner_trial)
             agreement[engine], timings = trial(artifact, device, component, engine, embed, golden)
