@@ -154,7 +154,8 @@ def ending(model: ir.Model, operator: str, name: str) -> list[ir.Node]:
 def tell(trt: Any, network: Any, angles: str) -> int:
     """Tells every float layer to be FP16, but norms, int8 products and network outputs; what follows from positions
     alone is told `angles`: half, float, or left. Returns how many layers were told FP16."""
-    from vlmc.engines.builders.tensorrt import NORM_PARTS, STATES
+    from vlmc.engines.builders.tensorrt import STATES
+    from vlmc.engines.passes import norms
 
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     outputs = [network.get_output(index).name for index in range(network.num_outputs)]
@@ -167,7 +168,7 @@ def tell(trt: Any, network: Any, angles: str) -> int:
     for layer in layers:
         made = layer.get_output(0).name
         product = layer.type.name == "MATRIX_MULTIPLY" and layer.get_input(0).name in dequantised
-        if product or layer.type.name in UNTOLD or layer.name.endswith(NORM_PARTS) or made in kept:
+        if product or layer.type.name in UNTOLD or layer.name.endswith(norms.PARTS) or made in kept:
             continue
         kind = trt.float32 if made in exact and angles == "float" else trt.float16
         for index in range(layer.num_outputs):

@@ -272,13 +272,13 @@ def build(folder: Path, name: str) -> None:
 def half_layers(trt: Any, network: Any, attention: bool) -> None:
     """Asks for FP16 in every layer of floats but norms and int8 products, or in attention's alone: beside int8 products
     TensorRT 8.6 leaves the rest in float32 (docs/experiments.md)."""
-    from vlmc.engines.builders.tensorrt import NORM_PARTS
+    from vlmc.engines.passes import norms
 
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     dequantised = {layer.get_output(0).name for layer in layers if layer.type == trt.LayerType.DEQUANTIZE}
     for layer in layers:
         product = layer.type == trt.LayerType.MATRIX_MULTIPLY and layer.get_input(0).name in dequantised
-        if product or layer.type.name in UNTOLD or layer.name.endswith(NORM_PARTS):
+        if product or layer.type.name in UNTOLD or layer.name.endswith(norms.PARTS):
             continue
         if layer.get_output(0).dtype == trt.float32 and (not attention or layer.name.endswith(ATTENTION)):
             layer.precision = trt.float16

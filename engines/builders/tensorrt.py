@@ -31,6 +31,7 @@ from ..passes import (
     float_outputs,
     float_weights,
     half_precision,
+    norms,
     opset17,
     patches_as_matmul,
     token_loop,
@@ -48,7 +49,6 @@ INTEGER_WEIGHTS = INT4 = (10, 0)  # weights as int8 constants, and blocks of int
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST = 8  # tiles or texts at once; more run in parts
 STATES = ("past_key_values.", "present.")
-NORM_PARTS = (".square", ".mean", ".shifted", ".root", ".normal")  # layers of a spelt-out norm (passes/decompositions)
 REGION = "(asked; in a fused region, where TensorRT shows no kernel)"
 PRODUCTS = (
     "CaskConvolution",
@@ -89,6 +89,7 @@ def version(device: Device) -> tuple[int, int]:
 def lower(model: ir.Model, job: Job) -> str:
     """The graph as the device's TensorRT takes it, changed in place; returns the form of its KV contract."""
     float_outputs.apply(model)  # attention is fused in float16
+    norms.apply(model)
     if job.component == "decoder":
         form = "shared"
         if version(job.device) < NATIVE:
@@ -166,7 +167,7 @@ def _type_weakly(trt: Any, parsed: Parsed) -> None:
     network = parsed.network
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.name.endswith(NORM_PARTS):
+        if layer.name.endswith(norms.PARTS):
             layer.precision = trt.float32
             layer.set_output_type(0, trt.float32)
     tensors = [network.get_input(i) for i in range(network.num_inputs)]

@@ -36,6 +36,14 @@ def rms_normalization(node: ir.Node, made: Made) -> ir.Value:
     return _add(node, "scaled", "Mul", [_add(node, "normal", "Div", [x, root]), node.inputs[1]])
 
 
+def l2_norm(node: ir.Node, made: Made) -> ir.Value:
+    """The root of the sum of squares over the axes, without which it is over all."""
+    x, *axes = node.inputs
+    square = _add(node, "square", "Pow", [x, _number(node, 2.0)])
+    total = _add(node, "mean", "ReduceSum", [square, *axes], keepdims=node.attributes.get_int("keepdims", 1))
+    return _add(node, "root", "Sqrt", [total])
+
+
 def rotary_embedding(node: ir.Node, made: Made) -> ir.Value:
     """x · [cos, cos] + [second half, first half] · [-sin, sin]; x (batch, heads, length, dim), of which the first
     rotary_embedding_dim channels are turned; cos and sin (batch, length, half of those)."""
@@ -117,6 +125,7 @@ def attention(node: ir.Node, made: Made) -> ir.Value:
 DECOMPOSITIONS: dict[str, Callable[[ir.Node, Made], ir.Value]] = {
     "Attention": attention,
     "Gelu": gelu,
+    "ReduceL2": l2_norm,
     "RMSNormalization": rms_normalization,
     "RotaryEmbedding": rotary_embedding,
     "Swish": swish,

@@ -2,7 +2,7 @@
 
 Weights, activations, the scales of Q/DQ and the KV cache become float16. float32 stays, with a Cast on either side,
 - at the border: other inputs and outputs keep their types, so a runtime passes the same arrays to every engine;
-- in norms, also in those that were spelt out, for sums of squares leave float16's range;
+- in norms, also in those that are spelt out, for sums of squares leave float16's range;
 - in what is computed from positions alone (rotary tables): float16 cannot tell 2049 from 2048;
 - where float16 cannot hold a constant: one beyond 65504, or a scale so small that rounding it would show;
 - in Q/DQ of an opset that knows no other.
@@ -16,12 +16,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from . import array_of, constant, insert, prune
+from . import array_of, constant, insert, norms, prune
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 STATE = ("past_key_values.", "present.")  # the KV cache stays on the device, in float16
-NORMS = ("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization")
-SQUARE = ".square"  # of a norm that was spelt out (decompositions.py), whose nodes all carry its name
+NORMS = ("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "ReduceL2")
 HALF_SCALES = 19  # the first opset whose Q/DQ take float16
 LARGEST = float(np.finfo(np.float16).max)
 SMALLEST_SCALE = 2.0**-17  # float16 is spaced 2^-24 there: rounding moves a scale by 1/256, as much as int8 rounds
@@ -33,7 +32,9 @@ def apply(model: ir.Model) -> int:
 
     common.ShapeInferencePass()(model)  # nodes that other passes made have no types yet
     graph, changed = model.graph, 0
-    squares = {name.removesuffix(SQUARE) for name in (node.name or "" for node in graph) if name.endswith(SQUARE)}
+    norms.apply(model)
+    names = [str(node.name) for node in graph]
+    spelt_out = tuple(name.removesuffix(norms.SQUARE) + "." for name in names if name.endswith(norms.SQUARE))
     exact: set[ir.Value] = set()  # computed from positions alone
     for value in graph.inputs:
         if value.dtype == FLOAT and _is_state(value):
@@ -45,7 +46,7 @@ def apply(model: ir.Model) -> int:
         if (variable and exact.issuperset(variable)) or (made and not floats):
             exact.update(made)
             continue
-        norm = node.op_type in NORMS or (node.name or "").rpartition(".")[0] in squares
+        norm = node.op_type in NORMS or str(node.name).startswith(spelt_out)
         wanted = FLOAT if norm or not _fits(node, graph.opset_imports[""]) else HALF
         for position, source in enumerate(node.inputs):
             if source is not None and source in floats:

@@ -78,6 +78,8 @@ OPERATORS = [
     "(float[2,3,4] x) => (float[3] y) { a = Constant<value = int64[2] {0, -1}>() y = ReduceMax<keepdims = 0>(x, a) }",
     "(float[2,3,4] x) => (float[2,1,4] y) { a = Constant<value = int64[1] {1}>() y = ReduceSum(x, a) }",
     "(float[2,3,4] x) => (float y) { y = ReduceMean<keepdims = 0>(x) }",
+    "(float[2,3,4] x) => (float[2,4] y) { a = Constant<value = int64[1] {1}>() y = ReduceL2<keepdims = 0>(x, a) }",
+    "(float[2,3,4] x) => (float[1,1,1] y) { y = ReduceL2(x) }",
     "(float[2,6] x) => (float[2,3] y) { a, b = Split<num_outputs = 2, axis = 1>(x) y = Sub(a, b) }",
     "(float[2,N,4] x) => (float[1] y) { s = Shape<start = -2, end = 2>(x) y = Cast<to = 1, saturate = 1>(s) }",
     "(float[2,N,4] x) => (float[2] y) { s = Shape<start = 1>(x) y = Cast<to = 1>(s) }",
