@@ -34,6 +34,7 @@ from ..passes import (
     norms,
     opset17,
     patches_as_matmul,
+    rotary_tables,
     token_loop,
     two_segment_attention,
 )
@@ -106,6 +107,8 @@ def lower(model: ir.Model, job: Job) -> str:
         float_weights.apply(model)
     if version(job.device) >= STRONG:
         half_precision.apply(model)
+    elif job.component == "decoder":
+        rotary_tables.apply(model, job.kv.capacity)
     tensorrt_network.fix_dimension(model, "capacity", job.kv.capacity)
     return form
 

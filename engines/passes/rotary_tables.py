@@ -1,0 +1,84 @@
+"""Cosines and sines of positions → tables of them, looked up by position.
+
+Where a builder may compute in float16 what it likes (TensorRT's weak typing), it may compute angles so, and there the
+product of position 1000 and a frequency is off by up to a quarter of a radian. A table holds what float32 gives, and a
+look-up is one kernel less or two. Goes behind `opset17`, for ONNX's reference evaluator fills the tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from . import constant, insert, prune, replace
+
+INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+
+
+def apply(model: ir.Model, capacity: int) -> int:
+    """Replaces every Cos and Sin of floats (…, length, dim) that follow from integers (…, length, 1) one by one, all
+    of them below `capacity`; others stay. Returns how many."""
+    changed = 0
+    for node in [node for node in model.graph if node.op_type in ("Cos", "Sin")]:
+        positions = _positions(node)
+        table = None if positions is None else _table(model, positions, node.outputs[0], capacity)
+        if positions is None or table is None:
+            continue
+        name = str(node.name)
+        last = constant(model.graph, "rotary_tables.last", np.array([-1], np.int64))
+        rows = insert(node, "Squeeze", [positions, last], f"{name}.positions").outputs[0]
+        looked_up = insert(node, "Gather", [constant(model.graph, f"{name}.table", table), rows], f"{name}.row", axis=0)
+        replace(node, looked_up.outputs[0])
+        changed += 1
+    prune(model)
+    return changed
+
+
+def _positions(node: ir.Node) -> ir.Value | None:
+    """The one integer that the node's floats are cast from, where they follow from it and constants alone."""
+    found: set[ir.Value] = set()
+    waiting = [node]
+    while waiting:
+        for value in waiting.pop().inputs:
+            maker = None if value is None else value.producer()
+            if value is None or value.const_value is not None:
+                continue
+            if maker is None:
+                return None
+            if maker.op_type == "Cast" and maker.inputs[0] is not None and maker.inputs[0].dtype in INTEGERS:
+                found.add(maker.inputs[0])
+            else:
+                waiting.append(maker)
+    return found.pop() if len(found) == 1 else None
+
+
+def _table(model: ir.Model, positions: ir.Value, made: ir.Value, capacity: int) -> NDArray[Any] | None:
+    """(capacity, dim) float32: what is made of each position, or None where it depends on the others too."""
+    shape = [] if positions.shape is None else [*positions.shape]
+    if len(shape) < 2 or shape[-1] != 1 or not all(isinstance(size, int) for size in shape[:-2]):
+        return None
+    part = ir.convenience.extract(model.graph, [positions], [made])
+    evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=model.ir_version)))
+    assert positions.dtype is not None
+    kind = positions.dtype.numpy()
+
+    def of(numbers: NDArray[Any]) -> NDArray[Any]:
+        given = np.broadcast_to(numbers.astype(kind)[:, None], [*shape[:-2], len(numbers), 1])
+        results: Any = evaluator.run(None, {str(positions.name): np.ascontiguousarray(given)})
+        return np.asarray(results[0])
+
+    everything = of(np.arange(capacity))
+    if everything.ndim != len(shape) or everything.shape[-2] != capacity:
+        return None
+    table = everything.reshape(-1, *everything.shape[-2:])[0]
+    shuffled = np.random.default_rng(0).permutation(capacity)
+    for some in (shuffled, shuffled[:1], shuffled[: capacity // 2]):
+        if not np.array_equal(
+            of(some), np.broadcast_to(table[some], [*everything.shape[:-2], len(some), table.shape[1]])
+        ):
+            return None
+    return np.ascontiguousarray(table, np.float32)
