@@ -40,9 +40,8 @@ STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in several forms
 BOTH = ("fp16", "int8")
 SHORTER = "gather+left+joined"
 STUDIED = (SHORTER, f"{SHORTER}+told-half", f"{SHORTER}+told-left", f"{SHORTER}+static+element+pieces+told-left")
-WHOLE = tuple(
-    f"whole+{change}" for change in SHORTER.split("+")
-)  # of the demo: which builds with profiles for prompts?
+# Of the demo's decoder: which of them builds with profiles for prompts?
+WHOLE = tuple(f"whole+{change}" for change in SHORTER.split("+"))
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
