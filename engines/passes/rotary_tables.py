@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from . import constant, insert, prune, replace
+from . import constant, insert, producer, prune, replace
 
 INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 
@@ -24,23 +24,20 @@ def apply(model: ir.Model, capacity: int) -> int:
     of them below `capacity`; others stay. Returns how many."""
     changed = 0
     for node in [node for node in model.graph if node.op_type in ("Cos", "Sin")]:
-        positions = _positions(node)
-        table = None if positions is None else _table(model, positions, node.outputs[0], capacity)
-        if positions is None or table is None:
+        unsqueeze = _positions(node)
+        table = None if unsqueeze is None else _table(model, unsqueeze, node.outputs[0], capacity)
+        if unsqueeze is None or table is None:
             continue
-        name = str(node.name)
-        last = constant(model.graph, "rotary_tables.last", np.array([-1], np.int64))
-        rows = insert(node, "Squeeze", [positions, last], f"{name}.positions").outputs[0]
-        looked_up = insert(node, "Gather", [constant(model.graph, f"{name}.table", table), rows], f"{name}.row", axis=0)
-        replace(node, looked_up.outputs[0])
+        inputs = [constant(model.graph, f"{node.name}.table", table), unsqueeze.inputs[0]]
+        replace(node, insert(node, "Gather", inputs, f"{node.name}.row", axis=0).outputs[0])
         changed += 1
     prune(model)
     return changed
 
 
-def _positions(node: ir.Node) -> ir.Value | None:
-    """The one integer that the node's floats are cast from, where they follow from it and constants alone."""
-    found: set[ir.Value] = set()
+def _positions(node: ir.Node) -> ir.Node | None:
+    """The Unsqueeze of integers that the node's floats are cast from, if they follow from these and constants alone."""
+    found: set[ir.Node] = set()
     waiting = [node]
     while waiting:
         for value in waiting.pop().inputs:
@@ -49,17 +46,22 @@ def _positions(node: ir.Node) -> ir.Value | None:
                 continue
             if maker is None:
                 return None
-            if maker.op_type == "Cast" and maker.inputs[0] is not None and maker.inputs[0].dtype in INTEGERS:
-                found.add(maker.inputs[0])
+            unsqueeze = producer(maker.inputs[0], "Unsqueeze") if maker.op_type == "Cast" else None
+            if unsqueeze is not None and unsqueeze.outputs[0].dtype in INTEGERS:
+                found.add(unsqueeze)
             else:
                 waiting.append(maker)
     return found.pop() if len(found) == 1 else None
 
 
-def _table(model: ir.Model, positions: ir.Value, made: ir.Value, capacity: int) -> NDArray[Any] | None:
-    """(capacity, dim) float32: what is made of each position, or None where it depends on the others too."""
+def _table(model: ir.Model, unsqueeze: ir.Node, made: ir.Value, capacity: int) -> NDArray[Any] | None:
+    """(capacity, dim) float32: what is made of each position, or None where it depends on the others too, or where
+    positions (…, length) did not become (…, length, 1)."""
+    positions, rows = unsqueeze.outputs[0], unsqueeze.inputs[0]
+    assert rows is not None
     shape = [] if positions.shape is None else [*positions.shape]
-    if len(shape) < 2 or shape[-1] != 1 or not all(isinstance(size, int) for size in shape[:-2]):
+    last = len(shape) > 1 and shape[-1] == 1 and rows.shape is not None and [*rows.shape] == shape[:-1]
+    if not last or not all(isinstance(size, int) for size in shape[:-2]):
         return None
     part = ir.convenience.extract(model.graph, [positions], [made])
     evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=model.ir_version)))
