@@ -26,7 +26,7 @@ def gather(model: ir.Model) -> int:
     """The rotation's halves swapped by a Gather, for a Split becomes copies."""
     found = [node for node in model.graph if node.op_type == "Concat" and str(node.name).endswith(".swapped")]
     for node in found:
-        halves = node.inputs[0].producer()  # type: ignore[union-attr]
+        halves = producer(node.inputs[0], "Split")
         assert halves is not None
         half = int(array_of(halves.inputs[1])[0])
         order = constant(model.graph, f"swapped.{half}", np.array([*range(half, 2 * half), *range(half)], np.int64))
@@ -59,8 +59,9 @@ def joined(model: ir.Model) -> int:
         shares = [use.node for use in node.outputs[0].uses()]
         assert seen is not None and [share.op_type for share in shares] == ["Slice", "Slice"]
         hidden, fill = seen.inputs[0], seen.inputs[1]
-        scores = seen.inputs[2].producer().inputs  # type: ignore[union-attr]
-        assert hidden is not None and len(scores) == 2
+        segments = producer(seen.inputs[2], "Concat")
+        assert hidden is not None and segments is not None
+        scores = segments.inputs
         if hidden not in masks:
             less = producer(hidden, "Less")
             assert less is not None
@@ -151,9 +152,9 @@ def ending(model: ir.Model, operator: str, name: str) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == operator and str(node.name).endswith(name)]
 
 
-def tell(trt: Any, network: Any, angles: str) -> int:
-    """Tells every float layer to be FP16, but norms, int8 products and network outputs; what follows from positions
-    alone is told `angles`: half, float, or left. Returns how many layers were told FP16."""
+def tell(trt: Any, network: Any, angles: str = "left", endings: tuple[str, ...] = ("",)) -> int:
+    """Tells every float layer whose name has one of the endings to be FP16, but norms, int8 products and network
+    outputs; what follows from positions alone is told `angles`: half, float, or left. Returns how many became FP16."""
     from vlmc.engines.builders.tensorrt import STATES
     from vlmc.engines.passes import norms
 
@@ -168,7 +169,8 @@ def tell(trt: Any, network: Any, angles: str) -> int:
     for layer in layers:
         made = layer.get_output(0).name
         product = layer.type.name == "MATRIX_MULTIPLY" and layer.get_input(0).name in dequantised
-        if product or layer.type.name in UNTOLD or layer.name.endswith(norms.PARTS) or made in kept:
+        told_so = layer.name.endswith(endings) and not layer.name.endswith(norms.PARTS)
+        if product or not told_so or layer.type.name in UNTOLD or made in kept:
             continue
         kind = trt.float32 if made in exact and angles == "float" else trt.float16
         for index in range(layer.num_outputs):

@@ -19,8 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 LAYERS = 2
-# Layers whose types are no choice, and norms, with which TensorRT 8.6 finds no implementation.
-UNTOLD = ("QUANTIZE", "DEQUANTIZE", "CONSTANT", "SHAPE", "CAST", "NORMALIZATION")
 ATTENTION = (".scores", ".values", ".weights", ".query", ".key")
 FORMS: dict[str, dict[str, Any]] = {  # name: what differs from a float16 graph as `vlmc build` lowers it
     "fp16-convolution": {"patches": False},
@@ -245,7 +243,9 @@ def build(folder: Path, name: str) -> None:
     parsed = tensorrt_network.parse(trt, folder / "onnx" / f"{name}.onnx", name, ("EXPLICIT_BATCH",))
 
     if form.get("layers"):
-        half_layers(trt, parsed.network, form["layers"] == "attention")
+        from decoder_forms import tell
+
+        tell(trt, parsed.network, endings=ATTENTION if form["layers"] == "attention" else ("",))
 
     def configure(config: Any) -> None:
         if form.get("layers"):
@@ -267,22 +267,6 @@ def build(folder: Path, name: str) -> None:
         "bytes": (folder / f"{name}.trt").stat().st_size,
     }
     (folder / f"{name}.json").write_text(json.dumps(record))
-
-
-def half_layers(trt: Any, network: Any, attention: bool) -> None:
-    """Asks for FP16 in every layer of floats but norms and int8 products, or in attention's alone: beside int8 products
-    TensorRT 8.6 leaves the rest in float32 (docs/experiments.md)."""
-    from vlmc.engines.passes import norms
-
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    dequantised = {layer.get_output(0).name for layer in layers if layer.type == trt.LayerType.DEQUANTIZE}
-    for layer in layers:
-        product = layer.type == trt.LayerType.MATRIX_MULTIPLY and layer.get_input(0).name in dequantised
-        if product or layer.type.name in UNTOLD or layer.name.endswith(norms.PARTS):
-            continue
-        if layer.get_output(0).dtype == trt.float32 and (not attention or layer.name.endswith(ATTENTION)):
-            layer.precision = trt.float16
-            layer.set_output_type(0, trt.float16)
 
 
 def load(folder: Path, name: str, gpu: Any) -> tuple[Any, Any]:

@@ -207,8 +207,8 @@ def _answers(
         names[hashlib.sha256(made_of.encode()).hexdigest()] = "+".join(mix[part] for part in artifact.components)
     if not names.keys() <= known.keys():  # numbers of two hours are not compared
         found: dict[str, list[Any]] = {name: [] for name in names.values()}
+        what, arguments = "Trying whole answers on this machine", (str(artifact.root), device.name, trial.WHOLE, "")
         for _, name in product(range(TURNS), found):
-            what, arguments = "Trying whole answers on this machine", (str(artifact.root), device.name, trial.WHOLE, "")
             found[name].append(json.loads(child.run("trial", what, *arguments, name))[name])
         for (key, name), mix in zip(names.items(), mixes, strict=True):
             milliseconds = round(statistics.median(turn["latency_ms"]["run"] for turn in found[name]), 4)

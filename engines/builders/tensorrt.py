@@ -90,7 +90,6 @@ def version(device: Device) -> tuple[int, int]:
 def lower(model: ir.Model, job: Job) -> str:
     """The graph as the device's TensorRT takes it, changed in place; returns the form of its KV contract."""
     float_outputs.apply(model)  # attention is fused in float16
-    norms.apply(model)
     if job.component == "decoder":
         form = "shared"
         if version(job.device) < NATIVE:
@@ -107,8 +106,10 @@ def lower(model: ir.Model, job: Job) -> str:
         float_weights.apply(model)
     if version(job.device) >= STRONG:
         half_precision.apply(model)
-    elif job.component == "decoder":
-        rotary_tables.apply(model, job.kv.capacity)
+    else:
+        norms.apply(model)
+        if job.component == "decoder":
+            rotary_tables.apply(model, job.kv.capacity)
     tensorrt_network.fix_dimension(model, "capacity", job.kv.capacity)
     return form
 

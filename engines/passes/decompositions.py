@@ -40,7 +40,7 @@ def l2_norm(node: ir.Node, made: Made) -> ir.Value:
     """The root of the sum of squares over the axes, without which it is over all."""
     x, *axes = node.inputs
     square = _add(node, "square", "Pow", [x, _number(node, 2.0)])
-    total = _add(node, "mean", "ReduceSum", [square, *axes], keepdims=node.attributes.get_int("keepdims", 1))
+    total = _add(node, "total", "ReduceSum", [square, *axes], keepdims=node.attributes.get_int("keepdims", 1))
     return _add(node, "root", "Sqrt", [total])
 
 

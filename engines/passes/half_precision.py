@@ -33,8 +33,6 @@ def apply(model: ir.Model) -> int:
     common.ShapeInferencePass()(model)  # nodes that other passes made have no types yet
     graph, changed = model.graph, 0
     norms.apply(model)
-    names = [str(node.name) for node in graph]
-    spelt_out = tuple(name.removesuffix(norms.SQUARE) + "." for name in names if name.endswith(norms.SQUARE))
     exact: set[ir.Value] = set()  # computed from positions alone
     for value in graph.inputs:
         if value.dtype == FLOAT and _is_state(value):
@@ -46,7 +44,7 @@ def apply(model: ir.Model) -> int:
         if (variable and exact.issuperset(variable)) or (made and not floats):
             exact.update(made)
             continue
-        norm = node.op_type in NORMS or str(node.name).startswith(spelt_out)
+        norm = node.op_type in NORMS or str(node.name).endswith(norms.PARTS)
         wanted = FLOAT if norm or not _fits(node, graph.opset_imports[""]) else HALF
         for position, source in enumerate(node.inputs):
             if source is not None and source in floats:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from . import array_of
 
 SQUARE = ".square"
-PARTS = (SQUARE, ".mean", ".shifted", ".root", ".normal")  # how the names of a norm's nodes end
+PARTS = (SQUARE, ".mean", ".total", ".shifted", ".root", ".normal")  # how the names of a norm's nodes end
 SUMS = ("ReduceMean", "ReduceSum")
 SHIFTED = ("Add", "Max", "Clip", "Mul", "Div")  # by a constant
 MOVED = ("Reshape", "Expand", "Unsqueeze", "Squeeze")
@@ -28,7 +28,7 @@ def apply(model: ir.Model) -> int:
         norm = str(node.name)
         node.name = norm + SQUARE
         for total in sums:
-            total.name = f"{norm}.{total.name}.mean"
+            total.name = f"{norm}.{total.name}.total"
             _name_behind(total.outputs[0], norm)
         found += 1
     return found
