@@ -4,11 +4,11 @@
     python3 benchmarks/gpu_host.py --seconds 1500 --builders 0,12,12,12    logs and records lie under /tmp/gpu
 
 It takes the artefacts and skeletons that lie in /tmp/gpu/data. The demo is built by `vlmc build` and measured by `vlmc
-profile`; of the others every engine is built with one shape and timed, and PyTorch too (engine_times.py,
-torch_times.py), for decoders of 30 layers with all their profiles were not built in eight minutes. `--builders`
-says how many engines are in the making on each GPU at once. What is timed has its GPU to itself: a GPU without builders
-times from the start, the others once nothing is left for them to build. What is not finished in time is missing, and
-its log says where it was.
+profile`, on a GPU that it has to itself. Of the others every engine is built with one shape and timed, and PyTorch too
+(engine_times.py, torch_times.py), for decoders of 30 layers with all their profiles were not built in eight minutes.
+`--builders` says how many engines are in the making on each GPU at once. What is timed has its GPU to itself: a GPU
+without builders times from the start, the others once nothing is left for them to build. What is not finished in time
+is missing, and its log says where it was.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,8 @@ VLMC = ("-m", "vlmc")
 TIMES, FORMS = "benchmarks/engine_times.py", "benchmarks/tensorrt_variants.py"
 DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
-STUDY = "smolvlm-2.2b-8of24"  # whose decoder is built in several forms
+STUDY = "smolvlm-2.2b-8of24"  # whose decoder's kernels are named
 BOTH = ("fp16", "int8")
-SHORTER = "gather+left+joined"
-STUDIED = (SHORTER, f"{SHORTER}+told-half", f"{SHORTER}+told-left", f"{SHORTER}+static+element+pieces+told-left")
-# Of the demo's decoder: which of them builds with profiles for prompts?
-WHOLE = tuple(f"whole+{change}" for change in SHORTER.split("+"))
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
@@ -182,9 +179,7 @@ class Model:
                     if not run.step(f"{name}-fill", None, TORCH, "benchmarks/skeleton.py", "fill", str(self.folder)):
                         return
             if name == DEMO:
-                self.whole()
-                for form in WHOLE:
-                    self.group("decoder", form, 30)
+                run.timings.put(0, self.whole)
                 return
             for part in self.parts:
                 self.group(part, "single", self.place)
@@ -192,8 +187,6 @@ class Model:
                 self.group("decoder", "prefill", self.place)
             if "onnxruntime" in self.modes:
                 self.others()
-            for form in STUDIED if name == STUDY else ():
-                self.group("decoder", form, self.place)
             threading.Thread(target=self.torch).start()
             time.sleep(1)  # by then it is a writer
 
@@ -264,33 +257,22 @@ class Model:
             run.timings.put(20 + self.place, measure)
             done.wait()
 
-    def whole(self) -> None:
-        """The demo: engines as `vlmc build` makes them, its verdict, and `vlmc profile`."""
-        run, folder, lock = self.run, str(self.folder), threading.Lock()
+    def whole(self, gpu: int) -> None:
+        """The demo: engines as `vlmc build` makes them, all at once, its verdict, and `vlmc profile`."""
+        run, folder = self.run, str(self.folder)
         made = [(part, "tensorrt", precision) for part in self.parts for precision in BOTH]
         made += [("vision_encoder", "tensorrt", "int8-implicit"), ("embed_tokens", "numpy", "fp32")]
         made += [(part, "onnxruntime_gpu", "fp16") for part in self.parts]
-        left = list(made)
-        timing = run.timings.writing()
-        timing.__enter__()
 
-        def build(one: tuple[str, str, str], gpu: int) -> None:
-            with run.room.taken(6 * GIB):
-                run.step("-".join((self.name, *one)), gpu, TENSORRT, "-c", ENGINE, folder, *one)
-            with lock:
-                left.remove(one)
-                if not left:
-                    run.timings.put(self.place, measure)
-                    timing.__exit__(None, None, None)
+        def build(one: tuple[str, str, str]) -> None:
+            run.step("-".join((self.name, *one)), gpu, TENSORRT, "-c", ENGINE, folder, *one)
 
-        def measure(gpu: int) -> None:
-            run.step("demo-build", gpu, TENSORRT, *VLMC, "build", folder, "--device", "h100", "--int8")
-            run.step("demo-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", folder)
-            settings = ("--device", "h100", "--runs", "5", "--tokens", "64", "--samples", "20", "--torch-python", TORCH)
-            run.step("demo-profile", gpu, TENSORRT, *VLMC, "profile", folder, *settings)
-
-        for one in made:
-            run.builds.put(self.place, functools.partial(build, one))
+        with ThreadPoolExecutor(len(made)) as pool:
+            list(pool.map(build, made))
+        run.step("demo-build", gpu, TENSORRT, *VLMC, "build", folder, "--device", "h100", "--int8")
+        run.step("demo-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", folder)
+        settings = ("--device", "h100", "--runs", "5", "--tokens", "64", "--samples", "20", "--torch-python", TORCH)
+        run.step("demo-profile", gpu, TENSORRT, *VLMC, "profile", folder, *settings)
 
 
 def forms(run: Run, names: list[str]) -> None:

@@ -76,7 +76,9 @@ class Gpu:
     def allocate(self, size: int) -> int:
         """The address of `size` bytes of device memory, zeroed, which live as long as the process."""
         address = checked(self._driver.cuMemAlloc(max(size, 1)))
-        checked(self._driver.cuMemsetD8(address, 0, max(size, 1)))
+        # In line with what follows: this stream does not wait for the default one, so what cuMemsetD8 has not reached
+        # yet may be read, or be zeroed after it was written.
+        checked(self._driver.cuMemsetD8Async(address, 0, max(size, 1), self._stream))
         return int(address)
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:

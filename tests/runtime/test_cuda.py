@@ -26,7 +26,7 @@ def driver(**answers: Any) -> Any:
         return lambda *_: (answer,) if isinstance(answer, Result) else (Result.CUDA_SUCCESS, *answer)
 
     known = {"cuInit": (), "cuDeviceGet": (0,), "cuDevicePrimaryCtxRetain": (1,), "cuCtxSetCurrent": ()}
-    known |= {"cuStreamCreate": (7,), "cuMemsetD8": (), "cuMemAlloc": (4096,), "cuMemGetInfo": (10, 20)}
+    known |= {"cuStreamCreate": (7,), "cuMemsetD8Async": (), "cuMemAlloc": (4096,), "cuMemGetInfo": (10, 20)}
     functions = {name: function(answer) for name, answer in (known | answers).items()}
     attributes = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
@@ -76,7 +76,7 @@ def test_too_little_memory_is_a_sentence_that_helps(monkeypatch: pytest.MonkeyPa
 
 
 def test_any_other_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, driver(cuMemsetD8=Result.CUDA_ERROR_ILLEGAL_ADDRESS))
+    install(monkeypatch, driver(cuMemsetD8Async=Result.CUDA_ERROR_ILLEGAL_ADDRESS))
     with pytest.raises(VlmcError, match=r"CUDA refused a call\. Found: CUDA_ERROR_ILLEGAL_ADDRESS"):
         cuda.Gpu().allocate(16)
 
@@ -85,3 +85,12 @@ def test_free_memory_and_addresses_are_plain_numbers(monkeypatch: pytest.MonkeyP
     install(monkeypatch, driver())
     gpu = cuda.Gpu()
     assert (gpu.stream, gpu.allocate(16), gpu.free_bytes()) == (7, 4096, 10)
+
+
+def test_memory_is_zeroed_in_line_with_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = driver(), []
+    made.cuMemsetD8Async = lambda *arguments: calls.append(arguments) or (Result.CUDA_SUCCESS,)
+    install(monkeypatch, made)
+    gpu = cuda.Gpu()
+    gpu.allocate(16)
+    assert calls == [(4096, 0, 16, gpu.stream)], "on another stream the zeros may come late"
