@@ -63,8 +63,8 @@ def _table(model: ir.Model, unsqueeze: ir.Node, made: ir.Value, capacity: int) -
     last = len(shape) > 1 and shape[-1] == 1 and rows.shape is not None and [*rows.shape] == shape[:-1]
     if not last or not all(isinstance(size, int) for size in shape[:-2]):
         return None
-    part = ir.convenience.extract(model.graph, [positions], [made])
-    evaluator = ReferenceEvaluator(ir.to_proto(ir.Model(part, ir_version=model.ir_version)))
+    part = ir.Model(ir.convenience.extract(model.graph, [positions], [made]), ir_version=model.ir_version)
+    evaluator = ReferenceEvaluator(ir.to_proto(ir.external_data.load_to_model(part)))  # it reads no files
     assert positions.dtype is not None
     kind = positions.dtype.numpy()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,12 @@ def test_a_table_gives_what_was_computed(text: str, load: Any, operators: Any) -
     for low, high in ((0, CAPACITY), (CAPACITY - 8, CAPACITY), (0, 1)):
         given = {"p": np.random.default_rng(low).integers(low, high, shape)}
         np.testing.assert_allclose(session.run(None, given)[0], exact.run(None, given)[0], atol=1e-6)
+
+
+def test_frequencies_may_lie_beside_the_graph(tmp_path: Path) -> None:
+    ir.save(graph(ROWS), tmp_path / "g.onnx", external_data="g.onnx.data", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "g.onnx")
+    assert rotary_tables.apply(model, CAPACITY) == 1
 
 
 @pytest.mark.parametrize("text", [RELATIVE, TWO_SOURCES, FLOATS])
