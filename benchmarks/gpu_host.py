@@ -43,6 +43,7 @@ ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Arti
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
 GIB = 1 << 30
+TIMING = 75  # seconds before the end when no engine is built any more, so that those that are there are timed
 SPACE = {"fp16": 2.6, "int8": 7.8}  # of the float32 weights' bytes that a builder takes at its peak, beside 5.5 GB
 Call = Callable[[int], None]  # with the number of the GPU that it has
 
@@ -119,29 +120,32 @@ class Run:
         with self.builds.writing(), self.timings.writing():
             yield
 
-    def start(self, name: str, gpu: int | None, python: str, *arguments: str) -> Step:
+    def start(self, name: str, gpu: int | None, python: str, *arguments: str, early: float = 0) -> Step:
         environment = os.environ | {"OMP_NUM_THREADS": "8", "COLUMNS": "100"}
         environment["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu)
         with (LOGS / f"{name}.log").open("w") as log:
             process = subprocess.Popen(
                 [python, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
             )
-        return Step(self, name, process)
+        return Step(self, name, process, self.end - early)
 
-    def step(self, name: str, gpu: int | None, python: str, *arguments: str) -> bool:
-        """Runs it to its end or to the end of the time; whether it went well. Its output is logs/NAME.log."""
-        return self.end - time.monotonic() > 5 and self.start(name, gpu, python, *arguments).wait(gpu)
+    def step(self, name: str, gpu: int | None, python: str, *arguments: str, early: float = 0) -> bool:
+        """Runs it to its end or to `early` seconds before the end of the time; whether it went well. Its output is
+        logs/NAME.log."""
+        if self.end - early - time.monotonic() < 5:
+            return False
+        return self.start(name, gpu, python, *arguments, early=early).wait(gpu)
 
 
 class Step:
     """A program that runs."""
 
-    def __init__(self, run: Run, name: str, process: subprocess.Popen[bytes]) -> None:
-        self.run, self.name, self.process, self.begin = run, name, process, time.monotonic()
+    def __init__(self, run: Run, name: str, process: subprocess.Popen[bytes], end: float) -> None:
+        self.run, self.name, self.process, self.begin, self.end = run, name, process, time.monotonic(), end
 
     def wait(self, gpu: int | None) -> bool:
         try:
-            code: int | str = self.process.wait(max(self.run.end - time.monotonic(), 0))
+            code: int | str = self.process.wait(max(self.end - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -203,7 +207,7 @@ class Model:
         def build(precision: str, gpu: int) -> None:
             with run.room.taken(5.5e9 + SPACE[precision] * self.bytes(part)):
                 name = f"{self.name}-{part}-{form}-{precision}"
-                run.step(name, gpu, TENSORRT, TIMES, "build", str(self.folder), part, form, precision)
+                run.step(name, gpu, TENSORRT, TIMES, "build", str(self.folder), part, form, precision, early=TIMING)
             with lock:
                 left.remove(precision)
                 if not left:
