@@ -31,6 +31,7 @@ from ..passes import (
     float_outputs,
     float_weights,
     half_precision,
+    norm_weights,
     norms,
     opset17,
     patches_as_matmul,
@@ -108,6 +109,8 @@ def lower(model: ir.Model, job: Job) -> str:
         half_precision.apply(model)
     else:
         norms.apply(model)
+        if job.precision not in FLOATS:
+            norm_weights.apply(model)
         if job.component == "decoder":
             rotary_tables.apply(model, job.kv.capacity)
     tensorrt_network.fix_dimension(model, "capacity", job.kv.capacity)

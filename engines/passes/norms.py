@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from . import array_of
 
-SQUARE = ".square"
-PARTS = (SQUARE, ".mean", ".total", ".shifted", ".root", ".normal")  # how the names of a norm's nodes end
+SQUARE, NORMAL = ".square", ".normal"
+PARTS = (SQUARE, ".mean", ".total", ".shifted", ".root", NORMAL)  # how the names of a norm's nodes end
 SUMS = ("ReduceMean", "ReduceSum")
 SHIFTED = ("Add", "Max", "Clip", "Mul", "Div")  # by a constant
 MOVED = ("Reshape", "Expand", "Unsqueeze", "Squeeze")
