@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BANDWIDTH = 3.35e12  # bytes a second: NVIDIA's data sheet of the H100 SXM
+TOKENS = 64  # of an answer
 CUT_TOWER = "smolvlm-2.2b-8of24"  # one layer of vision, for its decoder alone is looked at
 COLUMNS = (
     ("PyTorch eager", "eager"),
@@ -23,6 +24,12 @@ COLUMNS = (
     ("torch.compile", "compile"),
     ("fake-quant", "fake-quant"),
 )
+PARTS = (
+    ("vision_encoder", "single", "vision_encoder_ms"),
+    ("decoder", "prefill", "prefill_ms"),
+    ("decoder", "single", "decode_ms"),
+)
+MIXED, MISSING = "TensorRT mixed", "–"
 
 
 def main(*paths: str) -> None:
@@ -35,11 +42,8 @@ def main(*paths: str) -> None:
                     engine["mark"] = record.get("mark", "")
             merge(models.setdefault(name, {}), model)
     header = [name for name, _ in COLUMNS] + ["ONNX Runtime CUDA", "TensorRT FP16", "TensorRT int8"]
-    for what, part, form, key in (
-        ("Vision, one tile", "vision_encoder", "single", "vision_encoder_ms"),
-        ("A prompt (its length in brackets)", "decoder", "prefill", "prefill_ms"),
-        ("A decode step, cache of 1,024 full", "decoder", "single", "decode_ms"),
-    ):
+    titles = ("Vision, one tile", "A prompt (its length in brackets)", "A decode step, cache of 1,024 full")
+    for what, (part, form, key) in zip(titles, PARTS, strict=True):
         limit = ["share of the limit, FP16 and int8"] if part == "decoder" and form == "single" else []
         print(f"{what}, milliseconds:\n")
         print(line(["model", *header, *limit]))
@@ -51,6 +55,48 @@ def main(*paths: str) -> None:
                 title = f"{name} ({given['prompt']})" if form == "prefill" and "prompt" in given else name
                 print(line([title, *map(shown, cells), *(shares(model, cells) if limit else [])]))
         print()
+    print(f"An answer of {TOKENS} tokens to one tile, milliseconds to the first and to the last, sums of the above:\n")
+    print(line(["model", *header, MIXED]))
+    print(line(["---"] * (2 + len(header))))
+    for name, model in sorted(models.items()):
+        cells = answers(model)
+        if any(cell != MISSING for cell in cells[len(COLUMNS) + 1 :]):  # of TensorRT
+            print(line([name, *cells]))
+    for model in models.values():
+        if "profile" in model:
+            profiled(model["profile"])
+
+
+def profiled(profile: dict[str, Any]) -> None:
+    """Of `vlmc profile`, every variant in a line."""
+    settings = profile["settings"]
+    what = f"medians of {settings['runs']} answers of {settings['tokens']} tokens"
+    print(f"\nThe demo by `vlmc profile`, {what}, milliseconds:\n")
+    parts = {"vision": 2, "prefill": 2, "time_to_first_token": 2, "decode_per_token": 3, "end_to_end": 1}
+    named = [part.replace("_", " ") for part in parts]
+    print(line(["variant", *named, "J a token", "score", "golden answers equal"]))
+    print(line(["---"] * (4 + len(parts))))
+    for name, found in profile["variants"].items():
+        times = [f"{found['latency_ms'][part]['median']:.{digits}f}" for part, digits in parts.items()]
+        score, equal = found["accuracy"], found["agreement"]
+        joules = f"{found['energy']['joules_per_token']:.3f}"
+        right = f"{score['score']:.0f} of {score['total']}"
+        print(line([name, *times, joules, right, f"{equal['equal']} of {equal['cases']}"]))
+
+
+def answers(model: dict[str, Any]) -> list[str]:
+    """A picture, a prompt and the further steps, column by column; last FP16 vision beside an int8 decoder."""
+    rows = [row(model, part, form, key) for part, form, key in PARTS]
+    rows = [[*cells, cells[-2 if vision else -1]] for vision, cells in zip((True, False, False), rows, strict=True)]
+    found = []
+    for cells in zip(*rows, strict=True):
+        (vision, _), (prompt, mark), (step, other) = cells
+        if vision is None or prompt is None or step is None:
+            found.append(MISSING)
+        else:
+            first = vision + prompt
+            found.append(f"{first:.2f}{mark}, {first + (TOKENS - 1) * step:.1f}{mark or other}")
+    return found
 
 
 def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
@@ -88,12 +134,12 @@ def shares(model: dict[str, Any], cells: list[Cell]) -> list[str]:
     cache = 2 * kv["layers"] * kv["kv_heads"] * kv["capacity"] * kv["head_dim"] * 2
     limits = [(model["parameters"]["decoder"] * size + cache) / BANDWIDTH * 1000 for size in (2, 1)]
     pairs = zip(limits, cells[-2:], strict=True)
-    return [", ".join("–" if ms is None else f"{100 * limit / ms:.0f} %" for limit, (ms, _) in pairs)]
+    return [", ".join(MISSING if ms is None else f"{100 * limit / ms:.0f} %" for limit, (ms, _) in pairs)]
 
 
 def shown(cell: Cell) -> str:
     ms, mark = cell
-    return "–" if ms is None else f"{ms:.2f}{mark}"
+    return MISSING if ms is None else f"{ms:.2f}{mark}"
 
 
 def line(cells: list[str]) -> str:
