@@ -30,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gpu_table
+
 HOME = Path("/tmp/gpu")
 LOGS, DATA = HOME / "logs", HOME / "data"
 TORCH, TENSORRT = str(HOME / "torch-python"), str(HOME / "tensorrt-python")  # interpreters that gpu_unpack.sh made
@@ -43,6 +45,7 @@ ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Arti
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
 GIB = 1 << 30
+AGAIN = 50  # later than what was never measured comes what was, in a form that is marked
 TIMING = 75  # seconds before the end when no engine is built any more, so that those that are there are timed
 SPACE = {"fp16": 2.6, "int8": 7.8}  # of the float32 weights' bytes that a builder takes at its peak, beside 5.5 GB
 Call = Callable[[int], None]  # with the number of the GPU that it has
@@ -166,13 +169,20 @@ class Model:
         self.parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
         modes = ["eager", "graph"] + ["compile"] * (name in (*SIZES, STUDY))
         modes += ["onnxruntime", "fake-quant"] * (name in SIZES)
-        self.modes = [mode for mode in modes if mode not in run.known.get(name, {}).get("torch", {})]  # of PyTorch
+        known = run.known.get(name, {}).get("torch", {})
+        self.modes = [mode for mode in modes if not isinstance(known.get(mode), dict)]  # of PyTorch; errors are text
 
     def bytes(self, part: str) -> int:
         """Of the component's float32 weights, in the decoder's those of the embeddings that it is built with."""
         components = [part] + ["embed_tokens"] * (part == "decoder")
         names = [f"{self.manifest['components'][name]['file']}.data" for name in components]
         return sum(int(self.manifest["files"][name]["bytes"]) for name in names)
+
+    def known(self, part: str, form: str) -> dict[str, Any]:
+        """What earlier runs have of the component's engines. A cut decoder's vision encoder is the whole model's."""
+        own: dict[str, Any] = self.run.known.get(self.name, {}).get("engines", {}).get(part, {}).get(form, {})
+        model = gpu_table.whole_towers(self.run.known).get(gpu_table.whole(self.name), {}) if part != "decoder" else {}
+        return own or model.get("engines", {}).get(part, {}).get(form, {})
 
     def prepare(self) -> None:
         """Brings the weights and asks for all that is to be built and timed."""
@@ -196,10 +206,11 @@ class Model:
 
     def group(self, part: str, form: str, priority: int) -> None:
         """Asks for the component's engines in that form, and for their times once all are there."""
-        known = self.run.known.get(self.name, {}).get("engines", {}).get(part, {}).get(form, {})
-        precisions = [one for one in BOTH if f"tensorrt-{one}" not in known]
+        known = self.known(part, form)
+        precisions = [one for one in BOTH if known.get(f"tensorrt-{one}", {"mark": "none"}).get("mark")]
         if not precisions:
             return
+        priority += AGAIN * (len(known) == len(BOTH))
         run, left, lock = self.run, list(precisions), threading.Lock()
         timing = run.timings.writing()
         timing.__enter__()
@@ -313,12 +324,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--builders", default="0,12,12,12", help="engines in the making, GPU by GPU")
     parser.add_argument("--memory", type=float, default=440, help="GiB that steps may take together")
-    parser.add_argument("--known", type=Path, help="results of an earlier run, which are not measured again")
+    parser.add_argument(
+        "--known", nargs="+", default=[], help="results of earlier runs, not measured again but for marked ones"
+    )
     parser.add_argument("--forms", default="", help="of tensorrt_variants.py, with commas")
     arguments = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
-    known = json.loads(arguments.known.read_text())["models"] if arguments.known else {}
-    run = Run(arguments.seconds, arguments.memory, known)
+    run = Run(arguments.seconds, arguments.memory, gpu_table.read(arguments.known))
     names = sorted((path.parent.name for path in DATA.glob("*/manifest.json")), key=order)
     threads = [threading.Thread(target=Model(run, name, 1 + i).prepare) for i, name in enumerate(names)]
     if arguments.forms:

@@ -12,6 +12,7 @@ import copy
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,7 @@ MIXED, MISSING = "TensorRT mixed", "–"
 
 
 def main(*paths: str) -> None:
-    models: dict[str, Any] = {}
-    for path in paths:
-        record = json.loads(Path(path).read_text())
-        for name, model in record["models"].items():
-            for form in model.get("engines", {}).get("decoder", {}).values():
-                for engine in form.values():
-                    engine["mark"] = record.get("mark", "")
-            merge(models.setdefault(name, {}), model)
+    models = read(paths)
     header = [name for name, _ in COLUMNS] + ["ONNX Runtime CUDA", "TensorRT FP16", "TensorRT int8"]
     titles = ("Vision, one tile", "A prompt (its length in brackets)", "A decode step, cache of 1,024 full")
     for what, (part, form, key) in zip(titles, PARTS, strict=True):
@@ -99,6 +93,19 @@ def answers(model: dict[str, Any]) -> list[str]:
     return found
 
 
+def read(paths: Iterable[str]) -> dict[str, Any]:
+    """The models of the files, the later one's figures first; a file's mark goes to its decoders' engines."""
+    models: dict[str, Any] = {}
+    for path in paths:
+        record = json.loads(Path(path).read_text())
+        for name, model in record["models"].items():
+            for form in model.get("engines", {}).get("decoder", {}).values():
+                for engine in form.values():
+                    engine["mark"] = record.get("mark", "")
+            merge(models.setdefault(name, {}), model)
+    return models
+
+
 def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
     for name, value in other.items():
         if isinstance(value, dict) and isinstance(into.get(name), dict):
@@ -112,8 +119,13 @@ def whole_towers(models: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in sorted(models, reverse=True):
         if name != CUT_TOWER:
-            merge(found.setdefault(re.sub(r"-\d+of\d+$", "", name), {}), copy.deepcopy(models[name]))
+            merge(found.setdefault(whole(name), {}), copy.deepcopy(models[name]))
     return found
+
+
+def whole(name: str) -> str:
+    """The model's own name."""
+    return re.sub(r"-\d+of\d+$", "", name)
 
 
 Cell = tuple[float | None, str]  # milliseconds and a mark
