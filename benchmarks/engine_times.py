@@ -6,7 +6,7 @@
 
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
-the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of decoder_forms.py, and `told-half`,
+the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, and `told-half`,
 `told-float` or `told-left` for its `tell`. The engines lie in ARTEFACT/engines/FORM.
 """
 
@@ -44,7 +44,7 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         return [one for one in [profile(model, sizes)] if one]  # none where nothing is free
 
     def lowered(model: Any, job: Any) -> str:
-        from decoder_forms import CHANGES
+        from graph_forms import CHANGES
 
         made = lower(model, job)
         for word in words:
@@ -53,7 +53,7 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         return made
 
     def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
-        from decoder_forms import tell
+        from graph_forms import tell
 
         for word in words:
             if word.startswith(TOLD):

@@ -243,7 +243,7 @@ def build(folder: Path, name: str) -> None:
     parsed = tensorrt_network.parse(trt, folder / "onnx" / f"{name}.onnx", name, ("EXPLICIT_BATCH",))
 
     if form.get("layers"):
-        from decoder_forms import tell
+        from graph_forms import tell
 
         tell(trt, parsed.network, endings=ATTENTION if form["layers"] == "attention" else ("",))
 

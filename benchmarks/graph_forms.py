@@ -1,8 +1,8 @@
-"""Ways to write a decoder for TensorRT 8.6: changes to the graph that `vlmc build` lowers, and to its network's types.
+"""Ways to write a component for TensorRT 8.6: changes to the graph that `vlmc build` lowers, and to its types.
 
 engine_times.py builds and times them; docs/experiments.md says what they gained. Each changes no value (`check`):
 
-    python benchmarks/decoder_forms.py check ARTEFACT          here, with ONNX Runtime: a step in every form
+    python benchmarks/graph_forms.py check ARTEFACT    here, with ONNX Runtime: a step, and a picture, in every form
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from vlmc.engines.passes import array_of, constant, insert, producer, prune, replace, reshaped
+from vlmc.engines.passes import (
+    array_of,
+    constant,
+    insert,
+    patches_as_matmul,
+    producer,
+    prune,
+    replace,
+    reshaped,
+)
 
 TURNED = [0, 1, 3, 2]
 PIECES = 4
@@ -143,9 +152,66 @@ def pieces(model: ir.Model) -> int:
     return len(found)
 
 
-CHANGES: dict[str, Callable[[ir.Model], int]] = {
-    change.__name__: change for change in (gather, left, joined, static, element, pieces)
-}
+def pixels(model: ir.Model) -> int:
+    """Convolutions of single pixels as products, so that a convolutional network's norms and GELUs may lie in Myelin's
+    region too: outside of it each becomes a kernel of its own, for which TensorRT 8.6 tries code for a long time."""
+    found = [
+        node
+        for node in model.graph
+        if node.op_type == "Conv"
+        and [*node.attributes.get_ints("kernel_shape", ())] == [1, 1] == [*node.attributes.get_ints("strides", (1, 1))]
+        and node.attributes.get_int("group", 1) == 1
+        and not any(node.attributes.get_ints("pads", ()))
+    ]
+    for node in found:
+        patches_as_matmul._rewrite(node)
+    prune(model)
+    return len(found)
+
+
+def taps(model: ir.Model) -> int:
+    """Convolutions of a channel with itself as a sum of shifted products, for the same reason. Quantised ones stay."""
+    graph, found = model.graph, [node for node in model.graph if node.op_type == "Conv" and _depthwise(node)]
+    axes = constant(graph, "taps.axes", np.array([2, 3], np.int64))
+    for node in found:
+        assert node.inputs[0] is not None
+        name, weight = str(node.name), array_of(node.inputs[1])
+        (top, left_side, bottom, right), (down, across) = (
+            node.attributes.get_ints("pads", (0, 0, 0, 0)),
+            node.attributes.get_ints("strides", (1, 1)),
+        )
+        sides = constant(graph, f"{name}.sides", np.array([0, 0, top, left_side, 0, 0, bottom, right], np.int64))
+        padded = insert(node, "Pad", [node.inputs[0], sides], f"{name}.padded").outputs[0]
+        rows, columns = (int(size) for size in [*node.outputs[0].shape][2:])  # type: ignore[arg-type, misc]
+        steps = constant(graph, f"taps.steps.{down}.{across}", np.array([down, across], np.int64))
+        total: ir.Value | None = None
+        for i, j in np.ndindex(weight.shape[2:]):
+            last = i + down * (rows - 1) + 1, j + across * (columns - 1) + 1
+            ends = [constant(graph, f"taps.{part}", np.array(part, np.int64)) for part in ((i, j), last)]
+            shifted = insert(node, "Slice", [padded, *ends, axes, steps], f"{name}.{i}.{j}.shifted").outputs[0]
+            factor = constant(graph, f"{name}.{i}.{j}.weight", weight[:, :, i, j].reshape(-1, 1, 1))
+            product = insert(node, "Mul", [shifted, factor], f"{name}.{i}.{j}.product").outputs[0]
+            total = insert(node, "Add", [total, product], f"{name}.{i}.{j}.sum").outputs[0] if total else product
+        assert total is not None
+        if len(node.inputs) > 2:
+            bias = constant(graph, f"{name}.bias.taps", array_of(node.inputs[2]).reshape(-1, 1, 1))
+            total = insert(node, "Add", [total, bias], f"{name}.biased").outputs[0]
+        replace(node, total)
+    prune(model)
+    return len(found)
+
+
+def _depthwise(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    return (
+        weight is not None
+        and weight.const_value is not None
+        and weight.const_value.shape[0] == (node.attributes.get_int("group", 1))
+    )
+
+
+STEP = (gather, left, joined, static, element, pieces)  # of a decoder
+CHANGES: dict[str, Callable[[ir.Model], int]] = {change.__name__: change for change in (*STEP, pixels, taps)}
 
 
 def ending(model: ir.Model, operator: str, name: str) -> list[ir.Node]:
@@ -199,37 +265,51 @@ def origins(trt: Any, layers: list[Any]) -> tuple[set[str], set[str]]:
 
 
 def check(root: Path) -> None:
-    """Prints for every change, and all of them, how far a step's logits in the middle of a random cache move."""
+    """Prints for every change, and all of them, how far a step's logits in the middle of a random cache move, or the
+    vision encoder's outputs."""
+    from vlmc.artifact import Artifact
+
+    artifact, random = Artifact(root), np.random.default_rng(0)
+    place = artifact.manifest.kv.capacity // 2
+    known = {"position_ids": place, "write_index": place, "logits_index": 0, "input_ids": 7}
+    steps = [change.__name__ for change in STEP]
+    forms: dict[str, list[list[str]]] = {
+        "decoder": [[], *([name] for name in ("gather", "left", "joined", "element")), steps],
+        "vision_encoder": [[], ["pixels"], ["pixels", "taps"]],
+    }
+    for component in forms.keys() & artifact.manifest.components.keys():
+        feeds: dict[str, Any] = {}
+        wanted = np.empty(0)
+        for changes in forms[component]:
+            session, counts = lowered(artifact, component, changes)
+            for value in session.get_inputs():
+                shape = [size if isinstance(size, int) else 1 for size in value.shape]
+                kind = np.float32 if value.type == "tensor(float)" else np.int32
+                drawn = (
+                    random.standard_normal(shape) if kind == np.float32 else np.full(shape, known.get(value.name, 0))
+                )
+                feeds.setdefault(value.name, drawn.astype(kind))
+            found = session.run(None if component != "decoder" else ["logits"], feeds)[0]
+            wanted = found if not changes else wanted
+            print(component, "+".join(changes) or "lowered", counts, float(np.abs(found - wanted).max()))
+
+
+def lowered(artifact: Any, component: str, changes: list[str]) -> tuple[Any, list[int]]:
+    """The component as ONNX Runtime takes it, and how many places each change changed."""
     from tempfile import TemporaryDirectory
 
     import onnxruntime as ort
-    from vlmc.artifact import Artifact
     from vlmc.engines.builders import Job
     from vlmc.engines.builders.tensorrt import lower
     from vlmc.profiles.device import load_device
 
-    artifact, random = Artifact(root), np.random.default_rng(0)
-    manifest, place = artifact.manifest, artifact.manifest.kv.capacity // 2
-    feeds: dict[str, Any] = {}
-    wanted = np.empty(0)
-    for changes in ([], *([name] for name in ("gather", "left", "joined", "element")), [*CHANGES]):
-        model = ir.load(artifact.graph("decoder"))
-        embed = ir.load(artifact.graph("embed_tokens"))
-        lower(model, Job("decoder", "fp16", load_device("h100"), manifest.kv, root, lambda e=embed: e, {}, root))
-        counts = [CHANGES[name](model) for name in changes]
-        with TemporaryDirectory() as folder:
-            ir.save(model, f"{folder}/m.onnx", external_data="m.data")
-            session = ort.InferenceSession(f"{folder}/m.onnx")
-        for value in session.get_inputs():
-            shape = [size if isinstance(size, int) else 1 for size in value.shape]
-            known = {"position_ids": place, "write_index": place, "logits_index": 0, "input_ids": 7}.get(value.name)
-            array = (
-                random.standard_normal(shape).astype(np.float32) if known is None else np.full(shape, known, np.int32)
-            )
-            feeds.setdefault(value.name, array)
-        found = session.run(["logits"], feeds)[0]
-        wanted = found if not changes else wanted
-        print("+".join(changes) or "lowered", counts, float(np.abs(found - wanted).max()))
+    model, embed = ir.load(artifact.graph(component)), lambda: ir.load(artifact.graph("embed_tokens"))
+    root, kv = artifact.root, artifact.manifest.kv
+    lower(model, Job(component, "fp16", load_device("h100"), kv, root, embed, {}, root))
+    counts = [CHANGES[name](model) for name in changes]
+    with TemporaryDirectory() as folder:
+        ir.save(model, f"{folder}/m.onnx", external_data="m.data")
+        return ort.InferenceSession(f"{folder}/m.onnx"), counts
 
 
 if __name__ == "__main__":
