@@ -92,17 +92,21 @@ class Queue:
 
 
 class Room:
-    """Memory that steps share."""
+    """Memory that steps share, in the order in which they ask, for else small ones would keep large ones waiting."""
 
     def __init__(self, size: float) -> None:
         self._free, self._size, self._changed = size, size, threading.Condition()
+        self._waiting: list[object] = []
 
     @contextmanager
     def taken(self, size: float) -> Iterator[None]:
-        size = min(size, self._size)
+        size, ticket = min(size, self._size), object()
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= size)
+            self._waiting.append(ticket)
+            self._changed.wait_for(lambda: self._waiting[0] is ticket and self._free >= size)
+            self._waiting.pop(0)
             self._free -= size
+            self._changed.notify_all()
         try:
             yield
         finally:
