@@ -5,6 +5,7 @@ On cuda-bindings alone, the driver API. Nothing here is imported by a CPU backen
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class Gpu:
         return int(checked(self._driver.cuMemGetInfo())[0])
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """What `enqueue` puts on the stream, as one CUDA graph; the result launches it."""
+        """What `enqueue` puts on the stream, as one CUDA graph; the result launches it, and the graph goes with it."""
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
         checked(self._driver.cuStreamBeginCapture(self._stream, mode))
         try:
@@ -114,8 +115,16 @@ class Gpu:
         finally:
             graph = checked(self._driver.cuStreamEndCapture(self._stream))
         ready = checked(self._driver.cuGraphInstantiate(graph, 0))
-        launch, stream = self._driver.cuGraphLaunch, self._stream
-        return lambda: checked(launch(ready, stream))
+        checked(self._driver.cuGraphDestroy(graph))
+        start, stream = self._driver.cuGraphLaunch, self._stream
+
+        def launch() -> None:
+            checked(start(ready, stream))
+
+        weakref.finalize(
+            launch, self._driver.cuGraphExecDestroy, ready
+        ).atexit = False  # the driver may be gone by then
+        return launch
 
     def kernel(self, ptx: Path, name: str) -> Callable[[Sequence[int], int, Sequence[int]], None]:
         """A kernel as a function of grid, threads a block, and 64-bit arguments (addresses and numbers alike)."""

@@ -94,3 +94,16 @@ def test_memory_is_zeroed_in_line_with_what_follows(monkeypatch: pytest.MonkeyPa
     gpu = cuda.Gpu()
     gpu.allocate(16)
     assert calls == [(4096, 0, 16, gpu.stream)], "on another stream the zeros may come late"
+
+
+def test_a_graph_that_nobody_can_launch_any_more_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = driver(cuStreamBeginCapture=(), cuStreamEndCapture=(11,), cuGraphInstantiate=(12,)), []
+    made.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+    for name in ("cuGraphDestroy", "cuGraphLaunch", "cuGraphExecDestroy"):
+        setattr(made, name, lambda *arguments, name=name: calls.append((name, *arguments)) or (Result.CUDA_SUCCESS,))
+    install(monkeypatch, made)
+    launch = cuda.Gpu().capture(lambda: None)
+    launch()
+    assert calls == [("cuGraphDestroy", 11), ("cuGraphLaunch", 12, 7)]
+    del launch
+    assert calls[2:] == [("cuGraphExecDestroy", 12)]
