@@ -75,7 +75,7 @@ def _report(at: Path, run: dict[str, Any]) -> dict[str, Any]:
         "settings": run["settings"],
         "variants": [_variant(info, rows[info["name"]], run, at) for info in measured],
         "not_measured": run["skipped"] | run["failures"],
-        "speedups": _speedups(measured, rows, COMPARED_MATCHING if _matches(run) else COMPARED),
+        "speedups": _speedups(measured, rows, run),
         "comparisons": _comparisons(measured, rows, run),
     }
     sentences = matching.sentences if _matches(run) else verdict.sentences
@@ -234,12 +234,11 @@ def _answers(rows: list[Row], run: dict[str, Any], at: Path) -> list[dict[str, A
     return shown
 
 
-def _speedups(
-    measured: list[dict[str, Any]], rows: dict[str, list[Row]], compared: dict[str, str]
-) -> list[dict[str, Any]]:
-    """Every engine over every baseline, and every other engine over the float engines: ratios of medians, and the
-    lowest and highest end-to-end ratio of any turn."""
-    references = [info for info in measured if info["kind"] == "baseline" or info["recipe"] == "fp32"]
+def _speedups(measured: list[dict[str, Any]], rows: dict[str, list[Row]], run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every engine over every baseline, the float engines and what was kept: ratios of medians, and the lowest and
+    highest end-to-end ratio of any turn."""
+    compared, kept = COMPARED_MATCHING if _matches(run) else COMPARED, verdict.kept_name(measured, run["choices"])
+    references = [i for i in measured if i["kind"] == "baseline" or i["recipe"] == "fp32" or i["name"] == kept]
     found = []
     for info in measured:
         for over in references:

@@ -30,6 +30,7 @@ def sentences(report: Group, choices: Group) -> list[str]:
     return [
         _speed(kept, speedups, report["settings"]["tokens"]),
         *_parts(speedups, variants),
+        *beaten(kept, report),
         *accuracy(kept, others),
         memory(kept, others),
         _energy(kept, report["power"]),
@@ -73,6 +74,18 @@ def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str
             yield f"Against {entry['over']} the parts are faster by these factors: {told}{but}."
 
 
+def beaten(kept: Group, report: Group) -> Iterator[str]:
+    """The engines that were faster than what was kept, in every turn."""
+    for entry in report["speedups"]:
+        if entry["over"] == kept["name"] and entry.get("low", 0) > 1:
+            turns = f"{entry['low']:.2f} to {entry['high']:.2f} over {entry['turns']} turns"
+            yield (
+                f"{entry['of']} was faster here than what was kept, {entry['end_to_end']:.2f} times ({turns}): `vlmc "
+                f"build` had found otherwise in its own trials. To have it choose anew, remove "
+                f"engines/{report['device']['name']} from the artefact and build on a quiet machine."
+            )
+
+
 def accuracy(kept: Group, others: Sequence[Group]) -> Iterator[str]:
     found = kept["accuracy"]
     if isinstance(found, str):
@@ -95,14 +108,23 @@ def _score(accuracy: Group) -> str:
 
 
 def memory(kept: Group, others: Sequence[Group]) -> str:
+    key, what = scarce(kept)
     told = ", ".join(
-        f"{other['name']} {_megabytes(other['memory']['peak_rss_bytes'])}"
+        f"{other['name']} {_megabytes(other['memory'][key])}"
         for other in others
-        if not isinstance(other["memory"]["peak_rss_bytes"], str)
+        if not isinstance(other["memory"][key], str)
     )
-    peak = kept["memory"]["peak_rss_bytes"]
-    said = f"Peak resident memory: {peak if isinstance(peak, str) else _megabytes(peak)}"
+    peak = kept["memory"][key]
+    said = f"{what}: {peak if isinstance(peak, str) else _megabytes(peak)}"
     return said + (f" ({told})" if told else "") + "."
+
+
+def scarce(variant: Group) -> tuple[str, str]:
+    """The memory that runs out first, as a key and in words: the accelerator's, where it has one of its own."""
+    own = variant["memory"]["peak_device_bytes"]
+    if isinstance(own, str):
+        return "peak_rss_bytes", "Peak resident memory"
+    return "peak_device_bytes", "Peak memory of the GPU"
 
 
 def _megabytes(count: float) -> str:
@@ -130,14 +152,16 @@ def limits(kept: Group) -> Iterator[str]:
     for phase, line in kept["roofline"].items():
         what = "cache bandwidth" if line["in_cache"] else "memory bandwidth"
         of = "arithmetic" if line["bound"] == "compute" else what
-        told.append(f"{names.get(phase, phase)} {100 * line['share']:.0f} % of its limit ({of})")
+        share = f"{100 * line['share']:.{0 if line['share'] >= 0.1 else 1}f} %"
+        told.append(f"{names.get(phase, phase)} {share} of its limit ({of})")
     yield f"Distance to this machine's limits: {', '.join(told)}."
 
 
 def _budgets(kept: Group, device: Group) -> Iterator[str]:
+    key, memory = scarce(kept)
     for budget, value, scale, unit, what in (
         ("latency_budget_ms", kept["latency_ms"]["time_to_first_token"]["median"], 1, "ms", "The first token"),
-        ("memory_budget_gb", kept["memory"]["peak_rss_bytes"], 1e9, "GB", "Peak resident memory"),
+        ("memory_budget_gb", kept["memory"][key], 1e9, "GB", memory),
     ):
         allowed = device.get(budget)
         if isinstance(allowed, int | float) and not isinstance(value, str):

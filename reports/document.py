@@ -234,6 +234,14 @@ class Report:
         """What headline speed-ups are over: plain PyTorch, or what comes first without it."""
         return self.variants[0]
 
+    @property
+    def scarce(self) -> tuple[str, str, str]:
+        """The memory that runs out first, the accelerator's where every variant used one: its key, and its name in a
+        column and in a sentence."""
+        if any(isinstance(look(variant.memory, "peak_device_bytes"), str) for variant in self.variants):
+            return "peak_rss_bytes", "memory", "peak resident memory"
+        return "peak_device_bytes", "GPU memory", "peak memory of the GPU"
+
     def speedups_of(self, variant: Variant) -> list[Speedup]:
         """Those over the variants of this report, in their order."""
         found = {speedup.over: speedup for speedup in self.speedups if speedup.of == variant.name}

@@ -75,8 +75,8 @@ def key_figures(report: Report) -> list[Figure]:
     terms = report.terms
     first, right = tables.statistics(kept, terms.first[0]), kept.accuracy
     slowest = "" if isinstance(first, str) else f"99 % within {words.number(first.p99)} ms"
-    disk, peak = look(kept.memory, "disk_bytes"), look(kept.memory, "peak_rss_bytes")
-    resident = "" if isinstance(peak, str) else f"{words.size(peak)} in memory"
+    disk, peak = look(kept.memory, "disk_bytes"), look(kept.memory, report.scarce[0])
+    resident = "" if isinstance(peak, str) else f"{words.size(peak)} of {report.scarce[1]}"
     accuracy = right if isinstance(right, str) else right.overall.value
     interval = "" if isinstance(right, str) else f"95 % interval {words.interval(right.overall)}"
     return [

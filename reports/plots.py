@@ -109,7 +109,9 @@ def rate(report: Report) -> Plot:
 
 
 def memory(report: Report) -> Plot:
-    plot = Plot("memory", "How much memory does it take?", "Peak resident memory of the process; size on disk.")
+    on_gpu = " and memory of the GPU" if report.scarce[0] == "peak_device_bytes" else ""
+    caption = f"Peak resident memory of the process{on_gpu}; size on disk."
+    plot = Plot("memory", "How much memory does it take?", caption)
     kinds = {"resident": "peak_rss_bytes", "on device": "peak_device_bytes", "on disk": "disk_bytes"}
     found: dict[str, dict[str, float | None]] = {}
     for variant in report.variants:
@@ -158,7 +160,7 @@ def limits(report: Report) -> Plot:
             share = plot.number(f"{variant.name}, {name}", entry if isinstance(entry, str) else entry.share)
             if share is not None:
                 rows.append((variant.name, name, share))
-                plot.told.append(f"{variant.name}, {name}: {100 * share:.0f} % of the limit")
+                plot.told.append(f"{variant.name}, {name}: {words.share(share)} of the limit")
     if not rows:
         return plot
     canvas = Canvas(report, len(rows))
@@ -166,7 +168,7 @@ def limits(report: Report) -> Plot:
         canvas.row(variant_name, f": {name}")
         canvas.bar(0, 1, "track")
         canvas.bar(0, min(1.0, max(0.0, share)), canvas.colours[variant_name])
-        canvas.value(1, f"{100 * share:.0f} %")
+        canvas.value(1, words.share(share))
     plot.svg = canvas.svg(plot.name)
     return plot
 

@@ -19,6 +19,7 @@ _TRIED = {  # keys of a candidate
     "judged_by": "judged by, ms",
     "agreement": "cosine with PyTorch",
 }
+_UNTRIED = "unavailable: not tried on this machine, as said above"
 
 
 @dataclass
@@ -61,9 +62,10 @@ def headline(report: Report) -> Table:
     terms = report.terms
     energy, joules = next(iter(terms.energies.items()))
     columns = ["variant", "vision ms", f"{terms.first[1]} ms", terms.rate[1]]
-    columns += ["memory", joules, "accuracy %", "speed-up"]
+    key, memory, place = report.scarce
+    columns += [memory, joules, "accuracy %", "speed-up"]
     cost = "joules of a picture with a text" if report.artifact.matching else "joules to the first token"
-    title = f"Medians; peak resident memory; {cost}; accuracy with its 95 % interval; speed-up end to end"
+    title = f"Medians; {place}; {cost}; accuracy with its 95 % interval; speed-up end to end"
     table = Table(f"{title} over {report.reference.name}", columns)
     for variant in report.variants:
         table.add(
@@ -72,7 +74,7 @@ def headline(report: Report) -> Table:
                 table.cell(median(statistics(variant, "vision"))),
                 table.cell(median(statistics(variant, terms.first[0]))),
                 table.cell(median(report.rate(variant))),
-                table.cell(look(variant.memory, "peak_rss_bytes"), words.size),
+                table.cell(look(variant.memory, key), words.size),
                 table.cell(look(variant.energy, energy)),
                 _score(a if isinstance(a := variant.accuracy, str) else a.overall, table),
                 "1"
@@ -203,6 +205,9 @@ def candidates(report: Report, component: str) -> Table:
     keys = list(dict.fromkeys(key for entry in shown for key in entry)) or ["run"]
     table = Table("", ["engine", *(_TRIED.get(key, key.replace("_", " ")) for key in keys)])
     for name, entry in choice.candidates.items():
-        cells = (table.cell(look(entry, key), "{:.5f}".format if key == "agreement" else words.number) for key in keys)
+        cells = (
+            table.cell(look(entry or _UNTRIED, key), "{:.5f}".format if key == "agreement" else words.number)
+            for key in keys
+        )
         table.add([name, *cells], kept=name == choice.engine)
     return table

@@ -18,7 +18,7 @@ def variant(name: str, kind: str = "engine", engine: str = "onnxruntime-int8", *
         "latency_ms": {"end_to_end": stats(100.0), "time_to_first_token": stats(40.0)},
         "tokens_per_s": stats(50.0),
         "accuracy": "unavailable: random weights",
-        "memory": {"peak_rss_bytes": 3e9},
+        "memory": {"peak_rss_bytes": 3e9, "peak_device_bytes": "unavailable: no accelerator"},
         "energy": {"joules_per_image": "unavailable: no sensor"},
         "roofline": "unavailable: not counted",
         "waited_share": 0.0,
@@ -65,6 +65,25 @@ def test_a_part_that_got_slower_is_said_plainly() -> None:
     assert any(line.endswith("vision 0.75, prefill 1.00, decode 2.00; its vision got slower.") for line in said)
 
 
+def test_an_engine_that_was_faster_than_what_was_kept_in_every_turn_is_told() -> None:
+    faster = {"of": "Other", "over": "Int8", "end_to_end": 1.1, "low": 1.02, "high": 1.2, "turns": 4}
+    unsure = faster | {"of": "Unsure", "low": 0.97}
+    said = sentences(
+        report(variant("Int8"), speedups=[faster, unsure], device={"name": "orin"}),
+        CHOICES,
+    )
+    (told,) = [line for line in said if "faster here than what was kept" in line]
+    assert told.startswith("Other was faster here than what was kept, 1.10 times (1.02 to 1.20 over 4 turns)")
+    assert "remove engines/orin from the artefact" in told
+
+
+def test_where_the_gpu_has_a_memory_of_its_own_that_is_told_and_judged() -> None:
+    kept = variant("Int8", memory={"peak_rss_bytes": 9e9, "peak_device_bytes": 1e9})
+    said = sentences(report(kept, device={"memory_budget_gb": 2}), CHOICES)
+    assert "Peak memory of the GPU: 1000 MB." in said
+    assert "Peak memory of the GPU is within the device's budget: 1 of 2 GB." in said
+
+
 @pytest.mark.parametrize(("allowed", "word"), [(30, "over"), (40, "within")])
 def test_budgets_are_judged(allowed: float, word: str) -> None:
     said = sentences(report(variant("Int8"), device={"latency_budget_ms": allowed}), CHOICES)
@@ -101,10 +120,10 @@ def test_the_distance_to_the_limits_names_what_bounds() -> None:
     lines = {
         "vision_encoder": {"share": 0.41, "bound": "compute", "in_cache": False},
         "decoder_step": {"share": 0.6, "bound": "memory", "in_cache": False},
-        "decoder_prefill": {"share": 0.2, "bound": "memory", "in_cache": True},
+        "decoder_prefill": {"share": 0.023, "bound": "memory", "in_cache": True},
     }
     said = sentences(report(variant("Int8", roofline=lines)), CHOICES)
     assert (
         "Distance to this machine's limits: vision 41 % of its limit (arithmetic), a decode step 60 % of its limit "
-        "(memory bandwidth), prefill 20 % of its limit (cache bandwidth)."
+        "(memory bandwidth), prefill 2.3 % of its limit (cache bandwidth)."
     ) in said

@@ -48,6 +48,22 @@ def test_a_candidate_that_was_not_tried_gives_its_reason(sample: dict[str, Any])
     assert [table.rows[row][0] for row in table.kept] == ["onnxruntime-int8"]
 
 
+def test_a_candidate_without_numbers_was_not_tried(sample: dict[str, Any]) -> None:
+    sample["verdict"]["choices"]["vision_encoder"]["candidates"]["openvino-int8"] = {}
+    assert tables.candidates(parse(sample), "vision_encoder").notes == [
+        "unavailable: not tried on this machine, as said above"
+    ]
+
+
+def test_memory_is_the_gpus_where_every_variant_used_one(sample: dict[str, Any]) -> None:
+    for variant in sample["variants"]:
+        variant["memory"]["peak_device_bytes"] = 7e8
+    table = tables.headline(parse(sample))
+    assert set(column(table, "GPU memory")) == {"700 MB"} and "peak memory of the GPU" in table.title
+    sample["variants"][0]["memory"]["peak_device_bytes"] = "unavailable: it runs on the CPU"
+    assert "memory" in tables.headline(parse(sample)).columns
+
+
 def test_a_task_that_one_variant_lacks_is_not_scored_0(sample: dict[str, Any]) -> None:
     del sample["variants"][0]["accuracy"]["tasks"]["attributes"]
     sample["variants"][1]["accuracy"] = "unavailable: random weights"
