@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..errors import VlmcError
 
 LIMITS = {8: (-127, 127), 4: (-8, 7)}
+_PART = 1 << 22  # weights that are worked on at once: a head of 100 million would otherwise take gigabytes
 _TINY = np.finfo(np.float32).tiny  # below it a quotient loses bits, and in float16 it would be 0
 
 
@@ -29,6 +30,17 @@ def quantize_weight(
     `bits` is 8 or 4. `groups` is 1 for `block` 0 and otherwise ceil(in / block); the last block may be shorter.
     No value is off by more than half a scale. A weight with NaN or infinity is a VlmcError.
     """
+    rows, columns = weight.shape
+    groups = -(-columns // block) if block else 1
+    values, scales = np.empty((rows, columns), np.int8), np.empty((rows, groups), np.float32)
+    step = max(1, _PART // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        values[part], scales[part] = _quantized(weight[part], bits, block)
+    return values, scales
+
+
+def _quantized(weight: NDArray[np.float32], bits: int, block: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     low, high = LIMITS[bits]
     blocks = _blocks(np.asarray(weight, np.float32), block)
     scales = np.maximum(blocks.max(axis=2) / np.float32(high), blocks.min(axis=2) / np.float32(low))
@@ -36,7 +48,7 @@ def quantize_weight(
         raise VlmcError("A weight holds NaN or infinity and cannot be quantised", fix="check the checkpoint")
     scales = np.where(scales < _TINY, np.float32(1), scales)
     values = np.clip(np.rint(blocks / scales[:, :, None]), low, high)
-    return np.ascontiguousarray(_flat(values, weight.shape[1]).astype(np.int8)), scales
+    return _flat(values, weight.shape[1]), scales
 
 
 def dequantize_weight(values: NDArray[np.int8], scales: NDArray[np.float32], block: int = 0) -> NDArray[np.float32]:

@@ -30,6 +30,7 @@ from .. import tensorrt_calibrator, tensorrt_network
 from ..passes import (
     float_outputs,
     float_weights,
+    forget,
     half_precision,
     norm_weights,
     norms,
@@ -137,7 +138,7 @@ def build(model: ir.Model, job: Job) -> Built:
     with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
         path = Path(folder) / "lowered.onnx"
         ir.save(model, path, external_data=f"{path.name}.data")
-        del model
+        forget(model)
         flags = ("EXPLICIT_BATCH",) if weak else ("EXPLICIT_BATCH", "STRONGLY_TYPED")
         parsed = tensorrt_network.parse(trt, path, job.component, flags)
     if weak:

@@ -18,7 +18,7 @@ from ...errors import VlmcError, reason
 from ...profiles.device import Device
 from ...runtime.tensorrt_engine import ENGINE
 from .. import tensorrt_network
-from ..passes import float_outputs, half_precision, token_loop
+from ..passes import float_outputs, forget, half_precision, token_loop
 from ..tensorrt_profiles import Profile, Range, profile
 from . import MODEL, Built, Job
 
@@ -53,6 +53,7 @@ def build(model: ir.Model, job: Job) -> Built:
     with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
         path = Path(folder) / MODEL
         ir.save(model, path, external_data=f"{MODEL}.data")
+        forget(model)
         parsed = tensorrt_network.parse(trt, path, job.component)
 
     def configure(config: Any) -> None:

@@ -68,6 +68,12 @@ def prune(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
+def forget(model: ir.Model) -> None:
+    """Lets go of all weights, once the model is written: whoever still holds it holds nothing of size."""
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
 def producer(value: ir.Value | None, operator: str) -> ir.Node | None:
     """The node that makes the value, where it is of that operator."""
     node = value.producer() if value is not None else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from . import array_of, constant, insert, prune, replace
 
@@ -23,7 +24,7 @@ def without_blocks(model: ir.Model) -> int:
             axis, values = node.attributes.get_int("axis", 1), array_of(integers)
             scales = np.repeat(array_of(node.inputs[1]), block, axis)
             scales = np.take(scales, range(values.shape[axis]), axis)  # the last block may be shorter
-            replace(node, constant(graph, f"{integers.name}.float", values.astype(np.float32) * scales))
+            replace(node, _floats(graph, f"{integers.name}.float", values, scales))
             changed += 1
     prune(model)
     return changed
@@ -39,7 +40,7 @@ def apply(model: ir.Model) -> int:
         axis, scales = node.attributes.get_int("axis", 1), array_of(scale)
         values = array_of(integers)
         shape = [-1 if position == axis else 1 for position in range(values.ndim)] if scales.ndim else []
-        floats = constant(graph, f"{integers.name}.float", values.astype(np.float32) * scales.reshape(shape))
+        floats = _floats(graph, f"{integers.name}.float", values, scales.reshape(shape))
         zero = constant(graph, f"{integers.name}.zero", np.zeros(scales.shape, np.int8))
         attributes: dict[str, Any] = {"axis": axis} if scales.ndim else {}
         quantize = insert(node, "QuantizeLinear", [floats, scale, zero], f"{node.name}.quantize", **attributes)
@@ -47,3 +48,19 @@ def apply(model: ir.Model) -> int:
         changed += 1
     prune(model)
     return changed
+
+
+def _floats(graph: ir.Graph, name: str, values: NDArray[Any], scales: NDArray[np.float32]) -> ir.Value:
+    """values · scales as a float32 constant that is computed when it is written, one at a time: four times the bytes
+    of the integers would otherwise lie in memory beside the builder."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(values.astype(np.float32) * scales, name=name),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape(values.shape),
+        name=name,
+    )
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

@@ -74,14 +74,17 @@ def _put(graph: ir.Graph, node: ir.Node, position: int, smoothed: NDArray[Any]) 
 
 
 def _quantize(graph: ir.Graph, node: ir.Node, module: ModulePlan) -> None:
-    weight = weight_of(node)
-    assert weight is not None and node.name is not None
+    weight, before = weight_of(node), node.inputs[1]
+    assert weight is not None and before is not None and node.name is not None
     if module.smoothing is not None:
         factor = np.array(module.smoothing, np.float32).reshape((-1, 1, 1) if node.op_type == "Conv" else (-1, 1))
         weight = weight * factor
-        _put(graph, node, 1, weight)  # with 0 bits this is all
     if module.weight_bits:
         node.replace_input_with(1, _dequantized(graph, node, weight, module))
+    elif module.smoothing is not None:
+        _put(graph, node, 1, weight)
+    if not before.uses():
+        graph.initializers.pop(str(before.name))  # now, for with it goes what was read of the file
     if module.activation_scale is not None:
         node.replace_input_with(0, _quantized_input(node, module.activation_scale))
     if module.output_scale is not None:
@@ -93,7 +96,7 @@ def _dequantized(graph: ir.Graph, node: ir.Node, weight: NDArray[np.float32], mo
     name = f"{node.name}.weight"
     convolution = node.op_type == "Conv"
     rows = weight.reshape(len(weight), -1) if convolution else weight.T
-    values, scales = quantize_weight(np.ascontiguousarray(rows), module.weight_bits, module.block)
+    values, scales = quantize_weight(rows, module.weight_bits, module.block)
     integers = values.reshape(weight.shape) if convolution else np.ascontiguousarray(values.T)
     if module.weight_bits == 4:
         integers = integers.astype(ml_dtypes.int4)

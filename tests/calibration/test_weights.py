@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from vlmc.calibration import weights
 from vlmc.calibration.weights import LIMITS, dequantize_weight, quantize_weight
 from vlmc.errors import VlmcError
 
@@ -80,6 +83,15 @@ def test_channels_do_not_touch_each_other(weight: Matrix, form: tuple[int, int],
     alone, scales_alone = quantize_weight(weight[row : row + 1], *form)
     assert (values[row] == alone[0]).all()
     assert (scales[row] == scales_alone[0]).all()
+
+
+@given(WEIGHTS, FORMS, st.integers(1, 20))
+def test_a_weight_may_be_worked_on_in_parts(weight: Matrix, form: tuple[int, int], part: int) -> None:
+    values, scales = quantize_weight(weight, *form)
+    with mock.patch.object(weights, "_PART", part):
+        in_parts, scales_in_parts = quantize_weight(weight.T.copy().T, *form)  # whichever way it lies in memory
+    assert (values == in_parts).all()
+    assert (scales == scales_in_parts).all()
 
 
 @given(WEIGHTS, FORMS, st.integers(-20, 20))

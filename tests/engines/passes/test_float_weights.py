@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from vlmc.artifact import Artifact
 from vlmc.calibration.plan import read_plan
-from vlmc.engines.passes import float_weights, opset17, patches_as_matmul, quantize
+from vlmc.engines.passes import float_weights, forget, opset17, patches_as_matmul, quantize
 from vlmc.exporter import golden
 
 
@@ -40,6 +40,20 @@ def test_no_int8_constant_is_left_but_zero_points(quantised: ir.Model) -> None:
             assert value.const_value is not None
             assert not value.const_value.numpy().any(), f"{value.name} is no zero point"
     assert float_weights.apply(quantised) == 0
+
+
+def test_the_floats_are_made_when_they_are_written(quantised: ir.Model) -> None:
+    float_weights.apply(quantised)
+    made = [value for name, value in quantised.graph.initializers.items() if name.endswith(".float")]
+    assert made and all(isinstance(value.const_value, ir.LazyTensor) for value in made)
+
+
+def test_a_model_that_is_written_lets_go_of_its_weights(quantised: ir.Model) -> None:
+    shapes = {name: value.shape for name, value in quantised.graph.initializers.items()}
+    forget(quantised)
+    found = quantised.graph.initializers
+    assert {name: value.shape for name, value in found.items()} == shapes
+    assert not any(value.const_value for value in found.values())
 
 
 def test_the_numbers_stay_the_same(quantised: ir.Model, planned: Artifact, tmp_path: Path) -> None:
