@@ -68,6 +68,13 @@ def prune(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
+def drop(graph: ir.Graph, value: ir.Value) -> None:
+    """Removes a constant that nothing uses any more. At once and not when the graph is pruned, for with it goes what
+    was read of its file."""
+    if not value.uses() and graph.initializers.get(str(value.name)) is value:
+        graph.initializers.pop(str(value.name)).const_value = None  # ONNX IR's shape inference keeps the value
+
+
 def forget(model: ir.Model) -> None:
     """Lets go of all weights, once the model is written: whoever still holds it holds nothing of size."""
     for value in model.graph.initializers.values():

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from . import array_of, constant, insert, norms, prune
+from . import array_of, constant, drop, insert, norms, prune
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 STATE = ("past_key_values.", "present.")  # the KV cache stays on the device, in float16
@@ -49,6 +49,8 @@ def apply(model: ir.Model) -> int:
         for position, source in enumerate(node.inputs):
             if source is not None and source in floats:
                 node.replace_input_with(position, _as(graph, source, wanted, node))
+                if source.const_value is not None:
+                    drop(graph, source)
         for value in made:
             value.type = ir.TensorType(wanted)
         if node.op_type == "Cast" and made:

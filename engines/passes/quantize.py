@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ...calibration.plan import ModulePlan, Plan
 from ...calibration.weights import quantize_weight
 from ...errors import VlmcError
-from . import array_of, constant, insert, prune, weight_of
+from . import array_of, constant, drop, insert, prune, weight_of
 
 OUTPUT = "output"  # in the names of Q/DQ behind a layer
 
@@ -83,8 +83,7 @@ def _quantize(graph: ir.Graph, node: ir.Node, module: ModulePlan) -> None:
         node.replace_input_with(1, _dequantized(graph, node, weight, module))
     elif module.smoothing is not None:
         _put(graph, node, 1, weight)
-    if not before.uses():
-        graph.initializers.pop(str(before.name))  # now, for with it goes what was read of the file
+    drop(graph, before)
     if module.activation_scale is not None:
         node.replace_input_with(0, _quantized_input(node, module.activation_scale))
     if module.output_scale is not None:

@@ -60,6 +60,15 @@ def test_the_decoder_agrees_with_pytorch(recipe: str, near: float, planned: Arti
         assert cosine(prefill(planned, load, model, case), golden.read(planned)[1][f"{case}.prefill_logits"]) > near
 
 
+def test_a_weight_that_was_converted_is_let_go(planned: Artifact) -> None:
+    model = ir.load(planned.graph("vision_encoder"))
+    read = [value for value in model.graph.initializers.values() if isinstance(value.const_value, ir.ExternalTensor)]
+    half_precision.apply(model)
+    left = {id(value) for value in model.graph.initializers.values()}
+    gone = [value for value in read if id(value) not in left]
+    assert gone and not any(value.const_value for value in gone), "what was read of the file stays in memory"
+
+
 def test_quantised_graphs_agree_with_themselves_in_float32(planned: Artifact, load: Any) -> None:
     """So what float16 costs is known apart from what int8 costs. Tolerance: an activation that lies between two int8
     steps may be rounded the other way."""
