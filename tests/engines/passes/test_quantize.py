@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from vlmc.artifact import Artifact, KvContract
 from vlmc.calibration.fake_quant import apply_plan
 from vlmc.calibration.plan import ModulePlan, read_plan
 from vlmc.calibration.weights import dequantize_weight, quantize_weight
-from vlmc.engines.passes import quantize
+from vlmc.engines.passes import constant, quantize
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.exporter.family import Components
@@ -58,6 +59,27 @@ def test_smoothing_multiplies_input_channels_even_of_a_layer_that_stays_float(
     quantize.apply(model, plan_of(fc=ModulePlan(bits, 0, smoothing=tuple(factors.tolist()))), "part")
     tolerance = 1e-5 if bits == 0 else 0.5
     np.testing.assert_allclose(run(model, INPUT), INPUT * factors @ WEIGHT + BIAS, atol=tolerance)
+
+
+def test_it_takes_the_memory_of_the_integers_and_not_of_the_floats(tmp_path: Path, plan_of: Any) -> None:
+    layers, side = 32, 256
+    weight = np.ones((side, side), np.float32)
+    values = [ir.Value(name="x", shape=ir.Shape([1, side]), type=ir.TensorType(ir.DataType.FLOAT))]
+    graph = ir.Graph(values, [], nodes=[], opset_imports={"": 24}, name="deep")
+    for index in range(layers):
+        node = ir.node("MatMul", [values[-1], constant(graph, f"fc{index}.weight", weight * index)], name=f"fc{index}")
+        graph.append(node)
+        values.append(node.outputs[0])
+    values[-1].name = "y"
+    graph.outputs.append(values[-1])
+    ir.save(ir.Model(graph, ir_version=10), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "m.onnx")
+    smoothed = ModulePlan(8, 0, smoothing=(1.0,) * side)
+    tracemalloc.start()
+    quantize.apply(model, plan_of(**{f"fc{index}": smoothed for index in range(layers)}), "part")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < layers * weight.nbytes / 2, "a quarter are the integers, the rest is one weight at work"
 
 
 def test_an_absorber_divides_its_outputs_bias_and_all(linear: Any, plan_of: Any, run: Any) -> None:
