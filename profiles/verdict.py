@@ -75,9 +75,9 @@ def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str
 
 
 def beaten(kept: Group, report: Group) -> Iterator[str]:
-    """The engines that were faster than what was kept, in every turn."""
+    """The engines that were faster than what was kept, in each of several turns."""
     for entry in report["speedups"]:
-        if entry["over"] == kept["name"] and entry.get("low", 0) > 1:
+        if entry["over"] == kept["name"] and entry.get("turns", 1) > 1 and entry["low"] > 1:
             turns = f"{entry['low']:.2f} to {entry['high']:.2f} over {entry['turns']} turns"
             yield (
                 f"{entry['of']} was faster here than what was kept, {entry['end_to_end']:.2f} times ({turns}): `vlmc "

@@ -121,9 +121,8 @@ class Gpu:
         def launch() -> None:
             checked(start(ready, stream))
 
-        weakref.finalize(
-            launch, self._driver.cuGraphExecDestroy, ready
-        ).atexit = False  # the driver may be gone by then
+        end = weakref.finalize(launch, self._driver.cuGraphExecDestroy, ready)
+        end.atexit = False  # the driver may be gone by then
         return launch
 
     def kernel(self, ptx: Path, name: str) -> Callable[[Sequence[int], int, Sequence[int]], None]:

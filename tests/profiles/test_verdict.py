@@ -67,11 +67,8 @@ def test_a_part_that_got_slower_is_said_plainly() -> None:
 
 def test_an_engine_that_was_faster_than_what_was_kept_in_every_turn_is_told() -> None:
     faster = {"of": "Other", "over": "Int8", "end_to_end": 1.1, "low": 1.02, "high": 1.2, "turns": 4}
-    unsure = faster | {"of": "Unsure", "low": 0.97}
-    said = sentences(
-        report(variant("Int8"), speedups=[faster, unsure], device={"name": "orin"}),
-        CHOICES,
-    )
+    others = [faster | {"of": "Unsure", "low": 0.97}, faster | {"of": "Once", "turns": 1}]
+    said = sentences(report(variant("Int8"), speedups=[faster, *others], device={"name": "orin"}), CHOICES)
     (told,) = [line for line in said if "faster here than what was kept" in line]
     assert told.startswith("Other was faster here than what was kept, 1.10 times (1.02 to 1.20 over 4 turns)")
     assert "remove engines/orin from the artefact" in told
