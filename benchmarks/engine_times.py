@@ -63,7 +63,7 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
     tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
     place = folder / "engines" / form / component / f"tensorrt-{precision}"
     # Engines of several forms stand side by side in one artefact.
-    Candidate.folder = lambda self, artifact: place  # type: ignore[method-assign]
+    Candidate.folder = lambda self, artifact: place
     build_engine(Artifact(folder), Candidate("h100", component, "tensorrt", precision))
 
 

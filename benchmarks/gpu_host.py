@@ -41,7 +41,7 @@ DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder's kernels are named
 # A convolutional tower, which takes TensorRT 8.6 longer to build than a GPU is lent: does it in other forms?
-TOWER, OTHERS = "gemma3n-e4b-4of35", ("pixels", "pixels+taps")
+TOWER, TOWER_FORMS = "gemma3n-e4b-4of35", ("pixels", "pixels+taps")
 BOTH = ("fp16", "int8")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
@@ -202,7 +202,7 @@ class Model:
                 run.timings.put(0, self.whole)
                 return
             for part in self.parts:
-                for form in OTHERS if (name, part) == (TOWER, "vision_encoder") else ("single",):
+                for form in TOWER_FORMS if (name, part) == (TOWER, "vision_encoder") else ("single",):
                     self.group(part, form, self.place)
             if name in SIZES:
                 self.group("decoder", "prefill", self.place)
@@ -214,10 +214,11 @@ class Model:
     def group(self, part: str, form: str, priority: int) -> None:
         """Asks for the component's engines in that form, and for their times once all are there."""
         known = self.known(part, form)
-        precisions = [one for one in BOTH if known.get(f"tensorrt-{one}", {"mark": "none"}).get("mark")]
+        engines = {precision: known.get(f"tensorrt-{precision}") for precision in BOTH}
+        precisions = [precision for precision, found in engines.items() if found is None or found.get("mark")]
         if not precisions:
             return
-        priority += AGAIN * (len(known) == len(BOTH))
+        priority += AGAIN * all(engines.values())
         run, left, lock = self.run, list(precisions), threading.Lock()
         timing = run.timings.writing()
         timing.__enter__()

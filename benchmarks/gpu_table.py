@@ -81,7 +81,8 @@ def profiled(profile: dict[str, Any]) -> None:
 def answers(model: dict[str, Any]) -> list[str]:
     """A picture, a prompt and the further steps, column by column; last FP16 vision beside an int8 decoder."""
     rows = [row(model, part, form, key) for part, form, key in PARTS]
-    rows = [[*cells, cells[-2 if vision else -1]] for vision, cells in zip((True, False, False), rows, strict=True)]
+    for cells in rows:
+        cells.append(cells[-2 if cells is rows[0] else -1])
     found = []
     for cells in zip(*rows, strict=True):
         (vision, _), (prompt, mark), (step, other) = cells

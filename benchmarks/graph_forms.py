@@ -164,7 +164,7 @@ def pixels(model: ir.Model) -> int:
         and not any(node.attributes.get_ints("pads", ()))
     ]
     for node in found:
-        patches_as_matmul._rewrite(node)
+        patches_as_matmul.rewrite(node)
     prune(model)
     return len(found)
 
@@ -176,13 +176,11 @@ def taps(model: ir.Model) -> int:
     for node in found:
         assert node.inputs[0] is not None
         name, weight = str(node.name), array_of(node.inputs[1])
-        (top, left_side, bottom, right), (down, across) = (
-            node.attributes.get_ints("pads", (0, 0, 0, 0)),
-            node.attributes.get_ints("strides", (1, 1)),
-        )
-        sides = constant(graph, f"{name}.sides", np.array([0, 0, top, left_side, 0, 0, bottom, right], np.int64))
+        top, start, bottom, end = node.attributes.get_ints("pads", (0, 0, 0, 0))
+        down, across = node.attributes.get_ints("strides", (1, 1))
+        sides = constant(graph, f"{name}.sides", np.array([0, 0, top, start, 0, 0, bottom, end], np.int64))
         padded = insert(node, "Pad", [node.inputs[0], sides], f"{name}.padded").outputs[0]
-        rows, columns = (int(size) for size in [*node.outputs[0].shape][2:])  # type: ignore[arg-type, misc]
+        rows, columns = (int(size) for size in [*node.outputs[0].shape][2:])
         steps = constant(graph, f"taps.steps.{down}.{across}", np.array([down, across], np.int64))
         total: ir.Value | None = None
         for i, j in np.ndindex(weight.shape[2:]):
@@ -202,12 +200,8 @@ def taps(model: ir.Model) -> int:
 
 
 def _depthwise(node: ir.Node) -> bool:
-    weight = node.inputs[1]
-    return (
-        weight is not None
-        and weight.const_value is not None
-        and weight.const_value.shape[0] == (node.attributes.get_int("group", 1))
-    )
+    weight = node.inputs[1].const_value
+    return weight is not None and weight.shape[0] == node.attributes.get_int("group", 1)
 
 
 STEP = (gather, left, joined, static, element, pieces)  # of a decoder
@@ -277,7 +271,7 @@ def check(root: Path) -> None:
         "decoder": [[], *([name] for name in ("gather", "left", "joined", "element")), steps],
         "vision_encoder": [[], ["pixels"], ["pixels", "taps"]],
     }
-    for component in forms.keys() & artifact.manifest.components.keys():
+    for component in [name for name in forms if name in artifact.manifest.components]:
         feeds: dict[str, Any] = {}
         wanted = np.empty(0)
         for changes in forms[component]:

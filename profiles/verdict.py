@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 NOISY = 0.1  # a standard deviation above this share of the mean is worth a sentence
@@ -35,7 +35,7 @@ def sentences(report: Group, choices: Group) -> list[str]:
         memory(kept, others),
         _energy(kept, report["power"]),
         *limits(kept),
-        *_budgets(kept, report["device"]),
+        *_budgets(kept, report),
         *doubts(report),
         *(f"{name} was not measured: {reason.rstrip('.')}." for name, reason in report["not_measured"].items()),
     ]
@@ -108,23 +108,24 @@ def _score(accuracy: Group) -> str:
 
 
 def memory(kept: Group, others: Sequence[Group]) -> str:
-    key, what = scarce(kept)
+    key, _, what = scarce(variant["memory"] for variant in (kept, *others))
     told = ", ".join(
         f"{other['name']} {_megabytes(other['memory'][key])}"
         for other in others
         if not isinstance(other["memory"][key], str)
     )
     peak = kept["memory"][key]
-    said = f"{what}: {peak if isinstance(peak, str) else _megabytes(peak)}"
+    said = f"Peak {what}: {peak if isinstance(peak, str) else _megabytes(peak)}"
     return said + (f" ({told})" if told else "") + "."
 
 
-def scarce(variant: Group) -> tuple[str, str]:
-    """The memory that runs out first, as a key and in words: the accelerator's, where it has one of its own."""
-    own = variant["memory"]["peak_device_bytes"]
-    if isinstance(own, str):
-        return "peak_rss_bytes", "Peak resident memory"
-    return "peak_device_bytes", "Peak memory of the GPU"
+def scarce(memories: Iterable[Group | str]) -> tuple[str, str, str]:
+    """The memory that runs out first, the accelerator's where every variant used one of its own: its key, and its name
+    in a table and in a sentence. `memories`: of every variant, the sizes or the reason why there are none."""
+    for memory in memories:
+        if isinstance(memory, str) or isinstance(memory.get("peak_device_bytes", ""), str):
+            return "peak_rss_bytes", "memory", "resident memory"
+    return "peak_device_bytes", "GPU memory", "memory of the GPU"
 
 
 def _megabytes(count: float) -> str:
@@ -152,18 +153,17 @@ def limits(kept: Group) -> Iterator[str]:
     for phase, line in kept["roofline"].items():
         what = "cache bandwidth" if line["in_cache"] else "memory bandwidth"
         of = "arithmetic" if line["bound"] == "compute" else what
-        share = f"{100 * line['share']:.{0 if line['share'] >= 0.1 else 1}f} %"
-        told.append(f"{names.get(phase, phase)} {share} of its limit ({of})")
+        told.append(f"{names.get(phase, phase)} {share(line['share'])} of its limit ({of})")
     yield f"Distance to this machine's limits: {', '.join(told)}."
 
 
-def _budgets(kept: Group, device: Group) -> Iterator[str]:
-    key, memory = scarce(kept)
+def _budgets(kept: Group, report: Group) -> Iterator[str]:
+    key, _, memory = scarce(variant["memory"] for variant in report["variants"])
     for budget, value, scale, unit, what in (
         ("latency_budget_ms", kept["latency_ms"]["time_to_first_token"]["median"], 1, "ms", "The first token"),
-        ("memory_budget_gb", kept["memory"][key], 1e9, "GB", memory),
+        ("memory_budget_gb", kept["memory"][key], 1e9, "GB", f"Peak {memory}"),
     ):
-        allowed = device.get(budget)
+        allowed = report["device"].get(budget)
         if isinstance(allowed, int | float) and not isinstance(value, str):
             kind = "within" if value / scale <= allowed else "over"
             yield f"{what} is {kind} the device's budget: {value / scale:.3g} of {allowed:g} {unit}."
@@ -188,6 +188,11 @@ def doubts(report: Group) -> Iterator[str]:
     before, after = machine.get("throttled"), machine.get("after", {}).get("throttled")
     if after is not None and before != after:
         yield f"The machine throttled while it measured (before: {before}; after: {after})."
+
+
+def share(value: float) -> str:
+    """Per cent of a limit: 0.3 %, 2.6 %, 42 %."""
+    return f"{100 * value:.{0 if value >= 0.1 else 1}f} %"
 
 
 def figure(value: float) -> str:

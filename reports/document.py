@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from ..errors import VlmcError
 from ..files import read_json
+from ..profiles import verdict
 from ..records import from_json
 
 SCHEMA = 1
@@ -236,11 +237,8 @@ class Report:
 
     @property
     def scarce(self) -> tuple[str, str, str]:
-        """The memory that runs out first, the accelerator's where every variant used one: its key, and its name in a
-        column and in a sentence."""
-        if any(isinstance(look(variant.memory, "peak_device_bytes"), str) for variant in self.variants):
-            return "peak_rss_bytes", "memory", "peak resident memory"
-        return "peak_device_bytes", "GPU memory", "peak memory of the GPU"
+        """See `verdict.scarce`."""
+        return verdict.scarce(variant.memory for variant in self.variants)
 
     def speedups_of(self, variant: Variant) -> list[Speedup]:
         """Those over the variants of this report, in their order."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ..profiles import verdict
 from . import words
 from .canvas import WIDTH, Canvas, settings, short, tagged, to_svg
 from .document import Number, Report, Score, Statistics, Variant, look
@@ -109,9 +110,7 @@ def rate(report: Report) -> Plot:
 
 
 def memory(report: Report) -> Plot:
-    on_gpu = " and memory of the GPU" if report.scarce[0] == "peak_device_bytes" else ""
-    caption = f"Peak resident memory of the process{on_gpu}; size on disk."
-    plot = Plot("memory", "How much memory does it take?", caption)
+    plot = Plot("memory", "How much memory does it take?", "Peak memory of the process; size on disk.")
     kinds = {"resident": "peak_rss_bytes", "on device": "peak_device_bytes", "on disk": "disk_bytes"}
     found: dict[str, dict[str, float | None]] = {}
     for variant in report.variants:
@@ -160,7 +159,7 @@ def limits(report: Report) -> Plot:
             share = plot.number(f"{variant.name}, {name}", entry if isinstance(entry, str) else entry.share)
             if share is not None:
                 rows.append((variant.name, name, share))
-                plot.told.append(f"{variant.name}, {name}: {words.share(share)} of the limit")
+                plot.told.append(f"{variant.name}, {name}: {verdict.share(share)} of the limit")
     if not rows:
         return plot
     canvas = Canvas(report, len(rows))
@@ -168,7 +167,7 @@ def limits(report: Report) -> Plot:
         canvas.row(variant_name, f": {name}")
         canvas.bar(0, 1, "track")
         canvas.bar(0, min(1.0, max(0.0, share)), canvas.colours[variant_name])
-        canvas.value(1, words.share(share))
+        canvas.value(1, verdict.share(share))
     plot.svg = canvas.svg(plot.name)
     return plot
 

@@ -65,7 +65,7 @@ def headline(report: Report) -> Table:
     key, memory, place = report.scarce
     columns += [memory, joules, "accuracy %", "speed-up"]
     cost = "joules of a picture with a text" if report.artifact.matching else "joules to the first token"
-    title = f"Medians; {place}; {cost}; accuracy with its 95 % interval; speed-up end to end"
+    title = f"Medians; peak {place}; {cost}; accuracy with its 95 % interval; speed-up end to end"
     table = Table(f"{title} over {report.reference.name}", columns)
     for variant in report.variants:
         table.add(

@@ -42,11 +42,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def share(value: float) -> str:
-    """Per cent of a limit: 0.3 %, 2.6 %, 42 %."""
-    return f"{100 * value:.{0 if value >= 0.1 else 1}f} %"
-
-
 def ratio(value: float) -> str:
     """How many times as fast: 0.98×, 3.48×, 15.2×, 140×."""
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}×"

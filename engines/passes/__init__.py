@@ -16,13 +16,14 @@ MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 HIDDEN = -3e4
 
 
-def constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
-    """The graph's initializer of that name, made from the array unless it is there."""
+def constant(graph: ir.Graph, name: str, array: NDArray[Any] | ir.LazyTensor) -> ir.Value:
+    """The graph's initializer of that name, made from the array, or from what gives one when it is written, unless it
+    is there."""
     if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
+        tensor = array if isinstance(array, ir.LazyTensor) else ir.tensor(array, name=name)
         value = ir.Value(
             name=name,
-            shape=ir.Shape(array.shape),
+            shape=ir.Shape(tensor.shape.numpy()),
             type=ir.TensorType(tensor.dtype),
             const_value=tensor,
         )

@@ -53,14 +53,10 @@ def apply(model: ir.Model) -> int:
 def _floats(graph: ir.Graph, name: str, values: NDArray[Any], scales: NDArray[np.float32]) -> ir.Value:
     """values · scales as a float32 constant that is computed when it is written, one at a time: four times the bytes
     of the integers would otherwise lie in memory beside the builder."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    tensor = ir.LazyTensor(
+    lazy = ir.LazyTensor(
         lambda: ir.tensor(values.astype(np.float32) * scales, name=name),
         dtype=ir.DataType.FLOAT,
         shape=ir.Shape(values.shape),
         name=name,
     )
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return constant(graph, name, lazy)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 from vlmc.engines.passes import norm_weights, norms
@@ -23,17 +23,13 @@ CONSTANTS = {
 }
 
 
-def graph(body: str) -> ir.Model:
-    text = f'<ir_version: 8, opset_import: ["": 17]> g (float[1,8,4,4] x) => (float[1,8,4,4] y) {{ {body} }}'
-    proto = onnx.parser.parse_model(text)
-    for name in {name for node in proto.graph.node for name in node.input} & CONSTANTS.keys():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(CONSTANTS[name], name))
-    for index, node in enumerate(proto.graph.node):
-        node.name = f"node{index}"
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+@pytest.fixture
+def graph(written: Any) -> Callable[[str], ir.Model]:
+    """graph(body), of x to y, eight channels of 4 by 4."""
+    return lambda body: written(f"(float[1,8,4,4] x) => (float[1,8,4,4] y) {{ {body} }}", CONSTANTS)
 
 
-def test_what_is_rounded_is_no_product_by_a_constant(load: Any) -> None:
+def test_what_is_rounded_is_no_product_by_a_constant(load: Any, graph: Any) -> None:
     exact, model = load(graph(f"{NORM} {QUANTIZED}")), graph(f"{NORM} {QUANTIZED}")
     assert norm_weights.apply(model) == 1
     rounded = next(node for node in model.graph if node.op_type == "QuantizeLinear").inputs[0]
@@ -43,7 +39,7 @@ def test_what_is_rounded_is_no_product_by_a_constant(load: Any) -> None:
     np.testing.assert_allclose(load(model).run(None, given)[0], exact.run(None, given)[0], atol=1e-6)
 
 
-def test_the_product_of_root_and_weight_stays_float32() -> None:
+def test_the_product_of_root_and_weight_stays_float32(graph: Any) -> None:
     model = graph(f"{NORM} {QUANTIZED}")
     norm_weights.apply(model)
     (made,) = [node for node in model.graph if node.op_type == "Mul" and node.inputs[1].name == "weight"]
@@ -51,5 +47,5 @@ def test_the_product_of_root_and_weight_stays_float32() -> None:
 
 
 @pytest.mark.parametrize("body", [f"{NORM} {TWICE}", LAYER_SCALE])
-def test_other_products_stay(body: str) -> None:
+def test_other_products_stay(body: str, graph: Any) -> None:
     assert norm_weights.apply(graph(body)) == 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
-from onnx_ir.passes import common
 from vlmc.engines.passes import half_precision, norms
 
 SIZE = 3000.0  # whose square float16 does not hold
@@ -34,16 +35,9 @@ CONSTANTS = {
 }
 
 
-def graph(text: str) -> ir.Model:
-    proto = onnx.parser.parse_model(f'<ir_version: 11, opset_import: ["": 24]> g {text}')
-    read = {name for node in proto.graph.node for name in node.input}
-    for name in read & CONSTANTS.keys():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(CONSTANTS[name], name))
-    for index, node in enumerate(proto.graph.node):
-        node.name = f"node{index}"
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-    common.RemoveUnusedNodesPass()(model)
-    return model
+@pytest.fixture
+def graph(written: Any) -> Callable[[str], ir.Model]:
+    return lambda text: written(text, CONSTANTS, 24)
 
 
 def run(model: ir.Model) -> np.ndarray:
@@ -60,14 +54,14 @@ def values(model: ir.Model) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("text", [*SPELT_OUT, L2])
-def test_squares_of_what_float16_holds_are_no_infinities(text: str) -> None:
+def test_squares_of_what_float16_holds_are_no_infinities(text: str, graph: Any) -> None:
     exact, model = graph(text), graph(text)
     half_precision.apply(model)
     np.testing.assert_allclose(run(model), run(exact), rtol=5e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", SPELT_OUT)
-def test_without_their_names_they_would_be(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_their_names_they_would_be(text: str, monkeypatch: pytest.MonkeyPatch, graph: Any) -> None:
     monkeypatch.setattr(norms, "apply", lambda model: 0)
     model = graph(text)
     half_precision.apply(model)
@@ -76,7 +70,7 @@ def test_without_their_names_they_would_be(text: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("text", SPELT_OUT)
-def test_all_from_the_square_to_the_root_is_named_once(text: str) -> None:
+def test_all_from_the_square_to_the_root_is_named_once(text: str, graph: Any) -> None:
     model = graph(text)
     assert norms.apply(model) == 1
     names = [str(node.name) for node in model.graph]
@@ -97,5 +91,5 @@ def test_all_from_the_square_to_the_root_is_named_once(text: str) -> None:
         "(float[2,8] x, float[2,8] z) => (float[2,1] y) { s = Mul(x, z) y = ReduceMean(s, first) }",
     ],
 )
-def test_other_powers_and_products_are_no_norms(text: str) -> None:
+def test_other_powers_and_products_are_no_norms(text: str, graph: Any) -> None:
     assert norms.apply(graph(text)) == 0

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
-from onnx_ir.passes import common
 from vlmc.artifact import Artifact
 from vlmc.engines.passes import opset17, rotary_tables, two_segment_attention
 
 CAPACITY = 300
-FREQUENCIES = np.array([1.0, 0.65, 0.1, 1e-3], np.float32)
+CONSTANTS = {"last": np.array([-1]), "frequencies": np.array([1.0, 0.65, 0.1, 1e-3], np.float32)}
 
 ROWS = """(int64[1,length] p) => (float[1,length,8] y) {
     l = Unsqueeze(p, last) f = Cast<to = 1>(l) a = Mul(f, frequencies) b = Concat<axis = -1>(a, a) y = Cos(b) }"""
@@ -30,19 +28,13 @@ TWO_SOURCES = """(int64[1,length] p, int64[1,length] q) => (float[1,length,4] y)
 FLOATS = "(float[1,length,4] x) => (float[1,length,4] y) { y = Cos(x) }"
 
 
-def graph(text: str) -> ir.Model:
-    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g {text}')
-    for name, array in (("last", np.array([-1])), ("frequencies", FREQUENCIES)):
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    for index, node in enumerate(proto.graph.node):
-        node.name = f"node{index}"
-    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-    common.RemoveUnusedNodesPass()(model)
-    return model
+@pytest.fixture
+def graph(written: Any) -> Callable[[str], ir.Model]:
+    return lambda text: written(text, CONSTANTS)
 
 
 @pytest.mark.parametrize("text", [ROWS, THREE_ROWS])
-def test_a_table_gives_what_was_computed(text: str, load: Any, operators: Any) -> None:
+def test_a_table_gives_what_was_computed(text: str, load: Any, operators: Any, graph: Any) -> None:
     exact, model = load(graph(text)), graph(text)
     assert rotary_tables.apply(model, CAPACITY) == 1
     assert operators(model) == {"Gather": 1}
@@ -52,14 +44,14 @@ def test_a_table_gives_what_was_computed(text: str, load: Any, operators: Any) -
         np.testing.assert_allclose(session.run(None, given)[0], exact.run(None, given)[0], atol=1e-6)
 
 
-def test_frequencies_may_lie_beside_the_graph(tmp_path: Path) -> None:
+def test_frequencies_may_lie_beside_the_graph(tmp_path: Path, graph: Any) -> None:
     ir.save(graph(ROWS), tmp_path / "g.onnx", external_data="g.onnx.data", size_threshold_bytes=0)
     model = ir.load(tmp_path / "g.onnx")
     assert rotary_tables.apply(model, CAPACITY) == 1
 
 
 @pytest.mark.parametrize("text", [RELATIVE, TWO_SOURCES, FLOATS])
-def test_what_does_not_follow_from_each_position_alone_stays(text: str) -> None:
+def test_what_does_not_follow_from_each_position_alone_stays(text: str, graph: Any) -> None:
     model = graph(text)
     assert rotary_tables.apply(model, CAPACITY) == 0
     assert {"Cos"} <= {node.op_type for node in model.graph}
