@@ -6,8 +6,9 @@
 
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
-the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, and `told-half`,
-`told-float` or `told-left` for its `tell`. The engines lie in ARTEFACT/engines/FORM.
+the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, `told-half`,
+`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, and `few` for fewer tries of
+fused pointwise kernels. The engines lie in ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from vlmc.engines.candidate import Candidate
 from vlmc.engines.candidate import build as build_engine
 
 ROUNDS, RUNS, SECONDS = 5, 40, 2.0
-TOLD = "told-"
+TOLD, LEVEL = "told-", "level-"
+TRIES = 2  # kernels that `few` tries for a fused pointwise layer and a layout of its tensors, of 28
 
 
 def build(folder: Path, component: str, form: str, precision: str) -> None:
+    from graph_forms import lower, tell
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
     from vlmc.engines.tensorrt_profiles import profile
     from vlmc.runtime.tensorrt_engine import APART
 
-    words, lower, serialise, usual = form.split("+"), tensorrt.lower, tensorrt_network.serialise, tensorrt.profiles
+    words, serialise, usual = form.split("+"), tensorrt_network.serialise, tensorrt.profiles
 
     def profiles(model: Any, job: Any) -> Any:
         if "whole" in words:
@@ -44,27 +47,54 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         return [one for one in [profile(model, sizes)] if one]  # none where nothing is free
 
     def lowered(model: Any, job: Any) -> str:
-        from graph_forms import CHANGES
-
-        made = lower(model, job)
-        for word in words:
-            if word in CHANGES:
-                print(word, CHANGES[word](model), flush=True)
+        made, counts = lower(model, job, words)
+        print(counts, flush=True)
         return made
 
     def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
-        from graph_forms import tell
+        chooser = few(parsed.trt)
+
+        def configured(config: Any) -> None:
+            configure(config)
+            for word in words:
+                if word.startswith(LEVEL):
+                    config.builder_optimization_level = int(word.removeprefix(LEVEL))
+            if "few" in words:
+                config.algorithm_selector = chooser
 
         for word in words:
             if word.startswith(TOLD):
                 print(word, tell(parsed.trt, parsed.network, word.removeprefix(TOLD)), flush=True)
-        return serialise(parsed, shapes, configure)
+        return serialise(parsed, shapes, configured)
 
     tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
     place = folder / "engines" / form / component / f"tensorrt-{precision}"
     # Engines of several forms stand side by side in one artefact.
     Candidate.folder = lambda self, artifact: place
     build_engine(Artifact(folder), Candidate("h100", component, "tensorrt", precision))
+
+
+def few(trt: Any) -> Any:
+    """An IAlgorithmSelector that lets TensorRT try TRIES kernels of a fused pointwise layer for every layout: it writes
+    and compiles each before it times it."""
+
+    class Few(trt.IAlgorithmSelector):
+        def select_algorithms(self, context: Any, choices: list[Any]) -> list[int]:
+            if not context.name.startswith("PWN("):
+                return list(range(len(choices)))
+            tensors = range(context.num_inputs + context.num_outputs)
+            kept: dict[str, list[int]] = {}
+            for index, choice in enumerate(choices):
+                infos = [choice.get_algorithm_io_info(tensor) for tensor in tensors]
+                kept.setdefault(str([(info.dtype, tuple(info.strides)) for info in infos]), []).append(index)
+            chosen = sorted(index for same in kept.values() for index in same[:TRIES])
+            print("few", len(choices), len(chosen), context.name[:60], flush=True)
+            return chosen
+
+        def report_algorithms(self, contexts: Any, choices: Any) -> None:
+            """What was chosen shows in the engine's inspector."""
+
+    return Few()
 
 
 def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) -> tuple[Any, Any, Any]:

@@ -41,15 +41,16 @@ DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder's kernels are named
 # A convolutional tower, which takes TensorRT 8.6 longer to build than a GPU is lent: does it in other forms?
-TOWER, TOWER_FORMS = "gemma3n-e4b-4of35", ("pixels", "pixels+taps")
+TOWER, TOWER_FORMS = "gemma3n-e4b-4of35", ("pixels", "few", "level-0", "pixels+taps")
 BOTH = ("fp16", "int8")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
 GIB = 1 << 30
-AGAIN = 50  # later than what was never measured comes what was, in a form that is marked
+HALF, AGAIN = 20, 50  # later than what was never measured: what was in one precision, and in a form that is marked
 TIMING = 75  # seconds before the end when no engine is built any more, so that those that are there are timed
-SPACE = {"fp16": 2.6, "int8": 7.8}  # of the float32 weights' bytes that a builder takes at its peak, beside 5.5 GB
+BUILDER = 5.5e9  # bytes that a build takes at its peak, and what it takes of a decoder's float32 weights, and another's
+SPACE = {"fp16": (2.3, 5.5), "int8": (6.7, 10.0)}
 Call = Callable[[int], None]  # with the number of the GPU that it has
 
 
@@ -123,6 +124,7 @@ class Run:
         self.begin, self.end = time.monotonic(), time.monotonic() + seconds
         self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(12), threading.Semaphore(5)
         self.builds, self.timings = Queue(), Queue()
+        self.later: list[Callable[[], None]] = []  # asks for what can wait until every model is there
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -173,7 +175,8 @@ class Model:
         self.run, self.name, self.folder, self.place = run, name, DATA / name, place
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
         self.parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
-        modes = ["eager", "graph"] + ["compile"] * (name in (*SIZES, STUDY))
+        modes = ["eager"] + ["graph"] * (name != TOWER)  # which makes tensors on the CPU under transformers 5.17
+        modes += ["compile"] * (name in (*SIZES, STUDY))
         modes += ["onnxruntime", "fake-quant"] * (name in SIZES)
         known = run.known.get(name, {}).get("torch", {})
         self.modes = [mode for mode in modes if not isinstance(known.get(mode), dict)]  # of PyTorch; errors are text
@@ -203,35 +206,41 @@ class Model:
                 return
             for part in self.parts:
                 for form in TOWER_FORMS if (name, part) == (TOWER, "vision_encoder") else ("single",):
-                    self.group(part, form, self.place)
+                    self.group(part, form)
             if name in SIZES:
-                self.group("decoder", "prefill", self.place)
+                self.group("decoder", "prefill")
             if "onnxruntime" in self.modes:
                 self.others()
             threading.Thread(target=self.torch).start()
             time.sleep(1)  # by then it is a writer
 
-    def group(self, part: str, form: str, priority: int) -> None:
-        """Asks for the component's engines in that form, and for their times once all are there."""
+    def group(self, part: str, form: str) -> None:
+        """Asks for the component's engines in that form, and for their times once all are there. Vision encoders come
+        first, for they take little memory for long. A form that is tried is built in FP16 before it is in int8."""
         known = self.known(part, form)
         engines = {precision: known.get(f"tensorrt-{precision}") for precision in BOTH}
         precisions = [precision for precision, found in engines.items() if found is None or found.get("mark")]
         if not precisions:
             return
-        priority += AGAIN * all(engines.values())
+        decoder, one_by_one = part == "decoder", form in TOWER_FORMS
+        priority = self.place * decoder + HALF * any(engines.values()) + AGAIN * all(engines.values())
         run, left, lock = self.run, list(precisions), threading.Lock()
-        timing = run.timings.writing()
-        timing.__enter__()
+        writing = run.writing()
+        writing.__enter__()
 
         def build(precision: str, gpu: int) -> None:
-            with run.room.taken(5.5e9 + SPACE[precision] * self.bytes(part)):
+            with run.room.taken(BUILDER + SPACE[precision][not decoder] * self.bytes(part)):
                 name = f"{self.name}-{part}-{form}-{precision}"
-                run.step(name, gpu, TENSORRT, TIMES, "build", str(self.folder), part, form, precision, early=TIMING)
+                given = (str(self.folder), part, form, precision)
+                built = run.step(name, gpu, TENSORRT, TIMES, "build", *given, early=TIMING)
             with lock:
                 left.remove(precision)
-                if not left:
+                if one_by_one and built and left:
+                    run.builds.put(priority, functools.partial(build, left[0]))
+                if built if one_by_one else not left:
                     run.timings.put(priority, measure)
-                    timing.__exit__(None, None, None)
+                if not left or (one_by_one and not built):
+                    writing.__exit__(None, None, None)
 
         def measure(gpu: int) -> None:
             known = (str(self.folder), part, form)
@@ -241,11 +250,17 @@ class Model:
             for precision in BOTH if (self.name, part, form) == (STUDY, "decoder", "single") else ():
                 ncu = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, TIMES, "launch", *known)
                 run.step(f"{self.name}-{part}-kernels-{precision}", gpu, "ncu", *ncu, f"tensorrt-{precision}")
-            for engine in self.folder.glob(f"engines/{form}/{part}/*/*.trt"):
+            for engine in () if one_by_one else self.folder.glob(f"engines/{form}/{part}/*/*.trt"):
                 engine.unlink()  # the disk is for the next
 
-        for precision in precisions:
-            run.builds.put(priority, functools.partial(build, precision))
+        def ask() -> None:
+            for precision in precisions[:1] if one_by_one else precisions:
+                run.builds.put(priority, functools.partial(build, precision))
+
+        if any(engines.values()):
+            run.later.append(ask)
+        else:
+            ask()
 
     def others(self) -> None:
         """Asks for the engines that take seconds."""
@@ -343,10 +358,6 @@ def main() -> None:
     threads = [threading.Thread(target=Model(run, name, 1 + i).prepare) for i, name in enumerate(names)]
     if arguments.forms:
         threads.append(threading.Thread(target=forms, args=(run, arguments.forms.split(","))))
-    with run.writing():
-        for thread in threads:
-            thread.start()
-        time.sleep(1)  # by then each of them is a writer
 
     def serve(gpu: int, builders: int) -> None:
         working = [threading.Thread(target=run.builds.serve, args=(gpu,)) for _ in range(builders)]
@@ -358,9 +369,14 @@ def main() -> None:
 
     counts = [int(count) for count in arguments.builders.split(",")]
     serving = [threading.Thread(target=serve, args=share) for share in enumerate(counts)]
+    with run.writing():
+        for thread in [*threads, *serving]:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for ask in run.later:
+            ask()
     for thread in serving:
-        thread.start()
-    for thread in [*serving, *threads]:
         thread.join()
     with (LOGS / "steps.txt").open("a") as steps:
         print(f"{time.monotonic() - run.begin:6.0f} s  all done", file=steps)

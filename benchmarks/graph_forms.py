@@ -8,12 +8,13 @@ engine_times.py builds and times them; docs/experiments.md says what they gained
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from vlmc.engines.builders.tensorrt import lower as usual_lower
 from vlmc.engines.passes import (
     array_of,
     constant,
@@ -204,8 +205,17 @@ def _depthwise(node: ir.Node) -> bool:
     return weight is not None and weight.shape[0] == node.attributes.get_int("group", 1)
 
 
-STEP = (gather, left, joined, static, element, pieces)  # of a decoder
-CHANGES: dict[str, Callable[[ir.Model], int]] = {change.__name__: change for change in (*STEP, pixels, taps)}
+STEP = (gather, left, joined, static, element, pieces)  # of a decoder, as it is lowered
+TOWER = (pixels, taps)  # of a convolutional network, before it is lowered, for then its weights are constants
+CHANGES: dict[str, Callable[[ir.Model], int]] = {change.__name__: change for change in (*STEP, *TOWER)}
+
+
+def lower(model: ir.Model, job: Any, words: Sequence[str]) -> tuple[str, dict[str, int]]:
+    """As the builder's `lower`, with the changes among the words, and how many places each changed."""
+    early = [change.__name__ for change in TOWER]
+    counts = {word: CHANGES[word](model) for word in words if word in early}
+    form = usual_lower(model, job)
+    return form, counts | {word: CHANGES[word](model) for word in words if word in CHANGES and word not in early}
 
 
 def ending(model: ir.Model, operator: str, name: str) -> list[ir.Node]:
@@ -288,19 +298,17 @@ def check(root: Path) -> None:
             print(component, "+".join(changes) or "lowered", counts, float(np.abs(found - wanted).max()))
 
 
-def lowered(artifact: Any, component: str, changes: list[str]) -> tuple[Any, list[int]]:
+def lowered(artifact: Any, component: str, changes: list[str]) -> tuple[Any, dict[str, int]]:
     """The component as ONNX Runtime takes it, and how many places each change changed."""
     from tempfile import TemporaryDirectory
 
     import onnxruntime as ort
     from vlmc.engines.builders import Job
-    from vlmc.engines.builders.tensorrt import lower
     from vlmc.profiles.device import load_device
 
     model, embed = ir.load(artifact.graph(component)), lambda: ir.load(artifact.graph("embed_tokens"))
     root, kv = artifact.root, artifact.manifest.kv
-    lower(model, Job(component, "fp16", load_device("h100"), kv, root, embed, {}, root))
-    counts = [CHANGES[name](model) for name in changes]
+    _, counts = lower(model, Job(component, "fp16", load_device("h100"), kv, root, embed, {}, root), changes)
     with TemporaryDirectory() as folder:
         ir.save(model, f"{folder}/m.onnx", external_data="m.data")
         return ort.InferenceSession(f"{folder}/m.onnx"), counts
