@@ -7,8 +7,9 @@
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
 the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, `told-half`,
-`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, and `few` for fewer tries of
-fused pointwise kernels. The engines lie in ARTEFACT/engines/FORM.
+`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, `half-norms` where norms that
+the graph spells out may be FP16, and `few` for fewer tries of fused pointwise kernels. The engines lie in
+ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         return serialise(parsed, shapes, configured)
 
     tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
+    if "half-norms" in words:
+        tensorrt.norms.apply = lambda model: 0
     place = folder / "engines" / form / component / f"tensorrt-{precision}"
     # Engines of several forms stand side by side in one artefact.
     Candidate.folder = lambda self, artifact: place

@@ -40,8 +40,14 @@ TIMES, FORMS = "benchmarks/engine_times.py", "benchmarks/tensorrt_variants.py"
 DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder's kernels are named
-# A convolutional tower, which takes TensorRT 8.6 longer to build than a GPU is lent: does it in other forms?
-TOWER, TOWER_FORMS = "gemma3n-e4b-4of35", ("pixels", "few", "level-0", "pixels+taps")
+# What TensorRT 8.6 does not build as it is, or takes longer to build than a GPU is lent: forms, in the order of trying.
+HARD = "gemma3n-e4b-4of35"
+ATTEMPTS = {
+    ("vision_encoder", "fp16"): ("level-0",),
+    ("vision_encoder", "int8"): ("level-0",),
+    ("decoder", "fp16"): ("maxima", "half-norms", "static", "level-0"),
+    ("decoder", "int8"): ("single",),
+}
 BOTH = ("fp16", "int8")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
@@ -50,7 +56,7 @@ GIB = 1 << 30
 HALF, AGAIN = 20, 50  # later than what was never measured: what was in one precision, and in a form that is marked
 TIMING = 75  # seconds before the end when no engine is built any more, so that those that are there are timed
 BUILDER = 5.5e9  # bytes that a build takes at its peak, and what it takes of a decoder's float32 weights, and another's
-SPACE = {"fp16": (2.3, 5.5), "int8": (6.7, 10.0)}
+SPACE = {"fp16": (2.3, 5.5), "int8": (5.6, 10.0)}
 Call = Callable[[int], None]  # with the number of the GPU that it has
 
 
@@ -175,7 +181,7 @@ class Model:
         self.run, self.name, self.folder, self.place = run, name, DATA / name, place
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
         self.parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
-        modes = ["eager"] + ["graph"] * (name != TOWER)  # which makes tensors on the CPU under transformers 5.17
+        modes = ["eager"] + ["graph"] * (name != HARD)  # which makes tensors on the CPU under transformers 5.17
         modes += ["compile"] * (name in (*SIZES, STUDY))
         modes += ["onnxruntime", "fake-quant"] * (name in SIZES)
         known = run.known.get(name, {}).get("torch", {})
@@ -204,9 +210,10 @@ class Model:
             if name == DEMO:
                 run.timings.put(0, self.whole)
                 return
-            for part in self.parts:
-                for form in TOWER_FORMS if (name, part) == (TOWER, "vision_encoder") else ("single",):
-                    self.group(part, form)
+            for part in self.parts if name != HARD else ():
+                self.group(part, "single")
+            for (part, precision), forms in ATTEMPTS.items() if name == HARD else ():
+                self.attempt(part, precision, forms)
             if name in SIZES:
                 self.group("decoder", "prefill")
             if "onnxruntime" in self.modes:
@@ -215,52 +222,74 @@ class Model:
             time.sleep(1)  # by then it is a writer
 
     def group(self, part: str, form: str) -> None:
-        """Asks for the component's engines in that form, and for their times once all are there. Vision encoders come
-        first, for they take little memory for long. A form that is tried is built in FP16 before it is in int8."""
+        """Asks for the component's engines in that form, and for their times once all are there: those that nobody has
+        measured, else those that are marked."""
         known = self.known(part, form)
         engines = {precision: known.get(f"tensorrt-{precision}") for precision in BOTH}
-        precisions = [precision for precision, found in engines.items() if found is None or found.get("mark")]
+        missing = [precision for precision, found in engines.items() if found is None]
+        precisions = missing or [precision for precision, found in engines.items() if found.get("mark")]
         if not precisions:
             return
-        decoder, one_by_one = part == "decoder", form in TOWER_FORMS
-        priority = self.place * decoder + HALF * any(engines.values()) + AGAIN * all(engines.values())
+        priority = self.priority(part) + HALF * any(engines.values()) + AGAIN * all(engines.values())
         run, left, lock = self.run, list(precisions), threading.Lock()
         writing = run.writing()
         writing.__enter__()
 
         def build(precision: str, gpu: int) -> None:
-            with run.room.taken(BUILDER + SPACE[precision][not decoder] * self.bytes(part)):
-                name = f"{self.name}-{part}-{form}-{precision}"
-                given = (str(self.folder), part, form, precision)
-                built = run.step(name, gpu, TENSORRT, TIMES, "build", *given, early=TIMING)
+            self.build(part, form, precision, gpu)
             with lock:
                 left.remove(precision)
-                if one_by_one and built and left:
-                    run.builds.put(priority, functools.partial(build, left[0]))
-                if built if one_by_one else not left:
-                    run.timings.put(priority, measure)
-                if not left or (one_by_one and not built):
+                if not left:
+                    run.timings.put(priority, functools.partial(self.measure, part, form))
                     writing.__exit__(None, None, None)
 
-        def measure(gpu: int) -> None:
-            known = (str(self.folder), part, form)
-            run.step(f"{self.name}-{part}-{form}-times", gpu, TENSORRT, TIMES, "time", *known)
-            if (self.name, form) == (SIZES[-1], "single") and part == "decoder":
-                run.step(f"{self.name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", str(self.folder))
-            for precision in BOTH if (self.name, part, form) == (STUDY, "decoder", "single") else ():
-                ncu = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, TIMES, "launch", *known)
-                run.step(f"{self.name}-{part}-kernels-{precision}", gpu, "ncu", *ncu, f"tensorrt-{precision}")
-            for engine in () if one_by_one else self.folder.glob(f"engines/{form}/{part}/*/*.trt"):
-                engine.unlink()  # the disk is for the next
-
         def ask() -> None:
-            for precision in precisions[:1] if one_by_one else precisions:
+            for precision in precisions:
                 run.builds.put(priority, functools.partial(build, precision))
 
         if any(engines.values()):
             run.later.append(ask)
         else:
             ask()
+
+    def attempt(self, part: str, precision: str, forms: tuple[str, ...]) -> None:
+        """Asks for the first of the forms that builds, and for its times."""
+        if any(self.known(part, form).get(f"tensorrt-{precision}") for form in forms):
+            return
+        run, priority, left = self.run, self.priority(part), list(forms)
+        writing = run.writing()
+        writing.__enter__()
+
+        def build(gpu: int) -> None:
+            form = left.pop(0)
+            if built := self.build(part, form, precision, gpu):
+                run.timings.put(priority, functools.partial(self.measure, part, form))
+            elif left:
+                run.builds.put(priority, build)
+            if built or not left:
+                writing.__exit__(None, None, None)
+
+        run.builds.put(priority, build)
+
+    def priority(self, part: str) -> int:
+        """Vision encoders come first, for they take little memory for long."""
+        return self.place if part == "decoder" else 0
+
+    def build(self, part: str, form: str, precision: str, gpu: int) -> bool:
+        with self.run.room.taken(BUILDER + SPACE[precision][part != "decoder"] * self.bytes(part)):
+            name, given = f"{self.name}-{part}-{form}-{precision}", (str(self.folder), part, form, precision)
+            return self.run.step(name, gpu, TENSORRT, TIMES, "build", *given, early=TIMING)
+
+    def measure(self, part: str, form: str, gpu: int) -> None:
+        run, given = self.run, (str(self.folder), part, form)
+        run.step(f"{self.name}-{part}-{form}-times", gpu, TENSORRT, TIMES, "time", *given)
+        if (self.name, form) == (SIZES[-1], "single") and part == "decoder":
+            run.step(f"{self.name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", str(self.folder))
+        for precision in BOTH if (self.name, part, form) == (STUDY, "decoder", "single") else ():
+            ncu = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, TIMES, "launch", *given)
+            run.step(f"{self.name}-{part}-kernels-{precision}", gpu, "ncu", *ncu, f"tensorrt-{precision}")
+        for engine in self.folder.glob(f"engines/{form}/{part}/*/*.trt"):
+            engine.unlink()  # the disk is for the next
 
     def others(self) -> None:
         """Asks for the engines that take seconds."""

@@ -153,6 +153,15 @@ def pieces(model: ir.Model) -> int:
     return len(found)
 
 
+def maxima(model: ir.Model) -> int:
+    """What is clipped from below alone as a maximum: a Clip ends Myelin's region."""
+    found = [node for node in model.graph if node.op_type == "Clip" and node.inputs[1:] and not any([*node.inputs[2:]])]
+    for node in found:
+        replace(node, insert(node, "Max", list(node.inputs[:2]), str(node.name)).outputs[0])
+    prune(model)
+    return len(found)
+
+
 def pixels(model: ir.Model) -> int:
     """Convolutions of single pixels as products, so that a convolutional network's norms and GELUs may lie in Myelin's
     region too: outside of it each becomes a kernel of its own, for which TensorRT 8.6 tries code for a long time."""
@@ -205,7 +214,7 @@ def _depthwise(node: ir.Node) -> bool:
     return weight is not None and weight.shape[0] == node.attributes.get_int("group", 1)
 
 
-STEP = (gather, left, joined, static, element, pieces)  # of a decoder, as it is lowered
+STEP = (gather, left, joined, static, element, pieces, maxima)  # of a decoder, as it is lowered
 TOWER = (pixels, taps)  # of a convolutional network, before it is lowered, for then its weights are constants
 CHANGES: dict[str, Callable[[ir.Model], int]] = {change.__name__: change for change in (*STEP, *TOWER)}
 
@@ -278,7 +287,7 @@ def check(root: Path) -> None:
     known = {"position_ids": place, "write_index": place, "logits_index": 0, "input_ids": 7}
     steps = [change.__name__ for change in STEP]
     forms: dict[str, list[list[str]]] = {
-        "decoder": [[], *([name] for name in ("gather", "left", "joined", "element")), steps],
+        "decoder": [[], *([name] for name in ("gather", "left", "joined", "element", "maxima")), steps],
         "vision_encoder": [[], ["pixels"], ["pixels", "taps"]],
     }
     for component in [name for name in forms if name in artifact.manifest.components]:
