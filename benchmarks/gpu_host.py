@@ -54,7 +54,7 @@ from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
 GIB = 1 << 30
 HALF, AGAIN = 20, 50  # later than what was never measured: what was in one precision, and in a form that is marked
-TIMING = 75  # seconds before the end when no engine is built any more, so that those that are there are timed
+TIMING = 90  # seconds before the end when no engine is built any more, so that those that are there are timed
 BUILDER = 5.5e9  # bytes that a build takes at its peak, and what it takes of a decoder's float32 weights, and another's
 SPACE = {"fp16": (2.3, 5.5), "int8": (5.6, 10.0)}
 Call = Callable[[int], None]  # with the number of the GPU that it has
@@ -125,8 +125,8 @@ class Room:
 class Run:
     """The clock, the log of steps, the engines to build and what to time."""
 
-    def __init__(self, seconds: float, memory: float, known: dict[str, Any]) -> None:
-        self.known = known
+    def __init__(self, seconds: float, memory: float, known: dict[str, Any], again: bool) -> None:
+        self.known, self.again = known, again
         self.begin, self.end = time.monotonic(), time.monotonic() + seconds
         self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(12), threading.Semaphore(5)
         self.builds, self.timings = Queue(), Queue()
@@ -223,11 +223,12 @@ class Model:
 
     def group(self, part: str, form: str) -> None:
         """Asks for the component's engines in that form, and for their times once all are there: those that nobody has
-        measured, else those that are marked."""
+        measured, else, if asked to, those that are marked."""
         known = self.known(part, form)
         engines = {precision: known.get(f"tensorrt-{precision}") for precision in BOTH}
         missing = [precision for precision, found in engines.items() if found is None]
-        precisions = missing or [precision for precision, found in engines.items() if found.get("mark")]
+        marked = [precision for precision, found in engines.items() if found and found.get("mark")]
+        precisions = missing or (marked if self.run.again else [])
         if not precisions:
             return
         priority = self.priority(part) + HALF * any(engines.values()) + AGAIN * all(engines.values())
@@ -376,13 +377,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--builders", default="0,12,12,12", help="engines in the making, GPU by GPU")
     parser.add_argument("--memory", type=float, default=440, help="GiB that steps may take together")
-    parser.add_argument(
-        "--known", nargs="+", default=[], help="results of earlier runs, not measured again but for marked ones"
-    )
+    parser.add_argument("--known", nargs="+", default=[], help="results of earlier runs, not measured again")
+    parser.add_argument("--again", action="store_true", help="but for those that are marked")
     parser.add_argument("--forms", default="", help="of tensorrt_variants.py, with commas")
     arguments = parser.parse_args()
     LOGS.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.seconds, arguments.memory, gpu_table.read(arguments.known))
+    run = Run(arguments.seconds, arguments.memory, gpu_table.read(arguments.known), arguments.again)
     names = sorted((path.parent.name for path in DATA.glob("*/manifest.json")), key=order)
     threads = [threading.Thread(target=Model(run, name, 1 + i).prepare) for i, name in enumerate(names)]
     if arguments.forms:
