@@ -133,12 +133,17 @@ Cell = tuple[float | None, str]  # milliseconds and a mark
 
 
 def row(model: dict[str, Any], part: str, form: str, key: str) -> list[Cell]:
-    torch, engines = model.get("torch", {}), model.get("engines", {}).get(part, {}).get(form, {})
+    torch, forms = model.get("torch", {}), model.get("engines", {}).get(part, {})
     modes = [torch.get(mode, {}) for mode in (*(mode for _, mode in COLUMNS), "onnxruntime")]
     found: list[Cell] = [(mode.get(key) if isinstance(mode, dict) else None, "") for mode in modes]
     for precision in ("fp16", "int8"):
-        engine = engines.get(f"tensorrt-{precision}", {})
-        found.append((engine.get("ms"), engine.get("mark", "")))
+        engine = forms.get(form, {}).get(f"tensorrt-{precision}", {})
+        mark = engine.get("mark", "")
+        if form == "single" and not engine:  # what is not built as it is stands in the form that is, by its name
+            others = [name for name in forms if "prefill" not in name and f"tensorrt-{precision}" in forms[name]]
+            if others:
+                engine, mark = forms[others[0]][f"tensorrt-{precision}"], f" ({others[0]})"
+        found.append((engine.get("ms"), mark))
     return found
 
 

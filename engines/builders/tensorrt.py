@@ -49,6 +49,8 @@ FLOAT = "fp16"
 NATIVE = (10, 15)  # RotaryEmbedding, RMSNormalization and TensorScatter; Attention came with 10.14
 STRONG = (10, 12)
 INTEGER_WEIGHTS = INT4 = (10, 0)  # weights as int8 constants, and blocks of int4
+LEVELS = (8, 6)  # optimisation levels
+CONVOLUTIONS = 8  # from so many on a network is convolutional
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST = 8  # tiles or texts at once; more run in parts
 STATES = ("past_key_values.", "present.")
@@ -129,11 +131,19 @@ def profiles(model: ir.Model, job: Job) -> list[Profile]:
     return [profile(model, {**job.sizes, "length": sizes}) for sizes in ranges]
 
 
+def quick(model: ir.Model, device: Device) -> bool:
+    """Whether TensorRT shall take the first kernels that work and not look for the fastest: 8.6 writes, compiles and
+    times up to 68 for every pointwise layer between two convolutions, and is not through with Gemma 3n's tower within
+    ten minutes on an H100, where it takes five this way (docs/experiments.md). A transformer's lie in one region."""
+    convolutions = sum(node.op_type == "Conv" for node in model.graph)
+    return convolutions >= CONVOLUTIONS and LEVELS <= version(device) < (10, 0)
+
+
 def build(model: ir.Model, job: Job) -> Built:
     import tensorrt as trt
 
     form, weak = lower(model, job), version(job.device) < STRONG
-    shapes = profiles(model, job)
+    shapes, level = profiles(model, job), 0 if quick(model, job.device) else None
     cache = _TimingCache(trt, job.cache)
     with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
         path = Path(folder) / "lowered.onnx"
@@ -146,6 +156,8 @@ def build(model: ir.Model, job: Job) -> Built:
 
     def configure(config: Any) -> None:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then names precisions
+        if level is not None:
+            config.builder_optimization_level = level
         if weak:
             flags = ["FP16", "PREFER_PRECISION_CONSTRAINTS"] + ["INT8"] * (job.precision not in FLOATS)
             for flag in flags:
@@ -157,7 +169,8 @@ def build(model: ir.Model, job: Job) -> Built:
     engine = tensorrt_network.serialise(parsed, shapes, configure)
     (job.folder / ENGINE).write_bytes(engine)
     cache.keep()
-    settings = {"version": str(trt.__version__), "sm": cuda.architecture(), **_inspected(trt, parsed, engine)}
+    settings = {"version": str(trt.__version__), "sm": cuda.architecture(), "optimization_level": level}
+    settings |= _inspected(trt, parsed, engine)
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
     return Built(ENGINE, settings, contract)

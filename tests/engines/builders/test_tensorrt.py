@@ -1,6 +1,6 @@
 """What the builder for TensorRT decides before TensorRT is there: dialect, shapes, what stays float32, what was run.
 
-The rest is seen on a GPU (benchmarks/tensorrt_host.sh).
+The rest is seen on a GPU (benchmarks/gpu_host.py).
 """
 
 from __future__ import annotations
@@ -137,6 +137,16 @@ def logits(model: ir.Model, feeds: dict[str, Any], folder: Path) -> Any:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # fused kernels round activations
     session = ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     return session.run(["logits"], feeds)[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "convolutions", "quick"), [("8.6", 8, True), ("8.6", 7, False), ("10.3", 8, False)]
+)
+def test_a_convolutional_network_is_built_quickly_by_tensorrt_8(version: str, convolutions: int, quick: bool) -> None:
+    image = ir.Value(name="image")
+    nodes = [ir.node("Conv", [image, image]) for _ in range(convolutions)]
+    model = ir.Model(ir.Graph([image], [], nodes=[*nodes, ir.node("MatMul", [image, image])]), ir_version=10)
+    assert builder.quick(model, replace(ORIN, tensorrt=version)) is quick
 
 
 def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
