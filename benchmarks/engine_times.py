@@ -7,9 +7,8 @@
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
 the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, `told-half`,
-`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, `half-norms` where norms that
-the graph spells out may be FP16, and `few` for fewer tries of fused pointwise kernels. The engines lie in
-ARTEFACT/engines/FORM.
+`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, and `half-norms` where norms
+that the graph spells out may be FP16. The engines lie in ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
@@ -27,17 +26,16 @@ from vlmc.engines.candidate import build as build_engine
 
 ROUNDS, RUNS, SECONDS = 5, 40, 2.0
 TOLD, LEVEL = "told-", "level-"
-TRIES = 2  # kernels that `few` tries for a fused pointwise layer and a layout of its tensors, of 28
 
 
 def build(folder: Path, component: str, form: str, precision: str) -> None:
-    from graph_forms import lower, tell
+    from graph_forms import CHANGES, tell
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
     from vlmc.engines.tensorrt_profiles import profile
     from vlmc.runtime.tensorrt_engine import APART
 
-    words, serialise, usual = form.split("+"), tensorrt_network.serialise, tensorrt.profiles
+    words, lower, serialise, usual = form.split("+"), tensorrt.lower, tensorrt_network.serialise, tensorrt.profiles
 
     def profiles(model: Any, job: Any) -> Any:
         if "whole" in words:
@@ -48,20 +46,18 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         return [one for one in [profile(model, sizes)] if one]  # none where nothing is free
 
     def lowered(model: Any, job: Any) -> str:
-        made, counts = lower(model, job, words)
-        print(counts, flush=True)
+        made = lower(model, job)
+        for word in words:
+            if word in CHANGES:
+                print(word, CHANGES[word](model), flush=True)
         return made
 
     def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
-        chooser = few(parsed.trt)
-
         def configured(config: Any) -> None:
             configure(config)
             for word in words:
                 if word.startswith(LEVEL):
                     config.builder_optimization_level = int(word.removeprefix(LEVEL))
-            if "few" in words:
-                config.algorithm_selector = chooser
 
         for word in words:
             if word.startswith(TOLD):
@@ -75,29 +71,6 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
     # Engines of several forms stand side by side in one artefact.
     Candidate.folder = lambda self, artifact: place
     build_engine(Artifact(folder), Candidate("h100", component, "tensorrt", precision))
-
-
-def few(trt: Any) -> Any:
-    """An IAlgorithmSelector that lets TensorRT try TRIES kernels of a fused pointwise layer for every layout: it writes
-    and compiles each before it times it."""
-
-    class Few(trt.IAlgorithmSelector):
-        def select_algorithms(self, context: Any, choices: list[Any]) -> list[int]:
-            if not context.name.startswith("PWN("):
-                return list(range(len(choices)))
-            tensors = range(context.num_inputs + context.num_outputs)
-            kept: dict[str, list[int]] = {}
-            for index, choice in enumerate(choices):
-                infos = [choice.get_algorithm_io_info(tensor) for tensor in tensors]
-                kept.setdefault(str([(info.dtype, tuple(info.strides)) for info in infos]), []).append(index)
-            chosen = sorted(index for same in kept.values() for index in same[:TRIES])
-            print("few", len(choices), len(chosen), context.name[:60], flush=True)
-            return chosen
-
-        def report_algorithms(self, contexts: Any, choices: Any) -> None:
-            """What was chosen shows in the engine's inspector."""
-
-    return Few()
 
 
 def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) -> tuple[Any, Any, Any]:

@@ -1,25 +1,23 @@
-"""Ways to write a component for TensorRT 8.6: changes to the graph that `vlmc build` lowers, and to its types.
+"""Ways to write a decoder for TensorRT 8.6: changes to the graph that `vlmc build` lowers, and to its types.
 
 engine_times.py builds and times them; docs/experiments.md says what they gained. Each changes no value (`check`):
 
-    python benchmarks/graph_forms.py check ARTEFACT    here, with ONNX Runtime: a step, and a picture, in every form
+    python benchmarks/graph_forms.py check ARTEFACT    here, with ONNX Runtime: a step in every form
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from vlmc.engines.builders.tensorrt import lower as usual_lower
 from vlmc.engines.passes import (
     array_of,
     constant,
     insert,
-    patches_as_matmul,
     producer,
     prune,
     replace,
@@ -154,7 +152,7 @@ def pieces(model: ir.Model) -> int:
 
 
 def maxima(model: ir.Model) -> int:
-    """What is clipped from below alone as a maximum: a Clip ends Myelin's region."""
+    """What is clipped from below alone as a maximum: a guess at what Myelin does not take."""
     found = [node for node in model.graph if node.op_type == "Clip" and node.inputs[1:] and not any([*node.inputs[2:]])]
     for node in found:
         replace(node, insert(node, "Max", list(node.inputs[:2]), str(node.name)).outputs[0])
@@ -162,69 +160,9 @@ def maxima(model: ir.Model) -> int:
     return len(found)
 
 
-def pixels(model: ir.Model) -> int:
-    """Convolutions of single pixels as products, so that a convolutional network's norms and GELUs may lie in Myelin's
-    region too: outside of it each becomes a kernel of its own, for which TensorRT 8.6 tries code for a long time."""
-    found = [
-        node
-        for node in model.graph
-        if node.op_type == "Conv"
-        and [*node.attributes.get_ints("kernel_shape", ())] == [1, 1] == [*node.attributes.get_ints("strides", (1, 1))]
-        and node.attributes.get_int("group", 1) == 1
-        and not any(node.attributes.get_ints("pads", ()))
-    ]
-    for node in found:
-        patches_as_matmul.rewrite(node)
-    prune(model)
-    return len(found)
-
-
-def taps(model: ir.Model) -> int:
-    """Convolutions of a channel with itself as a sum of shifted products, for the same reason. Quantised ones stay."""
-    graph, found = model.graph, [node for node in model.graph if node.op_type == "Conv" and _depthwise(node)]
-    axes = constant(graph, "taps.axes", np.array([2, 3], np.int64))
-    for node in found:
-        assert node.inputs[0] is not None
-        name, weight = str(node.name), array_of(node.inputs[1])
-        top, start, bottom, end = node.attributes.get_ints("pads", (0, 0, 0, 0))
-        down, across = node.attributes.get_ints("strides", (1, 1))
-        sides = constant(graph, f"{name}.sides", np.array([0, 0, top, start, 0, 0, bottom, end], np.int64))
-        padded = insert(node, "Pad", [node.inputs[0], sides], f"{name}.padded").outputs[0]
-        rows, columns = (int(size) for size in [*node.outputs[0].shape][2:])
-        steps = constant(graph, f"taps.steps.{down}.{across}", np.array([down, across], np.int64))
-        total: ir.Value | None = None
-        for i, j in np.ndindex(weight.shape[2:]):
-            last = i + down * (rows - 1) + 1, j + across * (columns - 1) + 1
-            ends = [constant(graph, f"taps.{part}", np.array(part, np.int64)) for part in ((i, j), last)]
-            shifted = insert(node, "Slice", [padded, *ends, axes, steps], f"{name}.{i}.{j}.shifted").outputs[0]
-            factor = constant(graph, f"{name}.{i}.{j}.weight", weight[:, :, i, j].reshape(-1, 1, 1))
-            product = insert(node, "Mul", [shifted, factor], f"{name}.{i}.{j}.product").outputs[0]
-            total = insert(node, "Add", [total, product], f"{name}.{i}.{j}.sum").outputs[0] if total else product
-        assert total is not None
-        if len(node.inputs) > 2:
-            bias = constant(graph, f"{name}.bias.taps", array_of(node.inputs[2]).reshape(-1, 1, 1))
-            total = insert(node, "Add", [total, bias], f"{name}.biased").outputs[0]
-        replace(node, total)
-    prune(model)
-    return len(found)
-
-
-def _depthwise(node: ir.Node) -> bool:
-    weight = node.inputs[1].const_value
-    return weight is not None and weight.shape[0] == node.attributes.get_int("group", 1)
-
-
-STEP = (gather, left, joined, static, element, pieces, maxima)  # of a decoder, as it is lowered
-TOWER = (pixels, taps)  # of a convolutional network, before it is lowered, for then its weights are constants
-CHANGES: dict[str, Callable[[ir.Model], int]] = {change.__name__: change for change in (*STEP, *TOWER)}
-
-
-def lower(model: ir.Model, job: Any, words: Sequence[str]) -> tuple[str, dict[str, int]]:
-    """As the builder's `lower`, with the changes among the words, and how many places each changed."""
-    early = [change.__name__ for change in TOWER]
-    counts = {word: CHANGES[word](model) for word in words if word in early}
-    form = usual_lower(model, job)
-    return form, counts | {word: CHANGES[word](model) for word in words if word in CHANGES and word not in early}
+CHANGES: dict[str, Callable[[ir.Model], int]] = {
+    change.__name__: change for change in (gather, left, joined, static, element, pieces, maxima)
+}
 
 
 def ending(model: ir.Model, operator: str, name: str) -> list[ir.Node]:
@@ -278,46 +216,40 @@ def origins(trt: Any, layers: list[Any]) -> tuple[set[str], set[str]]:
 
 
 def check(root: Path) -> None:
-    """Prints for every change, and all of them, how far a step's logits in the middle of a random cache move, or the
-    vision encoder's outputs."""
+    """Prints for every change, and all of them, how far a step's logits in the middle of a random cache move."""
     from vlmc.artifact import Artifact
 
     artifact, random = Artifact(root), np.random.default_rng(0)
     place = artifact.manifest.kv.capacity // 2
     known = {"position_ids": place, "write_index": place, "logits_index": 0, "input_ids": 7}
-    steps = [change.__name__ for change in STEP]
-    forms: dict[str, list[list[str]]] = {
-        "decoder": [[], *([name] for name in ("gather", "left", "joined", "element", "maxima")), steps],
-        "vision_encoder": [[], ["pixels"], ["pixels", "taps"]],
-    }
-    for component in [name for name in forms if name in artifact.manifest.components]:
-        feeds: dict[str, Any] = {}
-        wanted = np.empty(0)
-        for changes in forms[component]:
-            session, counts = lowered(artifact, component, changes)
-            for value in session.get_inputs():
-                shape = [size if isinstance(size, int) else 1 for size in value.shape]
-                kind = np.float32 if value.type == "tensor(float)" else np.int32
-                drawn = (
-                    random.standard_normal(shape) if kind == np.float32 else np.full(shape, known.get(value.name, 0))
-                )
-                feeds.setdefault(value.name, drawn.astype(kind))
-            found = session.run(None if component != "decoder" else ["logits"], feeds)[0]
-            wanted = found if not changes else wanted
-            print(component, "+".join(changes) or "lowered", counts, float(np.abs(found - wanted).max()))
+    forms = [[], *([name] for name in ("gather", "left", "joined", "element", "maxima")), [*CHANGES]]
+    feeds: dict[str, Any] = {}
+    wanted = np.empty(0)
+    for changes in forms:
+        session, counts = lowered(artifact, changes)
+        for value in session.get_inputs():
+            shape = [size if isinstance(size, int) else 1 for size in value.shape]
+            kind = np.float32 if value.type == "tensor(float)" else np.int32
+            drawn = random.standard_normal(shape) if kind == np.float32 else np.full(shape, known.get(value.name, 0))
+            feeds.setdefault(value.name, drawn.astype(kind))
+        found = session.run(["logits"], feeds)[0]
+        wanted = found if not changes else wanted
+        print("+".join(changes) or "lowered", counts, float(np.abs(found - wanted).max()))
 
 
-def lowered(artifact: Any, component: str, changes: list[str]) -> tuple[Any, dict[str, int]]:
-    """The component as ONNX Runtime takes it, and how many places each change changed."""
+def lowered(artifact: Any, changes: list[str]) -> tuple[Any, dict[str, int]]:
+    """The decoder as ONNX Runtime takes it, and how many places each change changed."""
     from tempfile import TemporaryDirectory
 
     import onnxruntime as ort
     from vlmc.engines.builders import Job
+    from vlmc.engines.builders.tensorrt import lower
     from vlmc.profiles.device import load_device
 
-    model, embed = ir.load(artifact.graph(component)), lambda: ir.load(artifact.graph("embed_tokens"))
+    model, embed = ir.load(artifact.graph("decoder")), lambda: ir.load(artifact.graph("embed_tokens"))
     root, kv = artifact.root, artifact.manifest.kv
-    _, counts = lower(model, Job(component, "fp16", load_device("h100"), kv, root, embed, {}, root), changes)
+    lower(model, Job("decoder", "fp16", load_device("h100"), kv, root, embed, {}, root))
+    counts = {name: CHANGES[name](model) for name in changes}
     with TemporaryDirectory() as folder:
         ir.save(model, f"{folder}/m.onnx", external_data="m.data")
         return ort.InferenceSession(f"{folder}/m.onnx"), counts

@@ -20,7 +20,7 @@ def apply(model: ir.Model) -> int:
     without Q/DQ around it. Where its output is only flattened to (tiles, patches, out), that is what MatMul gives."""
     convolutions = [node for node in model.graph if node.op_type == "Conv" and _over_patches(node)]
     for node in convolutions:
-        rewrite(node)
+        _rewrite(node)
     prune(model)
     return len(convolutions)
 
@@ -56,8 +56,7 @@ def _source(node: ir.Node) -> ir.Value:
     return value
 
 
-def rewrite(node: ir.Node) -> None:
-    """One Conv over whole patches, which may be single pixels, as a MatMul; `prune` has to follow."""
+def _rewrite(node: ir.Node) -> None:
     path, source = str(node.name), _source(node)
     assert source.shape is not None
     tiles, *sizes = source.shape
