@@ -45,7 +45,7 @@ HARD = "gemma3n-e4b-4of35"
 ATTEMPTS = {
     ("vision_encoder", "fp16"): ("level-0",),
     ("vision_encoder", "int8"): ("level-0",),
-    ("decoder", "fp16"): ("maxima", "half-norms", "static", "level-0"),
+    ("decoder", "fp16"): ("half-norms", "static", "level-0", "maxima"),
     ("decoder", "int8"): ("single",),
 }
 BOTH = ("fp16", "int8")
