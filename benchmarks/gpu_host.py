@@ -42,12 +42,13 @@ SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder's kernels are named
 # What TensorRT 8.6 does not build as it is, or takes longer to build than a GPU is lent: forms, in the order of trying.
 HARD = "gemma3n-e4b-4of35"
-ATTEMPTS = {
-    ("vision_encoder", "fp16"): ("level-0",),
-    ("vision_encoder", "int8"): ("level-0",),
-    ("decoder", "fp16"): ("half-norms", "static", "level-0", "maxima"),
-    ("decoder", "int8"): ("single",),
-}
+ATTEMPTS = (
+    ("vision_encoder", "fp16", ("level-0",)),
+    ("vision_encoder", "int8", ("level-0",)),
+    ("decoder", "fp16", ("half-norms", "static", "level-0")),
+    ("decoder", "fp16", ("maxima",)),  # which takes long, so beside the others
+    ("decoder", "int8", ("single",)),
+)
 BOTH = ("fp16", "int8")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
@@ -212,8 +213,8 @@ class Model:
                 return
             for part in self.parts if name != HARD else ():
                 self.group(part, "single")
-            for (part, precision), forms in ATTEMPTS.items() if name == HARD else ():
-                self.attempt(part, precision, forms)
+            for attempt in ATTEMPTS if name == HARD else ():
+                self.attempt(*attempt)
             if name in SIZES:
                 self.group("decoder", "prefill")
             if "onnxruntime" in self.modes:
