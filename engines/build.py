@@ -9,7 +9,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -226,18 +226,22 @@ def _earlier(path: Path) -> tuple[AnswerTrial, ...]:
 
 def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[str, float]:
     """Operations and bytes of the golden run that trials are timed on (see `work`); `int8_…` are those of the
-    operations that the plan quantised, or all where TensorRT is to choose; `weight_bytes` are the engine's."""
+    operations that the plan quantised, or all where TensorRT is to choose."""
     model = ir.load(artifact.graph(candidate.component))
     kv, prefix = artifact.manifest.kv, f"{candidate.component}/"
     plan = None if candidate.precision in FLOATS else read_plan(artifact, candidate.precision)
-    quantised = None
-    if plan is None or candidate.component not in plan.samples:
-        quantised = {path.removeprefix(prefix) for path in (plan.modules if plan else ()) if path.startswith(prefix)}
+    modules = plan.modules if plan else {}
+    bits = {path.removeprefix(prefix): one.weight_bits for path, one in modules.items() if path.startswith(prefix)}
+    bits = {name: count for name, count in bits.items() if count}
+    width = work.WIDTHS[candidate.precision if plan is None else builders.load(candidate.backend).FLOAT]
+    quantised: Collection[str] | None = bits
+    if plan is not None and candidate.component in plan.samples:
+        quantised, width = None, 1
     component = artifact.manifest.components[candidate.component]
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
         case = {t.name: golden[f"0.{t.name}"] for t in component.inputs if f"0.{t.name}" in golden.files}
 
-    weights = {"weight_bytes": float(spec.report.size_bytes)}
+    weights = {"weight_bytes": work.weight_bytes(model, bits, width)}
 
     def both(name: str, sizes: dict[str, int], keys: int = 0) -> dict[str, float]:
         return {name: work.flops(model, sizes, keys), f"int8_{name}": work.flops(model, sizes, keys, quantised)}

@@ -15,6 +15,7 @@ from ..artifact import ComponentSpec, KvSpec
 from .passes import weight_of
 
 FLOAT32 = 4
+WIDTHS = {"fp32": FLOAT32, "fp16": 2}  # bytes of a number
 
 
 def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collection[str] | None = None) -> float:
@@ -35,6 +36,17 @@ def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collec
             output = _dims(node.outputs[0], sizes)
             total += 2.0 * prod(output) * weight.size / (weight.shape[0] if node.op_type == "Conv" else weight.shape[1])
     return total
+
+
+def weight_bytes(model: ir.Model, bits: Mapping[str, int], other: int) -> float:
+    """Bytes of the products' weights, which one run reads at least once: `bits` a number for the named products,
+    `other` bytes for the rest. An engine's file may hold more: a look-up table, weights in two layouts, scales."""
+    read = {
+        str(node.inputs[1].name): weight.size * (bits[name] / 8 if (name := str(node.name)) in bits else other)
+        for node in model.graph
+        if (weight := weight_of(node)) is not None and node.inputs[1] is not None
+    }
+    return float(sum(read.values()))
 
 
 def free_sizes(spec: ComponentSpec, inputs: Mapping[str, NDArray[Any]]) -> dict[str, int]:

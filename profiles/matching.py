@@ -64,7 +64,7 @@ def sentences(report: Group, choices: Group) -> list[str]:
         _speed(kept, speedups),
         *_parts(speedups, variants),
         *verdict.accuracy(kept, others),
-        *verdict.beaten(kept, report),
+        *verdict.beaten(kept, report, choices),
         verdict.memory(kept, others),
         _energy(kept, report["power"]),
         *verdict.limits(kept),

@@ -101,6 +101,7 @@ def _variant(info: dict[str, Any], rows: list[Row], run: dict[str, Any], at: Pat
         "latency_ms": latency,
         "waited_share": _waited(runs, run["machine"]),
         **_rate(runs, matches),
+        "tokens": "unavailable: a model that matches writes nothing" if matches else _made(runs),
         "memory": _memory(info, rows),
         "energy": _energy(rows, run["power"], matches),
         "roofline": roofline.table(info["work"], info["engines"], run["limits"], latency)
@@ -149,7 +150,7 @@ def _energy(rows: list[Row], power: dict[str, Any], matches: bool) -> dict[str, 
     """joules_per_image: from the picture to the first token; joules_per_token: each further one; idle power included
     in both, and without it in those …_above_idle. A picture with n tokens costs joules_per_image + (n - 1)
     joules_per_token. Of a model that matches joules_per_pair, of a picture and a text."""
-    spent = sorted(samples.of_kind(rows, "energy"), key=lambda row: int(row["tokens"]))
+    spent = sorted(samples.of_kind(rows, "energy"), key=lambda row: float(row["tokens"]))
     costs = ("joules_per_pair",) if matches else ("joules_per_image", "joules_per_token")
     if len(spent) < len(costs) or not spent[0]["joules"]:
         faults, source = samples.of_kind(rows, "power"), str(power["source"])
@@ -201,6 +202,11 @@ def _scored(rows: list[Row], run: dict[str, Any]) -> list[Row]:
 
 def _score(row: Row) -> float:
     return tasks.score(row["task"], row["answer"], row["gold"], row["facts"])
+
+
+def _made(runs: list[Row]) -> dict[str, float | int]:
+    """Tokens of a run: as many as were asked for, unless the KV cache was full before."""
+    return statistics.summarize([row["tokens"] for row in runs])
 
 
 def _answer_tokens(rows: list[Row]) -> dict[str, float | int] | str:

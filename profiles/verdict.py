@@ -13,11 +13,15 @@ Group = Mapping[str, Any]
 
 def kept_name(variants: Sequence[Group], choices: Group) -> str:
     """The variant that runs what `vlmc build` kept; where none does, the last engine, else the first variant."""
-    chosen = {component: choice["engine"] for component, choice in choices.items()}
     engines = [variant["name"] for variant in variants if variant["kind"] == "engine"]
-    same = [variant["name"] for variant in variants if chosen and variant["engines"] == chosen]
+    same = [variant["name"] for variant in variants if _runs_the_choices(variant, choices)]
     name: str = (same or engines[-1:] or [variants[0]["name"]])[0]
     return name
+
+
+def _runs_the_choices(variant: Group, choices: Group) -> bool:
+    chosen = {component: choice["engine"] for component, choice in choices.items()}
+    return bool(chosen) and variant["engines"] == chosen
 
 
 def sentences(report: Group, choices: Group) -> list[str]:
@@ -28,9 +32,9 @@ def sentences(report: Group, choices: Group) -> list[str]:
     others = [variant for variant in variants if variant is not kept]
     speedups = [entry for entry in report["speedups"] if entry["of"] == kept["name"]]
     return [
-        _speed(kept, speedups, report["settings"]["tokens"]),
+        _speed(kept, speedups),
         *_parts(speedups, variants),
-        *beaten(kept, report),
+        *beaten(kept, report, choices),
         *accuracy(kept, others),
         memory(kept, others),
         _energy(kept, report["power"]),
@@ -41,8 +45,8 @@ def sentences(report: Group, choices: Group) -> list[str]:
     ]
 
 
-def _speed(kept: Group, speedups: Sequence[Group], tokens: int) -> str:
-    latency = kept["latency_ms"]
+def _speed(kept: Group, speedups: Sequence[Group]) -> str:
+    latency, tokens = kept["latency_ms"], round(kept["tokens"]["median"])
     said = (
         f"{kept['name']} takes {figure(latency['end_to_end']['median'])} ms from the picture to {tokens} tokens, "
         f"{figure(latency['time_to_first_token']['median'])} ms of them to the first, "
@@ -74,9 +78,9 @@ def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str
             yield f"Against {entry['over']} the parts are faster by these factors: {told}{but}."
 
 
-def beaten(kept: Group, report: Group) -> Iterator[str]:
-    """The engines that were faster than what was kept, in each of several turns."""
-    for entry in report["speedups"]:
+def beaten(kept: Group, report: Group, choices: Group) -> Iterator[str]:
+    """The engines that were faster than what was kept, in each of several turns; none where that was not measured."""
+    for entry in report["speedups"] if _runs_the_choices(kept, choices) else ():
         if entry["over"] == kept["name"] and entry.get("turns", 1) > 1 and entry["low"] > 1:
             turns = f"{entry['low']:.2f} to {entry['high']:.2f} over {entry['turns']} turns"
             yield (

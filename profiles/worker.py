@@ -103,8 +103,7 @@ class Worker:
     def energy(self) -> Iterator[str]:
         """Joules of golden runs, one after the other for ENERGY_SECONDS: to the first token alone, and to the last. One
         run can be shorter than the time between two readings of a meter."""
-        for tokens in (1, self.tokens):
-            yield from self._spend(tokens, functools.partial(self._answer, tokens=tokens))
+        return self._spend(*(functools.partial(self._written, tokens=tokens) for tokens in (1, self.tokens)))
 
     def run(self, index: int) -> dict[str, Any]:
         """One picture and question to `tokens` tokens, the end of text ignored so that every variant does the same
@@ -143,6 +142,12 @@ class Worker:
             pass
         return len(inputs.input_ids)
 
+    def _written(self, index: int, tokens: int) -> int:
+        """The same; returns how many tokens were made, fewer where the KV cache is full before."""
+        self._answer(index, tokens)
+        made: int = self.session.timings.tokens
+        return made
+
     def _cost(self, work: Callable[[], object]) -> dict[str, Any]:
         """Seconds of the wall clock and of waiting for a processor."""
         waited, start = machine.waited_seconds(), perf_counter()
@@ -153,21 +158,25 @@ class Worker:
             "waited_s": None if waited is None or waited_after is None else waited_after - waited,
         }
 
-    def _spend(self, tokens: int, run: Callable[[int], object]) -> Iterator[str]:
-        """Writes what runs of that many tokens take of the meter."""
+    def _spend(self, *kinds: Callable[[int], int]) -> Iterator[str]:
+        """Writes what runs of each kind take of the meter, all or nothing; a run returns how many tokens it made."""
         if self.meter is None:
             return
+        rows = []
         try:
-            before, start, runs = self.meter.joules(), perf_counter(), 0
-            while (seconds := perf_counter() - start) < ENERGY_SECONDS:
-                run(runs)
-                runs += 1
-            joules = self.meter.joules() - before
+            for run in kinds:
+                before, start, runs, tokens = self.meter.joules(), perf_counter(), 0, 0
+                while (seconds := perf_counter() - start) < ENERGY_SECONDS:
+                    tokens += run(runs)
+                    runs += 1
+                joules = self.meter.joules() - before
+                rows.append({"tokens": tokens / runs, "runs": runs, "seconds": seconds, "joules": joules})
         except (OSError, ValueError) as error:
             self.meter = None
             self._write(kind="power", reason=f"the sensor stopped answering: {error}")
             return
-        self._write(kind="energy", tokens=tokens, runs=runs, seconds=seconds, joules=joules)
+        for row in rows:
+            self._write(kind="energy", **row)
         yield "energy"
 
     def _memory(self) -> dict[str, Any]:
@@ -206,7 +215,7 @@ class MatchWorker(Worker):
             yield "answer"
 
     def energy(self) -> Iterator[str]:
-        yield from self._spend(0, self._match)
+        return self._spend(self._match)
 
     def run(self, index: int) -> dict[str, Any]:
         """One golden picture matched with its prompt: seconds of each part, and wall clock."""
@@ -216,9 +225,10 @@ class MatchWorker(Worker):
         parts = {f"{part}_s": getattr(timings, part) for part in ("preprocess", "vision", "text")}
         return {"case": case, **parts, **cost}
 
-    def _match(self, index: int) -> None:
+    def _match(self, index: int) -> int:
         case = index % len(self.cases)
         self.session.match([self.images[case]], [self.cases[case]["prompt"]])
+        return 0
 
 
 def _meter(source: str, rails: tuple[str, ...]) -> power.Meter | None:

@@ -35,6 +35,17 @@ def test_some_products_alone_can_be_counted(tiny: Artifact) -> None:
     assert work.flops(model, {"length": 5, "capacity": 128}, only=["lm_head"]) == 2 * 64 * 336
 
 
+def test_weights_count_once_at_the_width_that_they_have(tiny: Artifact) -> None:
+    hidden, inner, kv, layers, vocabulary = 64, 96, 32, 2, 336
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
+    model = ir.load(tiny.graph("decoder"))
+    assert work.weight_bytes(model, {}, 2) == 2 * (layers * layer + hidden * vocabulary)
+    assert work.weight_bytes(model, {"lm_head": 4}, 4) == 4 * layers * layer + hidden * vocabulary / 2
+    again = next(node for node in model.graph if node.name == "lm_head")
+    model.graph.append(ir.node("MatMul", again.inputs, name="once.more"))
+    assert work.weight_bytes(model, {}, 2) == 2 * (layers * layer + hidden * vocabulary)
+
+
 def test_bytes_of_the_cache_and_of_inputs_and_outputs(tiny: Artifact) -> None:
     assert work.kv_bytes(KvSpec(2, 3, 16, 128), 10) == 2 * 2 * 3 * 16 * 10 * 4
     model = ir.load(tiny.graph("vision_encoder"))

@@ -17,6 +17,7 @@ def variant(name: str, kind: str = "engine", engine: str = "onnxruntime-int8", *
         "engines": {"decoder": engine} if kind == "engine" else {},
         "latency_ms": {"end_to_end": stats(100.0), "time_to_first_token": stats(40.0)},
         "tokens_per_s": stats(50.0),
+        "tokens": stats(8),
         "accuracy": "unavailable: random weights",
         "memory": {"peak_rss_bytes": 3e9, "peak_device_bytes": "unavailable: no accelerator"},
         "energy": {"joules_per_image": "unavailable: no sensor"},
@@ -29,7 +30,6 @@ def report(*variants: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {
         "variants": list(variants),
         "speedups": [],
-        "settings": {"tokens": 8},
         "power": {"source": "unavailable: no sensor", "idle_watts": "unavailable: no sensor"},
         "device": {},
         "machine": {},
@@ -72,6 +72,8 @@ def test_an_engine_that_was_faster_than_what_was_kept_in_every_turn_is_told() ->
     (told,) = [line for line in said if "faster here than what was kept" in line]
     assert told.startswith("Other was faster here than what was kept, 1.10 times (1.02 to 1.20 over 4 turns)")
     assert "remove engines/orin from the artefact" in told
+    gone = {"decoder": {"engine": "gone-w4"}}
+    assert "than what was kept" not in " ".join(sentences(report(variant("Int8"), speedups=[faster]), gone))
 
 
 def test_where_the_gpu_has_a_memory_of_its_own_that_is_told_and_judged() -> None:

@@ -53,11 +53,32 @@ def test_energy_is_that_of_many_runs_to_the_first_token_and_to_the_last(
     monkeypatch.setattr(worker_module, "ENERGY_SECONDS", 0.05)
     worker = Worker(job)
     worker.meter = Meter(9)
-    assert list(worker.energy()) == ["energy"] * 2
+    assert list(worker.energy()) == ["energy"]
     first, whole = samples.of_kind(samples.read(Path(job["samples"])), "energy")
     assert (first["tokens"], whole["tokens"]) == (1, 4)
     assert (first["joules"], whole["joules"]) == (10.0, 10.0)
     assert first["runs"] > 1 and first["seconds"] >= 0.05
+
+
+def test_tokens_that_found_no_room_are_not_counted(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "ENERGY_SECONDS", 0.01)
+    worker = Worker(job | {"tokens": 50})
+    worker.meter = Meter(9)
+    generate = worker.session.generate
+    worker.session.generate = lambda inputs, tokens, ignore_eos: generate(inputs, min(tokens, 9), ignore_eos)
+    list(worker.energy())
+    rows = samples.of_kind(samples.read(Path(job["samples"])), "energy")
+    assert [row["tokens"] for row in rows] == [1, 9]
+
+
+def test_a_sensor_that_breaks_between_the_two_leaves_no_half(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "ENERGY_SECONDS", 0.01)
+    worker = Worker(job)
+    worker.meter = Meter(3)
+    assert list(worker.energy()) == []
+    assert samples.of_kind(samples.read(Path(job["samples"])), "energy") == []
 
 
 def test_a_sensor_that_breaks_ends_energy_and_not_the_measurement(job: dict[str, Any]) -> None:
