@@ -194,7 +194,7 @@ class _Crew:
             worker.ask(do, lambda _: self._advance(variant, 1), **request)
         except Died as death:
             self.failures[variant.name] = str(death)
-        if variant.name in self._workers and (variant.name in self.failures or not _room()):
+        if variant.name in self._workers and (variant.name in self.failures or not _room(self._todo.device_memory)):
             self._workers.pop(variant.name).close()
 
     def _start(self, variant: Variant) -> Process:
@@ -236,7 +236,9 @@ def _request(index: int, question: Question) -> dict[str, Any]:
     }
 
 
-def _room() -> bool:
-    """Whether another variant fits beside those that wait."""
-    free, total = memory.available_bytes(), memory.total_bytes()
-    return free is None or total is None or free > total / 2
+def _room(device_memory: str) -> bool:
+    """Whether another variant fits beside those that wait, also on a GPU with a memory of its own."""
+    known = [(memory.available_bytes(), memory.total_bytes())]
+    if device_memory == "nvml":
+        known.append(memory.device_free_and_total())
+    return all(free is None or total is None or free > total / 2 for free, total in known)

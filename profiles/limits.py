@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import VlmcError
+from ..runtime.backends import processors
 from . import memory
 from .device import Device
 
@@ -30,7 +31,7 @@ CACHE_THAT_HOLDS_A_MODEL = 16 * MIB
 def measure(threads: int) -> dict[str, Any]:
     """{"read_gb_per_s", "cached_read_gb_per_s", "cache_bytes", "float32_gflop_per_s", "int8_gop_per_s", "how"}; what
     cannot be measured says why. Engines whose bytes fit the largest cache are bounded by the cached rate."""
-    count = str(threads or os.cpu_count() or 1)
+    count = str(threads or processors())
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count)
     done = subprocess.run(
         [sys.executable, "-m", __name__, count], capture_output=True, text=True, check=False, env=environment

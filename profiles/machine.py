@@ -6,7 +6,6 @@ What cannot be read is "unavailable: " and the reason, never empty and never zer
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 import shutil
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..runtime.backends import processors
 from . import memory, nvidia
 
 ROOT = Path("/")
@@ -24,9 +24,10 @@ PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "tor
 def describe(threads: int, root: Path = ROOT) -> dict[str, Any]:
     """Everything that stays as it is while we measure, and `state` at the time of the call.
 
-    `threads` is what was asked for, 0 meaning all cores; the answer holds the number that this comes to.
+    `threads` is what was asked for, 0 meaning all that this process may use; the answer holds the number that this
+    comes to.
     """
-    cores = os.cpu_count() or 1
+    cores = processors()
     return {
         "name": platform.node() or "unavailable: the machine has no name",
         "cpu": _cpu(root),

@@ -38,6 +38,20 @@ def _kibibytes(path: Path, field: str) -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
+def device_free_and_total() -> tuple[int, int] | tuple[None, None]:
+    """Of the GPU's memory, whoever uses the rest; None where NVML does not tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, None
+    try:
+        pynvml.nvmlInit()
+        known = pynvml.nvmlDeviceGetMemoryInfo(nvidia.handle(pynvml))
+    except pynvml.NVMLError:
+        return None, None
+    return int(known.free), int(known.total)
+
+
 def device_bytes() -> int | str:
     """What this process holds on its GPU now, as the driver counts it, or "unavailable: " and why it does not tell."""
     try:

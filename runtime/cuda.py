@@ -64,6 +64,11 @@ def checked(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+def _free(free: Callable[[Any], Any], buffers: list[Any]) -> None:
+    for address in buffers:
+        free(address)
+
+
 class Gpu:
     """GPU 0's primary context, which TensorRT uses as well, with one stream. Addresses are plain integers."""
 
@@ -73,10 +78,14 @@ class Gpu:
         checked(self._driver.cuCtxSetCurrent(context))
         self._stream = checked(self._driver.cuStreamCreate(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.stream = int(self._stream)
+        self._buffers: list[Any] = []
+        end = weakref.finalize(self, _free, self._driver.cuMemFree, self._buffers)
+        end.atexit = False  # the driver may be gone by then
 
     def allocate(self, size: int) -> int:
-        """The address of `size` bytes of device memory, zeroed, which live as long as the process."""
+        """The address of `size` bytes of device memory, zeroed, which live as long as this object."""
         address = checked(self._driver.cuMemAlloc(max(size, 1)))
+        self._buffers.append(address)
         # In line with what follows: this stream does not wait for the default one, so what cuMemsetD8 has not reached
         # yet may be read, or be zeroed after it was written.
         checked(self._driver.cuMemsetD8Async(address, 0, max(size, 1), self._stream))

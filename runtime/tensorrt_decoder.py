@@ -133,6 +133,8 @@ class TensorrtDecoder:
             self._step.enqueue()
             self._after(1)
 
+        start = np.zeros(3 * SLOT, np.int8)
+        self._gpu.upload(self._state, start)
         enqueue()  # TensorRT sets itself up in a first run, which must not be captured
         self._gpu.wait()
         return self._gpu.capture(enqueue)

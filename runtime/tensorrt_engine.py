@@ -132,7 +132,8 @@ class Context:
 
     def use_profile(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
         if index != self._profile:
-            assert self._context.set_optimization_profile_async(index, self._stream)
+            if not self._context.set_optimization_profile_async(index, self._stream):
+                raise VlmcError("The engine has no such optimisation profile", found=str(index))
             self._profile = index
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
@@ -140,7 +141,8 @@ class Context:
 
     def bind(self, addresses: Mapping[str, int]) -> None:
         for name, address in addresses.items():
-            assert self._context.set_tensor_address(name, address)
+            if not self._context.set_tensor_address(name, address):
+                raise VlmcError("The engine takes no buffer for a tensor", found=name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._context.get_tensor_shape(name))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -142,6 +143,7 @@ def quick(model: ir.Model, device: Device) -> bool:
 def build(model: ir.Model, job: Job) -> Built:
     import tensorrt as trt
 
+    job = replace(job, device=replace(job.device, tensorrt=str(trt.__version__)))  # the installed one decides
     form, weak = lower(model, job), version(job.device) < STRONG
     shapes, level = profiles(model, job), 0 if quick(model, job.device) else None
     cache = _TimingCache(trt, job.cache)

@@ -7,6 +7,7 @@ path, threads)` and `load_decoder(spec, path, embed, threads)`.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from types import ModuleType
 
@@ -23,6 +24,11 @@ def names() -> list[str]:
 def unavailable(name: str) -> str:
     """Why the backend cannot run here; empty where it can."""
     return str(_module(name).unavailable())
+
+
+def processors() -> int:
+    """How many this process may use: what `threads` of 0 comes to."""
+    return len(os.sched_getaffinity(0))
 
 
 def load_runner(artifact: Artifact, device: str, component: str, engine: str, threads: int) -> Runner:

@@ -5,7 +5,6 @@ The decoder's buffers are bound once: keys and values are read and written in pl
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from ...artifact import EngineSpec, KvContract
 from ...errors import VlmcError, reason
 from ..runner import Array, HostDecoder, Runner
+from . import processors
 
 
 def unavailable() -> str:
@@ -41,7 +41,7 @@ def session(path: Path, settings: Mapping[str, Any], threads: int = 0, optimised
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or processors()
     options.log_severity_level = 3
     # A model is several sessions, each with threads that spin after a run: on few cores they starve the next session,
     # which halved decoding (docs/experiments.md).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ...artifact import EngineSpec
 from ...errors import VlmcError
 from ..runner import Array, Decoder, Runner
+from . import processors
 
 
 def unavailable() -> str:
@@ -33,7 +33,7 @@ def compile_model(path: Path, settings: Mapping[str, Any], threads: int = 0) -> 
     import openvino
 
     config = {
-        "INFERENCE_NUM_THREADS": threads or len(os.sched_getaffinity(0)),
+        "INFERENCE_NUM_THREADS": threads or processors(),
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "f32",
         # Without pinning medians were 3-7 % lower in two runs and within the noise since (docs/experiments.md).

@@ -163,3 +163,22 @@ def test_finished_samples_replace_only_finished_samples(tmp_path: Path) -> None:
 )
 def test_a_variants_name_is_a_harmless_file_name(name: str, file: str) -> None:
     assert harness.slug(name) == file
+
+
+@pytest.mark.parametrize(
+    ("kind", "host", "gpu", "fits"),
+    [
+        ("none", (7, 10), (1, 10), True),
+        ("nvml", (7, 10), (1, 10), False),
+        ("nvml", (7, 10), (6, 10), True),
+        ("nvml", (7, 10), (None, None), True),
+        ("nvml", (4, 10), (6, 10), False),
+    ],
+)
+def test_workers_wait_in_memory_where_there_is_room_for_one_more(
+    kind: str, host: tuple[int, int], gpu: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: host[0])
+    monkeypatch.setattr(memory, "total_bytes", lambda: host[1])
+    monkeypatch.setattr(memory, "device_free_and_total", lambda: gpu)
+    assert harness._room(kind) is fits

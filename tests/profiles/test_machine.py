@@ -45,7 +45,7 @@ def test_what_cannot_be_read_says_why_and_is_never_zero(tmp_path: Path) -> None:
     got = machine.describe(0, tmp_path)
     for key in ("memory_bytes", "frequency_mhz", "governor", "temperature_c", "load_average"):
         assert str(got[key]).startswith("unavailable: "), key
-    assert got["threads"] == os.cpu_count()
+    assert got["threads"] == got["cores"] == len(os.sched_getaffinity(0))
 
 
 def test_cpufreq_is_believed_over_the_nominal_clock(tmp_path: Path) -> None:
@@ -109,3 +109,10 @@ def test_without_proc_memory_is_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("garbage", ["", "VmHWM: lots\n", "VmHWM:\t 12\n", "\0\0"])
 def test_a_garbled_status_is_unknown_rather_than_wrong(tmp_path: Path, garbage: str) -> None:
     assert memory.peak_rss_bytes(tree(tmp_path, {"proc/self/status": garbage})) is None
+
+
+def test_waiting_is_told_in_seconds(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path, {"proc/self/task/1/schedstat": "5 1500000000 9\n", "proc/self/task/2/schedstat": "5 500000000 9\n"}
+    )
+    assert machine.waited_seconds(root) == 2.0

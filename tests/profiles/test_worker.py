@@ -98,6 +98,16 @@ def test_cases_come_round_again(job: dict[str, Any]) -> None:
     assert rows[0]["prompt_tokens"] == 3
 
 
+def test_the_first_run_of_a_turn_is_not_recorded(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, done = Worker.run, []
+    monkeypatch.setattr(Worker, "run", lambda worker, index: done.append(index) or run(worker, index))
+    worker = Worker(job)
+    assert done == [0], "caches and lazy allocations, once"
+    list(worker.time([3, 4], turn=1, seconds=0))
+    assert done == [0, 3, 3, 4], "the caches were another variant's"
+    assert len(samples.of_kind(samples.read(Path(job["samples"])), "run")) == 2
+
+
 def test_unified_memory_is_what_the_machine_lost(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([1000, 400, 700])
     monkeypatch.setattr(memory, "available_bytes", lambda: next(free))

@@ -27,6 +27,7 @@ def driver(**answers: Any) -> Any:
 
     known = {"cuInit": (), "cuDeviceGet": (0,), "cuDevicePrimaryCtxRetain": (1,), "cuCtxSetCurrent": ()}
     known |= {"cuStreamCreate": (7,), "cuMemsetD8Async": (), "cuMemAlloc": (4096,), "cuMemGetInfo": (10, 20)}
+    known |= {"cuMemFree": ()}
     functions = {name: function(answer) for name, answer in (known | answers).items()}
     attributes = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
@@ -94,6 +95,18 @@ def test_memory_is_zeroed_in_line_with_what_follows(monkeypatch: pytest.MonkeyPa
     gpu = cuda.Gpu()
     gpu.allocate(16)
     assert calls == [(4096, 0, 16, gpu.stream)], "on another stream the zeros may come late"
+
+
+def test_memory_goes_with_the_last_user_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = driver(), []
+    made.cuMemFree = lambda address: calls.append(address) or (Result.CUDA_SUCCESS,)
+    install(monkeypatch, made)
+    gpu = cuda.Gpu()
+    gpu.allocate(16)
+    gpu.allocate(16)
+    assert calls == []
+    del gpu
+    assert calls == [4096, 4096]
 
 
 def test_a_graph_that_nobody_can_launch_any_more_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:

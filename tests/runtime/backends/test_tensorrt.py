@@ -86,6 +86,16 @@ def test_the_cache_can_be_filled_to_its_end_and_no_further(make: Callable[..., M
         decoder.decode(1)
 
 
+def test_a_step_is_captured_at_the_caches_start_and_not_where_the_last_answer_ended(make: Callable[..., Made]) -> None:
+    decoder = make("decoder", "fp16").decoder()
+    decoder.prefill(np.zeros((1, 5, 64), np.float32))
+    decoder.decode(decoder.capacity - 5)
+    decoder._capture_step()
+    position = np.zeros(1, np.int32)
+    decoder._gpu.download(position, decoder._state)
+    assert position == [1]
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
