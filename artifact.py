@@ -22,7 +22,7 @@ from .files import inside, read_json, sha256_of, write_json
 from .records import REMAKE, T, from_json, to_json
 
 SCHEMA = 1
-COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")  # that every artefact has; see Artifact.components
+COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")  # of a model that generates; see Artifact.components
 FLOATS = ("fp32", "fp16")  # the precisions that need no plan; every other one is the name of a recipe
 GRAPH_FILES = {  # transformers.js' names, so that other tools find what they look for
     "vision_encoder": "onnx/vision_encoder.onnx",
@@ -183,7 +183,6 @@ class BuildReport:
     latency_ms: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None
     work: dict[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
