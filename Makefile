@@ -41,7 +41,7 @@ clean: ## Remove .venv, what was built, and the demo's artefact.
 	rm -rf .venv build dist *.egg-info $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The wheel of torch that pip takes is pip's own configuration's choice; see README.md, "Install".
+# The wheel of torch that pip takes is pip's own configuration's choice; see README.md, "Quick start".
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is not there. Debian: apt install python3 python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv

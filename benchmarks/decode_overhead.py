@@ -3,8 +3,9 @@
     python benchmarks/decode_overhead.py ARTEFACT     writes ARTEFACT/overhead.json
 
 Each launch of the step's CUDA graph lies between two events of the stream. Busy is the sum of the times between a
-step's own two, period is the wall clock of `decode()` over its steps, tokens brought to the host included. The steps
-begin in the middle of the cache, with no prompt read, so an engine that has no profile for prompts will do.
+step's own two, period is the wall clock over the steps as a session takes them, `Decoder.stride` at a time with their
+tokens brought to the host. They begin in the middle of the cache, with no prompt read, so an engine that has no profile
+for prompts will do.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from vlmc.runtime.cuda import Gpu, checked
 from vlmc.runtime.tensorrt_decoder import SLOT, TensorrtDecoder
 from vlmc.runtime.tensorrt_engine import Engine
 
-STEPS, ROUNDS = 64, 9
+STEPS, ROUNDS = 64, 9  # whole strides
 
 
 def overhead(path: Path) -> dict[str, float]:
@@ -49,7 +50,8 @@ def overhead(path: Path) -> dict[str, float]:
     for _ in range(ROUNDS):
         restart()
         start = time.perf_counter()
-        decoder.decode(STEPS)
+        for _ in range(STEPS // decoder.stride):
+            decoder.decode(decoder.stride)
         periods.append((time.perf_counter() - start) * 1000 / STEPS)
         restart()
         for step in range(STEPS):

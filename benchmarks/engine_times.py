@@ -1,7 +1,7 @@
 """TensorRT engines alone, each run one launch of a CUDA graph: milliseconds, joules and memory.
 
     python benchmarks/engine_times.py build ARTEFACT COMPONENT FORM PRECISION     on the GPU, a process an engine
-    python benchmarks/engine_times.py time ARTEFACT COMPONENT FORM        there: writes ARTEFACT/times/PART.FORM.json
+    python benchmarks/engine_times.py time ARTEFACT COMPONENT FORM        there: into ARTEFACT/times/PART.FORM.json
     ncu … python benchmarks/engine_times.py launch ARTEFACT COMPONENT FORM ENGINE one run, for the names of its kernels
 
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
@@ -105,7 +105,7 @@ def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) 
 def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses: Any, name: str) -> float | None:
     """The cosine of what the engine makes of the golden inputs with the golden outputs; of a step there are none."""
     import numpy as np
-    from vlmc.engines.trial import cosine
+    from vlmc.evaluation.agreement import cosine
     from vlmc.runtime.tensorrt_engine import batch
 
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
@@ -135,7 +135,8 @@ def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses
 
 
 def measure(folder: Path, component: str, form: str) -> dict[str, Any]:
-    """{ENGINE: {"ms", "least_ms", "joules", "watts", "device_bytes", "build_seconds", "bytes", …}}."""
+    """{ENGINE: {"ms", "least_ms", "joules", "watts", "device_bytes", "build_seconds", "bytes", …}} of the engines that
+    are there; gpu_host.py deletes those that were timed, and their records stay."""
     import pynvml
     import tensorrt as trt
     from vlmc.profiles import nvidia
@@ -147,6 +148,8 @@ def measure(folder: Path, component: str, form: str) -> dict[str, Any]:
     gpu, launches = Gpu(), {}
     for path in sorted(folder.glob(f"engines/{form}/{component}/tensorrt-*/engine.json")):
         spec, free = read_record(EngineSpec, path), gpu.free_bytes()
+        if not path.with_name(spec.file).is_file():
+            continue
         engine, context, addresses = ready(trt, gpu, artifact, spec, path.with_name(spec.file))
         name = path.parent.name
         near = agreement(gpu, artifact, engine, context, addresses, component)
@@ -216,7 +219,8 @@ def main() -> None:
         found = measure(folder, component, form)
         output = folder / "times" / f"{component}.{form}.json"
         output.parent.mkdir(exist_ok=True)
-        output.write_text(json.dumps(found, indent=1))
+        known = json.loads(output.read_text()) if output.is_file() else {}
+        output.write_text(json.dumps(known | found, indent=1))
         print(folder, component, form, json.dumps({name: entry["ms"] for name, entry in found.items()}), flush=True)
 
 

@@ -15,25 +15,18 @@ from __future__ import annotations
 
 import argparse
 import functools
-import heapq
-import itertools
 import json
-import os
-import signal
-import subprocess
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gpu_table
+from gpu_steps import GIB, Run
 
 HOME = Path("/tmp/gpu")
-LOGS, DATA = HOME / "logs", HOME / "data"
+DATA = HOME / "data"
 TORCH, TENSORRT = str(HOME / "torch-python"), str(HOME / "tensorrt-python")  # interpreters that gpu_unpack.sh made
 VLMC = ("-m", "vlmc")
 TIMES, FORMS = "benchmarks/engine_times.py", "benchmarks/tensorrt_variants.py"
@@ -53,139 +46,25 @@ BOTH = ("fp16", "int8")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
-GIB = 1 << 30
 HALF, AGAIN = 20, 50  # later than what was never measured: what was in one precision, and in a form that is marked
 TIMING = 90  # seconds before the end when no engine is built any more, so that those that are there are timed
 BUILDER = 5.5e9  # bytes that a build takes at its peak, and what it takes of a decoder's float32 weights, and another's
 SPACE = {"fp16": (2.3, 5.5), "int8": (5.6, 10.0)}
-Call = Callable[[int], None]  # with the number of the GPU that it has
-
-
-class Queue:
-    """Calls in the order of their priority, the smallest first."""
-
-    def __init__(self) -> None:
-        self._calls: list[tuple[int, int, Call]] = []
-        self._changed, self._number, self._writers = threading.Condition(), itertools.count(), 0
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """While this is open, more may come."""
-        with self._changed:
-            self._writers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._writers -= 1
-                self._changed.notify_all()
-
-    def put(self, priority: int, call: Call) -> None:
-        with self._changed:
-            heapq.heappush(self._calls, (priority, next(self._number), call))
-            self._changed.notify()
-
-    def serve(self, gpu: int) -> None:
-        """Calls them until none is left and none can come."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._calls or not self._writers)
-                if not self._calls:
-                    return
-                _, _, call = heapq.heappop(self._calls)
-            try:
-                call(gpu)
-            except Exception:  # one step's mistake must not end the rest
-                traceback.print_exc()
-
-
-class Room:
-    """Memory that steps share, in the order in which they ask, for else small ones would keep large ones waiting."""
-
-    def __init__(self, size: float) -> None:
-        self._free, self._size, self._changed = size, size, threading.Condition()
-        self._waiting: list[object] = []
-
-    @contextmanager
-    def taken(self, size: float) -> Iterator[None]:
-        size, ticket = min(size, self._size), object()
-        with self._changed:
-            self._waiting.append(ticket)
-            self._changed.wait_for(lambda: self._waiting[0] is ticket and self._free >= size)
-            self._waiting.pop(0)
-            self._free -= size
-            self._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += size
-                self._changed.notify_all()
-
-
-class Run:
-    """The clock, the log of steps, the engines to build and what to time."""
-
-    def __init__(self, seconds: float, memory: float, known: dict[str, Any], again: bool) -> None:
-        self.known, self.again = known, again
-        self.begin, self.end = time.monotonic(), time.monotonic() + seconds
-        self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(12), threading.Semaphore(5)
-        self.builds, self.timings = Queue(), Queue()
-        self.later: list[Callable[[], None]] = []  # asks for what can wait until every model is there
-
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        with self.builds.writing(), self.timings.writing():
-            yield
-
-    def start(self, name: str, gpu: int | None, python: str, *arguments: str, early: float = 0) -> Step:
-        environment = os.environ | {"OMP_NUM_THREADS": "8", "COLUMNS": "100"}
-        environment["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu)
-        with (LOGS / f"{name}.log").open("w") as log:
-            process = subprocess.Popen(
-                [python, *arguments], stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        return Step(self, name, process, self.end - early)
-
-    def step(self, name: str, gpu: int | None, python: str, *arguments: str, early: float = 0) -> bool:
-        """Runs it to its end or to `early` seconds before the end of the time; whether it went well. Its output is
-        logs/NAME.log."""
-        if self.end - early - time.monotonic() < 5:
-            return False
-        return self.start(name, gpu, python, *arguments, early=early).wait(gpu)
-
-
-class Step:
-    """A program that runs."""
-
-    def __init__(self, run: Run, name: str, process: subprocess.Popen[bytes], end: float) -> None:
-        self.run, self.name, self.process, self.begin, self.end = run, name, process, time.monotonic(), end
-
-    def wait(self, gpu: int | None) -> bool:
-        try:
-            code: int | str = self.process.wait(max(self.end - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            code = "out of time"
-        now = time.monotonic()
-        line = f"{now - self.run.begin:6.0f} s  {self.name:60s} {now - self.begin:6.1f} s  GPU {gpu}  {code or 'ok'}"
-        with (LOGS / "steps.txt").open("a") as steps:
-            print(line, file=steps)
-        return code == 0
 
 
 class Model:
-    """One artefact: filled, built, timed."""
+    """One artefact: filled, built, timed. `earlier` are results of earlier runs, by model, not measured again but, with
+    `again`, where they are marked."""
 
-    def __init__(self, run: Run, name: str, place: int) -> None:
+    def __init__(self, run: Run, name: str, place: int, earlier: dict[str, Any], again: bool) -> None:
         self.run, self.name, self.folder, self.place = run, name, DATA / name, place
+        self.earlier, self.again = earlier, again
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
         self.parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
         modes = ["eager"] + ["graph"] * (name != HARD)  # which makes tensors on the CPU under transformers 5.17
         modes += ["compile"] * (name in (*SIZES, STUDY))
         modes += ["onnxruntime", "fake-quant"] * (name in SIZES)
-        known = run.known.get(name, {}).get("torch", {})
+        known = earlier.get(name, {}).get("torch", {})
         self.modes = [mode for mode in modes if not isinstance(known.get(mode), dict)]  # of PyTorch; errors are text
 
     def bytes(self, part: str) -> int:
@@ -196,8 +75,8 @@ class Model:
 
     def known(self, part: str, form: str) -> dict[str, Any]:
         """What earlier runs have of the component's engines. A cut decoder's vision encoder is the whole model's."""
-        own: dict[str, Any] = self.run.known.get(self.name, {}).get("engines", {}).get(part, {}).get(form, {})
-        model = gpu_table.whole_towers(self.run.known).get(gpu_table.whole(self.name), {}) if part != "decoder" else {}
+        own: dict[str, Any] = self.earlier.get(self.name, {}).get("engines", {}).get(part, {}).get(form, {})
+        model = gpu_table.whole_towers(self.earlier).get(gpu_table.whole(self.name), {}) if part != "decoder" else {}
         return {**model.get("engines", {}).get(part, {}).get(form, {}), **own}
 
     def prepare(self) -> None:
@@ -229,7 +108,7 @@ class Model:
         engines = {precision: known.get(f"tensorrt-{precision}") for precision in BOTH}
         missing = [precision for precision, found in engines.items() if found is None]
         marked = [precision for precision, found in engines.items() if found and found.get("mark")]
-        precisions = missing or (marked if self.run.again else [])
+        precisions = missing or (marked if self.again else [])
         if not precisions:
             return
         priority = self.priority(part) + HALF * any(engines.values()) + AGAIN * all(engines.values())
@@ -238,12 +117,14 @@ class Model:
         writing.__enter__()
 
         def build(precision: str, gpu: int) -> None:
-            self.build(part, form, precision, gpu)
-            with lock:
-                left.remove(precision)
-                if not left:
-                    run.timings.put(priority, functools.partial(self.measure, part, form))
-                    writing.__exit__(None, None, None)
+            try:
+                self.build(part, form, precision, gpu)
+            finally:  # what could not even be started must not keep the run waiting
+                with lock:
+                    left.remove(precision)
+                    if not left:
+                        run.timings.put(priority, functools.partial(self.measure, part, form))
+                        writing.__exit__(None, None, None)
 
         def ask() -> None:
             for precision in precisions:
@@ -263,13 +144,16 @@ class Model:
         writing.__enter__()
 
         def build(gpu: int) -> None:
-            form = left.pop(0)
-            if built := self.build(part, form, precision, gpu):
-                run.timings.put(priority, functools.partial(self.measure, part, form))
-            elif left:
-                run.builds.put(priority, build)
-            if built or not left:
-                writing.__exit__(None, None, None)
+            form, built = left.pop(0), False
+            try:
+                built = self.build(part, form, precision, gpu)
+            finally:
+                if built:
+                    run.timings.put(priority, functools.partial(self.measure, part, form))
+                elif left:
+                    run.builds.put(priority, build)
+                if built or not left:
+                    writing.__exit__(None, None, None)
 
         run.builds.put(priority, build)
 
@@ -284,14 +168,15 @@ class Model:
 
     def measure(self, part: str, form: str, gpu: int) -> None:
         run, given = self.run, (str(self.folder), part, form)
+        engines = list(self.folder.glob(f"engines/{form}/{part}/*/*.trt"))  # others may come meanwhile
         run.step(f"{self.name}-{part}-{form}-times", gpu, TENSORRT, TIMES, "time", *given)
         if (self.name, form) == (SIZES[-1], "single") and part == "decoder":
             run.step(f"{self.name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", str(self.folder))
         for precision in BOTH if (self.name, part, form) == (STUDY, "decoder", "single") else ():
             ncu = ("--metrics", "gpu__time_duration.sum", "--csv", TENSORRT, TIMES, "launch", *given)
             run.step(f"{self.name}-{part}-kernels-{precision}", gpu, "ncu", *ncu, f"tensorrt-{precision}")
-        for engine in self.folder.glob(f"engines/{form}/{part}/*/*.trt"):
-            engine.unlink()  # the disk is for the next
+        for engine in engines:
+            engine.unlink(missing_ok=True)  # the disk is for the next
 
     def others(self) -> None:
         """Asks for the engines that take seconds."""
@@ -354,13 +239,15 @@ def forms(run: Run, names: list[str]) -> None:
         timing.__enter__()
 
         def build(name: str, gpu: int) -> None:
-            with run.room.taken(6 * GIB):
-                run.step(f"vit2-{name}", gpu, TENSORRT, FORMS, "build", folder, name)
-            with lock:
-                left.remove(name)
-                if not left:
-                    run.timings.put(35, measure)
-                    timing.__exit__(None, None, None)
+            try:
+                with run.room.taken(6 * GIB):
+                    run.step(f"vit2-{name}", gpu, TENSORRT, FORMS, "build", folder, name)
+            finally:
+                with lock:
+                    left.remove(name)
+                    if not left:
+                        run.timings.put(35, measure)
+                        timing.__exit__(None, None, None)
 
         def measure(gpu: int) -> None:
             run.step("vit2-time", gpu, TENSORRT, FORMS, "time", folder)
@@ -382,10 +269,10 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="but for those that are marked")
     parser.add_argument("--forms", default="", help="of tensorrt_variants.py, with commas")
     arguments = parser.parse_args()
-    LOGS.mkdir(parents=True, exist_ok=True)
-    run = Run(arguments.seconds, arguments.memory, gpu_table.read(arguments.known), arguments.again)
+    run = Run(HOME / "logs", arguments.seconds, arguments.memory)
+    given = gpu_table.read(arguments.known), arguments.again
     names = sorted((path.parent.name for path in DATA.glob("*/manifest.json")), key=order)
-    threads = [threading.Thread(target=Model(run, name, 1 + i).prepare) for i, name in enumerate(names)]
+    threads = [threading.Thread(target=Model(run, name, 1 + i, *given).prepare) for i, name in enumerate(names)]
     if arguments.forms:
         threads.append(threading.Thread(target=forms, args=(run, arguments.forms.split(","))))
 
@@ -408,8 +295,7 @@ def main() -> None:
             ask()
     for thread in serving:
         thread.join()
-    with (LOGS / "steps.txt").open("a") as steps:
-        print(f"{time.monotonic() - run.begin:6.0f} s  all done", file=steps)
+    run.note("all done")
 
 
 def order(name: str) -> tuple[bool, int, str]:

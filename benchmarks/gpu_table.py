@@ -36,7 +36,11 @@ MIXED, MISSING = "TensorRT mixed", "–"
 def main(*paths: str) -> None:
     models = read(paths)
     header = [name for name, _ in COLUMNS] + ["ONNX Runtime CUDA", "TensorRT FP16", "TensorRT int8"]
-    titles = ("Vision, one tile", "A prompt (its length in brackets)", "A decode step, cache of 1,024 full")
+    titles = (
+        "Vision, one tile",
+        "A prompt (its length in brackets)",
+        "A decode step, a full cache (1,024 places, BLIP 512)",
+    )
     for what, (part, form, key) in zip(titles, PARTS, strict=True):
         limit = ["share of the limit, FP16 and int8"] if part == "decoder" and form == "single" else []
         print(f"{what}, milliseconds:\n")

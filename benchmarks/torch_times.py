@@ -27,6 +27,7 @@ from vlmc.calibration.fake_quant import apply_plan
 from vlmc.calibration.plan import read_plan
 from vlmc.engines import trial
 from vlmc.exporter.checkpoint import load_components
+from vlmc.profiles import nvidia
 from vlmc.runtime import backends
 from vlmc.runtime.tensorrt_engine import APART
 
@@ -70,7 +71,7 @@ def joules(run: Callable[[], Any]) -> float:
     import pynvml
 
     pynvml.nvmlInit()
-    meter = pynvml.nvmlDeviceGetHandleByIndex(int(os.environ["CUDA_VISIBLE_DEVICES"]))
+    meter = nvidia.handle(pynvml)
     torch.cuda.synchronize()
     before, start, runs = pynvml.nvmlDeviceGetTotalEnergyConsumption(meter), time.perf_counter(), 0
     while time.perf_counter() - start < SECONDS:

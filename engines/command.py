@@ -25,7 +25,7 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
 
     Example: vlmc build out/demo --device cpu --int8
     """
-    from ..profiles.device import load_device
+    from ..profiles.device import load_device, require_precision
     from .build import build as run
     from .build import results
 
@@ -33,6 +33,7 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
         raise click.UsageError("--int8 and --recipe contradict each other.")
     recipe = recipe or ("int8" if int8 else "fp32")
     opened, target = Artifact(artefact), load_device(device)
+    require_precision(target, recipes.load(recipe).name)
     _ensure_plan(opened, recipe, set_file)
     with console.progress() as bar:
         task = bar.add_task("building", total=None)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact import Artifact
+from ..evaluation.agreement import cosine
 from ..files import read_json
 from ..runtime import backends
 from ..runtime.images import open_image
@@ -56,13 +57,6 @@ def try_component(artifact: Artifact, device: str, component: str, engines: list
         }
         for engine in engines
     }
-
-
-def cosine(left: NDArray[Any], right: NDArray[Any]) -> float:
-    """Of the flattened arrays; 0 where one of them is not finite."""
-    a, b = left.ravel().astype(np.float64), right.ravel().astype(np.float64)
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / norms if np.isfinite(norms) and norms else 0.0
 
 
 Outcome = tuple[float, dict[str, list[float]]]

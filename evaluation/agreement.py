@@ -1,9 +1,20 @@
-"""Greedy tokens against the golden ones that PyTorch float32 chose: how many cases are equal, where others part."""
+"""What an engine makes against the golden outputs of PyTorch float32: arrays by their direction, greedy tokens one by
+one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def cosine(left: NDArray[Any], right: NDArray[Any]) -> float:
+    """Of the flattened arrays; 0 where one of them is all zero or not finite."""
+    a, b = left.ravel().astype(np.float64), right.ravel().astype(np.float64)
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norms if np.isfinite(norms) and norms else 0.0
 
 
 def first_divergence(tokens: Sequence[int], golden: Sequence[int]) -> int | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..artifact import Artifact, KvContract, ParityLevel
 from ..errors import VlmcError
+from ..evaluation.agreement import cosine, first_divergence
 from ..runtime.backends import onnxruntime as backend
 from ..runtime.images import open_image
 from ..runtime.session import Session
@@ -51,10 +52,9 @@ def compare(level: str, component: str, reference: NDArray[Any], found: NDArray[
     with np.errstate(invalid="ignore"):  # of two infinities the difference is NaN, which fails below
         largest = float(np.abs(left - right).max())
     scale = float(np.abs(left).max()) or 1.0
-    norms = float(np.linalg.norm(left) * np.linalg.norm(right))
-    cosine = float(left @ right) / norms if norms else 1.0
-    passed = bool(np.isfinite(largest)) and largest <= RELATIVE * scale and cosine >= COSINE
-    return ParityLevel(level, component, largest, cosine, RELATIVE * scale, passed)
+    near = cosine(left, right) if left.any() else 1.0  # zeros have no direction
+    passed = bool(np.isfinite(largest)) and largest <= RELATIVE * scale and near >= COSINE
+    return ParityLevel(level, component, largest, near, RELATIVE * scale, passed)
 
 
 def height(artifact: Artifact, cases: int) -> int:
@@ -96,14 +96,6 @@ def tokens_level(session: Session, artifact: Artifact, cases: list[dict[str, Any
             failure = f"case {index} diverges at token {where}: {instead}"
     detail = f"{equal} of {len(cases)} cases equal, {ties} split at a tie" + (f"; {failure}" if failure else "")
     return ParityLevel("greedy tokens", "all", 0.0, equal / max(len(cases), 1), TIE, not failure, detail)
-
-
-def first_divergence(expected: list[int], found: list[int]) -> int | None:
-    """The first position at which the sequences differ, or None."""
-    if expected == found:
-        return None
-    pairs = zip(expected, found, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
 
 
 def require(level: ParityLevel) -> None:

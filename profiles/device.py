@@ -28,10 +28,11 @@ FOLDER = Path(__file__).parent / "devices"
 class Device:
     """What a build and a measurement need to know of the machine that the engines run on.
 
-    backends and power_sources are in order of preference. `precisions` are those the device gains from or needs;
-    `opset` and `typing` are the ONNX dialect: with `weak` typing a float32 graph gets its precision from builder
-    flags, with `strong` it is in the graph. Budgets: memory of the whole process, and time from the picture to the
-    first token. Peaks are dense (no sparsity), in 10^12 operations a second, a multiply-add counting as two.
+    backends and power_sources are in order of preference. `precisions` are those that its backends build engines in,
+    of recipes the first word of the name; `opset` and `typing` are the ONNX dialect: with `weak` typing a float32 graph
+    gets its precision from builder flags, with `strong` it is in the graph. Budgets: memory of the whole process, and
+    time from the picture to the first token. Peaks are dense (no sparsity), in 10^12 operations a second, a
+    multiply-add counting as two.
     `handover` is the one sentence that says what remains to be done on the device once this machine has done its part.
     """
 
@@ -85,3 +86,13 @@ def load_device(name: str, folder: Path = FOLDER) -> Device:
     if unknown:
         raise VlmcError(f"{path} has fields that no device has", found=", ".join(sorted(unknown)))
     return from_json(Device, {"name": name} | data, path.name)
+
+
+def require_precision(device: Device, recipe: str) -> None:
+    """Refuses a recipe whose precision no backend of the device builds; fp32 quantises nothing and is none."""
+    if recipe != "fp32" and recipe.partition("-")[0] not in device.precisions:
+        raise VlmcError(
+            f"The recipe {recipe!r} gives no engine on {device.title}",
+            expected=f"a precision among {', '.join(device.precisions)}",
+            fix="choose another recipe; `vlmc build --help` lists them",
+        )

@@ -1,4 +1,4 @@
-// What a decode step does on the GPU beside the engine. Compiled to kernels.ptx (see `make kernels`), which the driver
+// What a decode step does on the GPU beside the engine. Compiled to kernels.ptx (kernels.py says how), which the driver
 // compiles for its own GPU: so neither nvcc nor NVRTC is needed on the device.
 
 typedef unsigned long long u64;

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vlmc.artifact import GRAPH_FILES, Artifact, EngineSpec, FileSpec
@@ -49,6 +50,16 @@ def test_the_key_changes_with_what_goes_in(change: Callable[[Artifact], None], a
 )
 def test_the_key_changes_with_the_candidate(other: dict[str, str], artifact: Artifact) -> None:
     assert key(artifact, VISION) != key(artifact, replace(VISION, **other))
+
+
+@pytest.mark.parametrize("other", [{"sm": 87}, {"tensorrt": "10.3"}, {"opset": 17}, {"typing": "weak"}])
+def test_the_key_changes_with_what_the_device_takes(
+    other: dict[str, Any], artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = key(artifact, VISION)
+    device = module.load_device("cpu")
+    monkeypatch.setattr(module, "load_device", lambda name: replace(device, **other))
+    assert key(artifact, VISION) != before
 
 
 def test_the_key_changes_with_the_backends_version(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,13 @@ def test_a_recipe_for_weights_needs_no_set(tiny_copy: Path, in_process: list[Any
     assert (tiny_copy / "plans" / "w4.json").is_file()
 
 
+def test_a_precision_that_the_device_does_not_take_is_refused_before_anything_is_calibrated(tiny_copy: Path) -> None:
+    result = run(tiny_copy, "--device", "orin", "--recipe", "w8")
+    assert isinstance(result.exception, VlmcError)
+    assert "'w8' gives no engine on Jetson AGX Orin 64 GB" in str(result.exception)
+    assert not (tiny_copy / "plans" / "w8.json").exists()
+
+
 def test_a_device_elsewhere_gets_one_sentence_on_what_remains(
     planned: Artifact, tmp_path: Path, in_process: Any
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from vlmc.artifact import Artifact, FileSpec
 from vlmc.engines import trial
-from vlmc.engines.trial import cosine, try_component
+from vlmc.engines.trial import try_component
 from vlmc.files import read_json, sha256_of
 from vlmc.runtime import backends
 from vlmc.runtime.images import open_image
@@ -110,21 +110,23 @@ def test_an_answer_has_as_many_tokens_as_the_cache_has_room_for(
 
 
 def test_decoding_is_timed_by_the_step(built: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock that only prefill and steps move, by 100 and 2 seconds."""
+    """With a clock that only prefill and steps move, by 100 and 2 seconds; the first answer's steps, by 50, warm up."""
     now = [0.0]
+    monkeypatch.setattr(trial, "MINIMUM", 1)
     monkeypatch.setattr(trial.time, "perf_counter", lambda: now[0])
     load = backends.load_decoder
 
     class Slow:
         def __init__(self, decoder: HostDecoder) -> None:
-            self.decoder, self.capacity = decoder, decoder.capacity
+            self.decoder, self.capacity, self.seconds = decoder, decoder.capacity, 50
 
         def prefill(self, embeds: Any) -> int:
             now[0] += 100
             return self.decoder.prefill(embeds)
 
         def decode(self, count: int) -> list[int]:
-            now[0] += 2 * count
+            now[0] += self.seconds * count
+            self.seconds = 2
             return self.decoder.decode(count)
 
         def __getattr__(self, name: str) -> Any:
@@ -136,9 +138,11 @@ def test_decoding_is_timed_by_the_step(built: Artifact, monkeypatch: pytest.Monk
     assert found["onnxruntime-fp32"]["latency_ms"] == {"prefill": 100_000.0, "decode": 2000.0}
 
 
-def test_cosine_is_of_directions_and_zero_where_a_number_is_missing() -> None:
-    assert cosine(np.array([[1.0, 0.0]]), np.array([[5.0, 0.0]])) == 1.0
-    assert cosine(np.array([1.0, 0.0]), np.array([-2.0, 0.0])) == -1.0
-    for bad in (np.nan, np.inf):
-        assert cosine(np.array([1.0, bad]), np.array([1.0, 1.0])) == 0.0
-    assert cosine(np.zeros(2), np.ones(2)) == 0.0
+def test_the_first_run_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, seconds = [0.0], iter([50, 2, 3])
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: now[0])
+
+    def run() -> None:
+        now[0] += next(seconds)
+
+    assert trial.timed(run) == [2000.0, 3000.0]

@@ -1,8 +1,17 @@
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from vlmc.evaluation.agreement import first_divergence, summarize
+from vlmc.evaluation.agreement import cosine, first_divergence, summarize
 
 TOKENS = st.lists(st.integers(0, 3), max_size=8)
+
+
+def test_cosine_is_of_directions_and_zero_where_a_number_is_missing() -> None:
+    assert cosine(np.array([[1.0, 0.0]]), np.array([[5.0, 0.0]])) == 1.0
+    assert cosine(np.array([1.0, 0.0]), np.array([-2.0, 0.0])) == -1.0
+    for bad in (np.nan, np.inf):
+        assert cosine(np.array([1.0, bad]), np.array([1.0, 1.0])) == 0.0
+    assert cosine(np.zeros(2), np.ones(2)) == 0.0
 
 
 def test_equal_tokens_do_not_diverge() -> None:

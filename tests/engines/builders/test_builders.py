@@ -10,8 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from vlmc.artifact import COMPONENTS, FLOATS, Artifact, EngineSpec
+from vlmc.calibration import recipes
 from vlmc.calibration.plan import read_plan
 from vlmc.engines import builders
+from vlmc.engines.build import refuses
 from vlmc.engines.builders import MODEL, Built
 from vlmc.engines.passes import quantize
 from vlmc.engines.trial import cosine
@@ -167,3 +169,16 @@ def test_the_engines_of_a_build_agree_with_pytorch(built: Artifact) -> None:
         assert isinstance(spec, EngineSpec)
         assert spec.report.agreement is not None
         assert spec.report.agreement > (0.99999 if precision == "fp32" else 0.9)
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_a_device_names_the_precisions_that_its_builders_offer(name: str) -> None:
+    device = load_device(name)
+    known = [builders.load(backend) for backend in device.backends]
+    offered = {builder.FLOAT for builder in known}
+    for recipe in set(recipes.names()) - {"fp32"}:
+        if not all(
+            refuses(builder, part, recipe, device) for builder in known for part in ("vision_encoder", "decoder")
+        ):
+            offered.add(recipe.partition("-")[0])
+    assert set(device.precisions) == offered
