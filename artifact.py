@@ -174,7 +174,8 @@ class KvContract:
 class BuildReport:
     """What building and trying an engine showed. `products`: matrix products by the precision they really run in,
     read from the optimised graph. `latency_ms`: measured median on the golden inputs, empty where the device is not
-    this machine. `agreement`: cosine with the golden outputs. `work`: operations and bytes of one golden run."""
+    this machine. `agreement`: cosine with the golden outputs. `work`: operations and bytes of one golden run.
+    `timed_on`: the machine of `latency_ms`, which is of the device's kind and may not be the very device."""
 
     seconds: float
     peak_memory_bytes: int
@@ -183,6 +184,7 @@ class BuildReport:
     latency_ms: dict[str, float] = field(default_factory=dict)
     agreement: float | None = None
     work: dict[str, float] = field(default_factory=dict)
+    timed_on: str = ""
 
 
 @dataclass(frozen=True)

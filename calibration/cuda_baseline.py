@@ -15,20 +15,24 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..artifact import CROSSED, Artifact, ComponentSpec, KvSpec
+from ..exporter import golden
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
+from ..exporter.matching import Encoders
+from ..runtime.matching import Matcher
 from ..runtime.runner import Array
 from ..runtime.session import Session
+from ..runtime.tensorrt_decoder import STRIDE
 from .fake_quant import apply_plan
 from .plan import read_plan
-
-STRIDE = 8  # as the TensorRT runtime's
 
 T = TypeVar("T")
 Made = Tensor | tuple[Tensor, ...]  # of a component with one output, or with several
 
 
-def open_session(artifact: Artifact, recipe: str, mode: str, threads: int = 0, where: str = "cuda") -> Session:
+def open_session(
+    artifact: Artifact, recipe: str, mode: str, threads: int = 0, where: str = "cuda"
+) -> Session | Matcher:
     """The artefact's model in float16 on GPU 0; `mode` is `eager`, `graph` or `compile`, `recipe` is `fp32` for float
     or a plan's."""
     plan = None if recipe == "fp32" else read_plan(artifact, recipe)
@@ -39,6 +43,13 @@ def open_session(artifact: Artifact, recipe: str, mode: str, threads: int = 0, w
         components = components.map(lambda name, module: apply_plan(module, plan, name))
     specs = artifact.manifest.components
     halves = components.map(lambda name, module: module.half().to(where))
+    if isinstance(halves, Encoders):
+        vision = GpuRunner(halves.vision_encoder, specs["vision_encoder"], mode, where)
+        text = GpuRunner(halves.text_encoder, specs["text_encoder"], mode, where, dynamic=None)
+        matcher = Matcher(artifact, vision, text)
+        for case in golden.read(artifact)[0] if mode != "eager" else ():
+            matcher.text_features([case["prompt"]])  # texts of that length are captured before anything is timed
+        return matcher
     return Session(
         artifact,
         vision=GpuRunner(halves.vision_encoder, specs["vision_encoder"], mode, where),
@@ -49,10 +60,13 @@ def open_session(artifact: Artifact, recipe: str, mode: str, threads: int = 0, w
 
 
 class GpuRunner:
-    """A component without state, float32 on the host and float16 on the GPU."""
+    """A component without state, float32 on the host and float16 on the GPU. `dynamic` is torch.compile's: False
+    compiles for every shape, of which it takes eight and runs further ones uncompiled; None soon compiles for all."""
 
-    def __init__(self, component: nn.Module, spec: ComponentSpec, mode: str, where: str) -> None:
-        self._component = torch.compile(component, dynamic=False) if mode == "compile" else component
+    def __init__(
+        self, component: nn.Module, spec: ComponentSpec, mode: str, where: str, dynamic: bool | None = False
+    ) -> None:
+        self._component = torch.compile(component, dynamic=dynamic) if mode == "compile" else component
         self._spec, self._mode, self._where = spec, mode, where
         self._graphs: dict[tuple[torch.Size, ...], tuple[list[Tensor], Made, Callable[[], None]]] = {}
 

@@ -34,6 +34,7 @@ from ..calibration import recipes
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
 from ..files import remove_leftovers
+from ..profiles import machine
 from ..profiles.device import Device
 from ..runtime import backends, cuda
 from . import builders, child, trial, verdict, work
@@ -184,7 +185,7 @@ def _try(
         what, engines = f"Trying {component} on this machine", [c.engine for c in own]
         trials = json.loads(child.run("trial", what, str(artifact.root), device.name, component, embed, *engines))
         for candidate, spec in own.items():
-            counted = {"work": _work(artifact, candidate, spec)}
+            counted = {"work": _work(artifact, candidate, spec), "timed_on": machine.title(device.sm is not None)}
             own[candidate] = record_trial(artifact, candidate, trials[candidate.engine] | counted)
     return {candidate.engine: spec.report for candidate, spec in own.items()}
 

@@ -53,7 +53,8 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
         why = f"float is as fast or faster: {what} against {others}{wrong}"
     else:
         why = f"fastest here: {what}, {costs[baseline] / costs[kept]:.2f}× {baseline} ({others}){wrong}"
-    return Choice(kept, why, candidates)
+    timed = f"; timed on {reports[kept].timed_on}" if reports[kept].timed_on else ""
+    return Choice(kept, why + timed, candidates)
 
 
 def _floats(costs: Mapping[str, float]) -> dict[str, float]:

@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # torch and rich's bars are imported where they are used
 @click.option("--random-weights", is_flag=True, help="A preset or config of true size with seeded random weights.")
 @click.option("--seed", default=0, show_default=True, help="Of the random weights.")
 @click.option("--cases", type=click.IntRange(1), default=None, help="Golden pictures (16; 2 with random weights).")
-@click.option("--pictures", type=click.Path(path_type=Path, exists=True), help="JSONL set to take goldens from.")
+@click.option(
+    "--pictures", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSONL set to take goldens from."
+)
 @click.option("--force", is_flag=True, help="Replace an artefact that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity ladder as JSON.")
 def export(

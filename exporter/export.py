@@ -35,6 +35,7 @@ from ..errors import VlmcError
 from ..files import inside, sha256_of, staged_folder
 from ..profiles import memory
 from ..records import to_json
+from ..runtime.images import picture_hash
 from . import checkpoint, golden, graph, parity, processor
 from .family import Components
 from .torch_runner import torch_session
@@ -294,7 +295,14 @@ def existing(model: checkpoint.Checkpoint, target: Path, options: Options) -> Ar
 
 
 def golden_options(options: Options) -> dict[str, Any]:
-    pictures = sha256_of(options.picture_set) if options.picture_set else "demo"
+    """What the goldens are made with; `pictures` stands for the rows that are taken from a set and for their pixels,
+    wherever the files lie."""
+    pictures = "demo"
+    if options.picture_set is not None:
+        digest = hashlib.sha256()
+        for image, prompt, task in golden.pictures(options.cases, options.picture_set):
+            digest.update(f"{json.dumps([prompt, task])}\n{picture_hash(image)}\n".encode())
+        pictures = digest.hexdigest()
     return {"pictures": pictures, "cases": options.cases, "max_new_tokens": options.max_new_tokens}
 
 

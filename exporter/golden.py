@@ -42,7 +42,7 @@ def write_pictures(folder: Path, count: int, picture_set: Path | None) -> list[C
     """`count` cases with their pictures copied as PNG: from a JSONL set, or else from the demo's generator."""
     (folder / "golden").mkdir(exist_ok=True)
     cases = []
-    for index, (image, prompt, task) in enumerate(_pictures(count, picture_set)):
+    for index, (image, prompt, task) in enumerate(pictures(count, picture_set)):
         name = f"golden/{index:02d}.png"
         image.save(folder / name)
         cases.append(Case(name, prompt, task))
@@ -56,7 +56,8 @@ def write_pictures(folder: Path, count: int, picture_set: Path | None) -> list[C
     return cases
 
 
-def _pictures(count: int, picture_set: Path | None) -> Iterator[tuple[Image.Image, str, str]]:
+def pictures(count: int, picture_set: Path | None) -> Iterator[tuple[Image.Image, str, str]]:
+    """Picture, prompt and task of the first `count` cases; a VlmcError at a row that is none."""
     if picture_set is None:
         for index in range(count):
             scene = scenes.scene(FIRST_SEED + index, "calibration")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ..runtime import backends
+from ..runtime import backends, cuda
 from . import machine, memory, power
 from .device import Device, device_names, load_device
 
@@ -35,7 +34,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     return {
         "machine": {
             "cpu": machine.describe(0)["cpu"],
-            "cores": os.cpu_count(),
+            "cores": backends.processors(),
             "memory_gb": _gigabytes(memory.total_bytes()),
             "memory_free_gb": _gigabytes(memory.available_bytes()),
             "disk_free_gb": _gigabytes(shutil.disk_usage(folder).free),
@@ -52,7 +51,8 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
 def built_here(device: Device) -> str:
     """ "" where engines for the device can be built on this machine, else what stands in the way."""
     if not device.ahead_of_time:
-        return device.ahead_of_time_why
+        on_it = device.sm is not None and cuda.architecture() == device.sm
+        return backends.unavailable(device.backends[0]) if on_it else device.ahead_of_time_why
     missing = [name for name in device.backends if importlib.util.find_spec(name) is None]
     if device.backends[0] in missing:
         return f"the package of its backend {device.backends[0]} is not installed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -38,7 +39,15 @@ def profile(
     """Measures every variant that can run here and leaves finished samples in the folder that it returns.
 
     `asked` is the evaluation set or "unavailable: reason". An interrupted measurement with the same settings goes on.
+    A `torch_python` that is no executable is a VlmcError before anything is measured.
     """
+    if torch_python and not shutil.which(torch_python):
+        raise VlmcError(
+            "--torch-python names no interpreter",
+            found=torch_python,
+            expected="the path of an executable file",
+            fix="check the path, or leave the option out",
+        )
     found = variants(artifact, build, settings.threads, baselines, torch_python)
     if not any(variant.kind == "engine" for variant in found.measured):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in found.skipped.items())
@@ -77,12 +86,12 @@ def profile(
 
 
 def choose_build(artifact: Artifact, device: str, recipe: str) -> tuple[BuildSpec, Device]:
-    """The build to measure: the newest for the device and recipe, where given, among those for this machine."""
+    """The build to measure: of those for the device and recipe, where given, and for this machine the newest; as for
+    `Artifact.build`, one that is ready comes before one with work remaining."""
     here = ARCHITECTURES.get(platform.machine(), platform.machine())
     if not device:
-        known = [(build, load_device(build.device)) for build in artifact.builds() if recipe in ("", build.recipe)]
-        for build, target in known:
-            if target.architecture == here:
+        for build in sorted(artifact.builds(), key=lambda build: bool(build.remaining)):
+            if recipe in ("", build.recipe) and (target := load_device(build.device)).architecture == here:
                 return build, target
     build = artifact.build(device, recipe)
     target = load_device(build.device)

@@ -43,6 +43,12 @@ def describe(threads: int, root: Path = ROOT) -> dict[str, Any]:
     }
 
 
+def title(gpu: bool, root: Path = ROOT) -> str:
+    """What to call the machine: its GPU where that is meant and nvidia-smi knows it, else its processor or board."""
+    name = _nvidia_smi("name") if gpu else "unavailable"
+    return _cpu(root) if name.startswith("unavailable") else name
+
+
 def state(root: Path = ROOT) -> dict[str, Any]:
     """What changes while a machine works: clock, governor, power mode, temperature, throttling, other load."""
     return {

@@ -29,15 +29,19 @@ class Process:
         if threads := job["arguments"].get("threads"):
             environment["OMP_NUM_THREADS"] = str(threads)
         with log.open("ab") as errors:
-            self._process = subprocess.Popen(
-                [job["python"] or sys.executable, "-m", "vlmc.profiles.worker", str(job_file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for the parent, which then ends its workers
-            )
+            python = job["python"] or sys.executable
+            try:
+                self._process = subprocess.Popen(
+                    [python, "-m", "vlmc.profiles.worker", str(job_file)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for the parent, which then ends its workers
+                )
+            except OSError as error:
+                raise Died(f"{python} does not start: {error.strerror or error}") from None
         try:
             self._wait(lambda _: None)
         except BaseException:

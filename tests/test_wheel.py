@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 # What the packages need besides code; each pattern stands in pyproject.toml, [tool.setuptools.package-data].
@@ -46,6 +48,13 @@ def test_it_holds_every_module_and_data_file_and_nothing_else(files: set[str]) -
     expected = {f"vlmc/{path.as_posix()}" for path in code | data}
     found = {name for name in files if ".dist-info/" not in name}
     assert (sorted(expected - found), sorted(found - expected)) == ([], [])
+
+
+@pytest.mark.parametrize("extra", ["tensorrt", "rtx"])
+def test_an_extra_for_engines_on_a_gpu_brings_what_the_runtime_and_the_meters_import_there(extra: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages = {re.split("[=<>~!]", wanted)[0] for wanted in project["optional-dependencies"][extra]}
+    assert packages >= {"cuda-bindings", "nvidia-ml-py"}  # cuda.bindings and pynvml
 
 
 @pytest.mark.parametrize("pattern", DATA)

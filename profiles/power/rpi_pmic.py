@@ -13,6 +13,7 @@ import subprocess
 from ..integrate import Integrator
 from . import Where
 
+PATIENCE = 5.0  # seconds: it answers in milliseconds
 _LINE = re.compile(r"^\s*(\S+)_([AV])\s+(?:current|volt)\(\d+\)=([0-9.]+)[AV]\s*$", re.MULTILINE)
 
 
@@ -35,7 +36,11 @@ def open_meter(where: Where) -> Integrator:
 
 def read_watts() -> float:
     """The power of all rails now; ValueError where there is none, OSError where the command fails."""
-    answer = subprocess.run(["vcgencmd", "pmic_read_adc"], capture_output=True, text=True, timeout=5, check=False)
+    command = ["vcgencmd", "pmic_read_adc"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        raise OSError(f"vcgencmd pmic_read_adc does not answer within {PATIENCE} s") from None
     if answer.returncode:
         raise OSError(f"vcgencmd pmic_read_adc failed: {(answer.stderr or answer.stdout).strip()[:200]}")
     return parse_watts(answer.stdout)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
-from vlmc.artifact import Artifact
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from vlmc.artifact import Artifact, ComponentSpec, MatchSpec, TensorSpec
 from vlmc.calibration import baseline, cuda_baseline
 from vlmc.exporter import golden, onnx_ops
+from vlmc.exporter.matching import Encoders
+from vlmc.runtime.matching import Matcher
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +42,90 @@ def test_half_precision_stays_near_the_golden_outputs(planned: Artifact) -> None
     for token, logits in zip(arrays["0.step_tokens"], arrays["0.step_logits"], strict=True):
         session.decoder.feed(int(token))
         assert session.decoder.logits() == pytest.approx(logits, abs=0.1)
+
+
+class Pixels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(3, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return nn.functional.normalize(self.projection(pixel_values.mean(dim=(2, 3))), dim=-1)
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2000, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.normalize(self.table(input_ids).mean(dim=1), dim=-1)
+
+
+@pytest.fixture
+def matching(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    """Of two encoders, which are as small as can be."""
+    torch.manual_seed(0)
+    encoders = Encoders(Pixels(), Words(), torch.tensor(20.0), text_length=16, vocabulary=2000)
+    specs = {
+        "vision_encoder": artifact.manifest.components["vision_encoder"],
+        "text_encoder": ComponentSpec(
+            "none", (TensorSpec("input_ids", "", ()),), (TensorSpec("text_features", "", ()),), 0
+        ),
+    }
+    opened = Artifact(artifact.root)
+    opened.manifest = replace(artifact.manifest, components=specs, matching=MatchSpec(20.0, 16, (), (), 0))
+    for room in (baseline, cuda_baseline):
+        monkeypatch.setattr(room, "load_components", lambda _: deepcopy(encoders))
+    return opened
+
+
+def test_a_model_without_a_decoder_is_a_matcher_in_half_precision(matching: Artifact) -> None:
+    there = cuda_baseline.open_session(matching, "fp32", "eager", where="cpu")
+    here = baseline.open_session(matching, "fp32")
+    assert isinstance(there, Matcher) and isinstance(here, Matcher)
+    assert {p.dtype for runner in (there.vision, there.text) for p in runner._component.parameters()} == {torch.float16}
+    images, texts = [Image.new("RGB", (40, 40), "red")], ["two red cats", "yes"]
+    found, expected = there.match(images, texts).cosines, here.match(images, texts).cosines
+    assert found.dtype == np.float32
+    assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_golden_texts_of_every_length_are_captured_before_they_are_timed(
+    matching: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = []
+
+    def capture(run: Any) -> Any:
+        captured.append(run())
+        return captured[-1], lambda: captured[-1].copy_(run())
+
+    monkeypatch.setattr(cuda_baseline, "_captured", capture)
+    prompts = ["yes", "two red cats", "no"]
+    monkeypatch.setattr(golden, "read", lambda _: ([{"prompt": prompt} for prompt in prompts], {}))
+    matcher = cuda_baseline.open_session(matching, "fp32", "graph", where="cpu")
+    assert isinstance(matcher, Matcher)
+    lengths = len({matcher.encode([prompt]).shape for prompt in prompts})
+    assert len(captured) == lengths > 1
+    matcher.text_features(prompts[:1])
+    assert len(captured) == lengths
+
+
+def test_texts_of_more_lengths_than_torch_compiles_for_run_compiled(
+    matching: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+
+    def backend(module: Any, _: Any) -> Any:
+        return lambda *inputs: runs.append(module) or module(*inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(cuda_baseline, "_captured", lambda run: (run(), lambda: None))
+    prompts = ["a" * count for count in range(1, 40)]
+    monkeypatch.setattr(golden, "read", lambda _: ([{"prompt": prompt} for prompt in prompts], {}))
+    matcher = cuda_baseline.open_session(matching, "fp32", "compile", where="cpu")
+    assert isinstance(matcher, Matcher)
+    assert len(runs) == len({matcher.encode([prompt]).shape for prompt in prompts}) > 8
 
 
 def test_fake_quant_there_is_fake_quant_here(planned: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from vlmc.engines import build as module
 from vlmc.engines import builders, trial, work
 from vlmc.engines.build import TURNS, build, candidates, reason_not_here, results
 from vlmc.errors import VlmcError
+from vlmc.profiles import machine
 from vlmc.profiles.device import device_names, load_device
 
 
@@ -61,6 +62,19 @@ def test_a_build_measures_every_candidate_and_keeps_one(built: Artifact) -> None
             total = "flops" if component == "vision_encoder" else "prefill_flops"
             assert (report.work[f"int8_{total}"] > 0) == engine.endswith("int8")
             assert 0 <= report.work[f"int8_{total}"] < report.work[total]
+
+
+def test_what_was_timed_on_another_machine_is_not_said_to_be_timed_here(
+    built_copy: Path, in_process: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Artifact(built_copy).build().choices["decoder"].reason
+    assert machine.title(gpu=False) in before
+    monkeypatch.setattr(machine, "title", lambda gpu: "another machine")
+    record, _ = run(Artifact(built_copy), "cpu", "int8")
+    assert record.choices["decoder"].reason == before
+    (Artifact(built_copy).engine_folder("cpu", "decoder", "onnxruntime-int8") / "model.onnx").unlink()
+    record, _ = run(Artifact(built_copy), "cpu", "int8")
+    assert "timed on another machine" in record.choices["decoder"].reason
 
 
 def test_a_second_build_is_all_hits_and_leaves_the_files_as_they_are(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,12 @@ def test_the_fastest_is_kept_and_by_how_much_is_said() -> None:
     assert choice.engine == "b-int8"
     assert choice.reason == "fastest here: 40.00 ms, 2.00× b-fp32 (a-int8 50.00, b-fp32 80.00, a-fp32 100.00)"
     assert choice.candidates["a-int8"] == {"run": 50, "judged_by": 50, "agreement": 0.999}
+
+
+def test_the_reason_names_the_machine_that_the_times_are_from() -> None:
+    report = replace(vision(100), timed_on="NVIDIA H200")
+    choice = choose("vision_encoder", {"a-fp32": report, "a-int8": replace(report, latency_ms={"run": 50})}, False)
+    assert choice.reason.endswith("(a-fp32 100.00); timed on NVIDIA H200")
 
 
 @pytest.mark.parametrize("int8", [99.0, 100.0, 130.0])

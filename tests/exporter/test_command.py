@@ -87,7 +87,7 @@ def test_random_weights_are_said_to_be_random_and_get_fewer_goldens(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--capacity", 0], ["--cases", 0], ["--pictures", "gone.jsonl"], ["--seed", "x"]]
+    "arguments", [["--capacity", 0], ["--cases", 0], ["--pictures", "gone.jsonl"], ["--pictures", "."], ["--seed", "x"]]
 )
 def test_wrong_usage_is_clicks(arguments: list[Any], tmp_path: Path) -> None:
     assert run("demo", "-o", tmp_path / "out", *arguments).exit_code == 2

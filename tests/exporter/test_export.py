@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from vlmc.artifact import COMPONENTS, GRAPH_FILES, Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, graph
@@ -50,6 +51,11 @@ def test_the_same_export_is_left_as_it_is(tiny_copy: Path, tiny_checkpoint: Path
     assert content(tiny_copy) == before
 
 
+def test_a_folder_is_no_set_of_pictures(tmp_path: Path, tiny_checkpoint: Path, options: Options) -> None:
+    with pytest.raises(VlmcError, match=rf"The pictures {tmp_path} cannot be read.*one {{\"image\""):
+        again(tiny_checkpoint, tmp_path / "out", replace(options, picture_set=tmp_path))
+
+
 @pytest.mark.parametrize("change", [{"capacity": 64}, {"cases": 2}, {"max_new_tokens": 4}, {"picture_set": None}])
 def test_other_options_are_refused_without_force(
     change: dict[str, Any], tiny_copy: Path, tiny_checkpoint: Path, options: Options
@@ -58,6 +64,19 @@ def test_other_options_are_refused_without_force(
     with pytest.raises(VlmcError, match=r"already holds an export of 'tiny', made from other weights.*--force"):
         again(tiny_checkpoint, tiny_copy, replace(options, **change))
     assert content(tiny_copy) == before
+
+
+def test_other_pictures_under_the_same_names_are_another_export(
+    tiny_copy: Path, tiny_checkpoint: Path, options: Options, tmp_path: Path
+) -> None:
+    assert options.picture_set is not None
+    folder = Path(shutil.copytree(options.picture_set.parent, tmp_path / "pictures"))
+    moved = replace(options, picture_set=folder / options.picture_set.name)
+    assert again(tiny_checkpoint, tiny_copy, moved).root == tiny_copy  # where the pictures lie does not matter
+    Image.new("RGB", (40, 40), "red").save(folder / "2.png")
+    with pytest.raises(VlmcError, match=r"already holds an export of 'tiny', made from other weights.*--force"):
+        again(tiny_checkpoint, tiny_copy, moved)
+    assert again(tiny_checkpoint, tiny_copy, options).root == tiny_copy
 
 
 def test_other_versions_and_weights_are_refused_without_force(

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from vlmc.artifact import Artifact, BuildSpec
+from vlmc.artifact import Artifact, BuildSpec, write_record
 from vlmc.errors import VlmcError
 from vlmc.profiles import doctor as doctor_room
 from vlmc.profiles import experiment, harness, limits
@@ -15,6 +16,7 @@ from vlmc.profiles.command import devices, doctor, profile
 from vlmc.profiles.device import device_names, load_device
 from vlmc.profiles.variants import Variant, Variants
 from vlmc.reports import document
+from vlmc.runtime import backends, cuda
 
 from .conftest import add_build
 
@@ -98,6 +100,27 @@ def test_the_newest_build_for_this_machine_is_measured(
         experiment.choose_build(artifact, "", "w4")
 
 
+def test_a_build_that_was_only_handed_over_comes_after_one_that_is_ready_as_in_run(
+    artifact: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed_over = replace(add_build(artifact, {}, device="h100"), remaining="Build it there.")
+    write_record(artifact.root / "engines" / "h100" / "int8.json", handed_over)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert experiment.choose_build(artifact, "", "")[0] == artifact.build() == build
+    assert experiment.choose_build(artifact, "h100", "")[0] == handed_over
+
+
+def test_an_interpreter_that_is_none_is_refused_before_anything_is_measured(
+    measurable: Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "python").write_text("not executable")
+    for python in (tmp_path / "nowhere", tmp_path / "python", tmp_path):
+        command = [str(measurable.root), "--samples", "0", "--torch-python", str(python)]
+        with pytest.raises(VlmcError, match=rf"--torch-python.*Found: {python}\. "):
+            CliRunner().invoke(profile, command, catch_exceptions=False, standalone_mode=False)
+    assert not (measurable.root / "profile").exists()
+
+
 def test_where_no_engine_can_run_every_reason_is_told(
     measurable: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,3 +174,13 @@ def test_what_can_be_built_here_depends_on_the_device_and_on_what_is_installed(
     assert doctor_room.built_here(load_device("rpi5")) == ""
     assert doctor_room.built_here(load_device("gb10")) == ""
     assert "cross-compile" in doctor_room.built_here(load_device("orin"))
+
+
+def test_on_the_device_itself_its_engines_can_be_built_where_the_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"tensorrt": ""}
+    monkeypatch.setattr(cuda, "architecture", lambda: 87)
+    monkeypatch.setattr(backends, "unavailable", lambda name: reasons[name])
+    assert doctor_room.built_here(load_device("orin")) == ""
+    assert "TensorRT-RTX knows no Hopper" in doctor_room.built_here(load_device("h100"))
+    reasons["tensorrt"] = "tensorrt is not installed"
+    assert doctor_room.built_here(load_device("orin")) == "tensorrt is not installed"

@@ -67,6 +67,15 @@ def test_an_arm_board_is_named_by_its_device_tree(tmp_path: Path) -> None:
     assert machine.describe(1, root)["cpu"] == "Raspberry Pi 5 Model B Rev 1.0"
 
 
+def test_a_machine_is_called_by_its_gpu_where_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tree(tmp_path, {"proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0"})
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda fields: "NVIDIA H200")
+    assert machine.title(gpu=True, root=root) == "NVIDIA H200"
+    assert machine.title(gpu=False, root=root) == "NVIDIA Jetson AGX Orin Developer Kit"
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda fields: "unavailable: no NVIDIA driver")
+    assert machine.title(gpu=True, root=root) == "NVIDIA Jetson AGX Orin Developer Kit"
+
+
 def test_throttling_is_told_with_its_count(tmp_path: Path) -> None:
     root = tree(tmp_path, {"sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count": "7\n"})
     assert machine.state(root)["throttled"] == "7 thermal events since the machine started"

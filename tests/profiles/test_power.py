@@ -204,6 +204,12 @@ class TestRaspberryPi:
         command(tmp_path, "vcgencmd", "echo VCHI initialization failed >&2; exit 255", monkeypatch)
         assert power.probe("rpi_pmic").endswith("VCHI initialization failed")
 
+    def test_a_command_that_hangs_is_a_reason(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        command(tmp_path, "vcgencmd", "exec sleep 60", monkeypatch)
+        monkeypatch.setattr(rpi_pmic, "PATIENCE", 0.1)
+        said = "vcgencmd pmic_read_adc does not answer within 0.1 s"
+        assert power.choose(["rpi_pmic"]) == f"unavailable: rpi_pmic: {said}"
+
 
 class FakeNvml(types.ModuleType):
     """Enough of pynvml: a counter that a test sets, and its errors."""
