@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from ..errors import VlmcError
+from ..profiles.process import command
 
 REFUSED = 3  # the exit code with which the step's VlmcError is on stdout
 PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
@@ -21,10 +22,10 @@ def run(module: str, what: str, *arguments: str) -> str:
     The step ends with this process, however that ends: an exception here, Ctrl-C included, kills it, and so does the
     kernel once this process is gone.
     """
-    command = [sys.executable, "-m", f"{__package__}.{module}", str(os.getpid()), *arguments]
+    step = command(sys.executable, f"{__package__}.{module}", str(os.getpid()), *arguments)
     pipe = subprocess.PIPE
     # In a session of its own it gets no Ctrl-C: that is for the parent.
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+    with subprocess.Popen(step, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         try:
             output, errors = process.communicate()
         except BaseException:

@@ -22,6 +22,7 @@ from ..errors import VlmcError
 from ..runtime.backends import processors
 from . import memory
 from .device import Device
+from .process import command
 
 SECONDS = 0.6  # each limit is the best of as many tries as fit: a limit is what no try exceeds
 GIB, MIB = 1 << 30, 1 << 20
@@ -34,7 +35,7 @@ def measure(threads: int) -> dict[str, Any]:
     count = str(threads or processors())
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count)
     done = subprocess.run(
-        [sys.executable, "-m", __name__, count], capture_output=True, text=True, check=False, env=environment
+        command(sys.executable, __name__, count), capture_output=True, text=True, check=False, env=environment
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

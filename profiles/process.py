@@ -19,6 +19,18 @@ class Died(Exception):
     """A worker ended before it had done what it was asked; the text says how and repeats its last words."""
 
 
+# `-m` would put the working folder before all others, and who stands in an artefact would run a numpy.py in it.
+_START = """import sys
+sys.path[:] = [folder for folder in sys.path if folder]
+import runpy
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
+
+
+def command(python: str, module: str, *arguments: str) -> list[str]:
+    """How to start the module in a process of its own, which takes no modules from the working folder."""
+    return [python, "-c", _START, module, *arguments]
+
+
 class Process:
     """One worker. Everything that it prints besides its replies is kept in `log`."""
 
@@ -32,7 +44,7 @@ class Process:
             python = job["python"] or sys.executable
             try:
                 self._process = subprocess.Popen(
-                    [python, "-m", "vlmc.profiles.worker", str(job_file)],
+                    command(python, "vlmc.profiles.worker", str(job_file)),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,

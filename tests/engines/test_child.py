@@ -133,3 +133,11 @@ def test_the_same_command_goes_on_with_what_was_finished(built_copy: Path) -> No
     for row in said["engines"]:
         assert read_record(EngineSpec, built_copy / row["folder"] / "engine.json")
     assert done.stderr == ""
+
+
+def test_a_step_runs_nothing_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numpy.py").write_text("open('run', 'w')")
+    with pytest.raises(VlmcError, match=r"no artefact|manifest"):
+        child.run("candidate", "Building", str(tmp_path), *EMBED)
+    assert not (tmp_path / "run").exists()

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from vlmc.profiles.process import Died, Process
+from vlmc.profiles import limits
+from vlmc.profiles.process import Died, Process, command
 
 
 def test_an_interpreter_that_cannot_be_started_is_a_worker_that_died(tmp_path: Path) -> None:
     job = {"python": str(tmp_path / "python"), "arguments": {}}
     with pytest.raises(Died, match=r"/python does not start: No such file or directory"):
         Process(job, tmp_path / "job.json", tmp_path / "log")
+
+
+def test_a_module_gets_its_arguments_and_takes_none_of_its_own_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("json", "numpy", "vlmc"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the working folder was run')")
+    (tmp_path / "given.json").write_text('{"a":  1}')
+    asked = command(sys.executable, "json.tool", "--compact", "given.json")
+    assert subprocess.run(asked, capture_output=True, text=True, check=True).stdout == '{"a":1}\n'
+    job = {"python": "", "arguments": {}}
+    with pytest.raises(Died, match="KeyError: 'artifact'"):  # so far it came
+        Process(job, tmp_path / "job.json", tmp_path / "log")
+    started: list[list[str]] = []
+    answer = subprocess.CompletedProcess([], 0, "{}")
+    monkeypatch.setattr(subprocess, "run", lambda asked, **_: started.append(asked) or answer)
+    limits.measure(1)
+    assert started == [command(sys.executable, "vlmc.profiles.limits", "1")]
