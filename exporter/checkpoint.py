@@ -188,6 +188,13 @@ def _random(model: str, seed: int) -> Checkpoint:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").exists():
+        raise VlmcError(
+            f"{folder} is no checkpoint",
+            found="no config.json in it",
+            expected="a folder with config.json and safetensors",
+            fix="name that folder; the bundled model is `demo`, without a path",
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise VlmcError(f"{folder / 'config.json'} names no model_type", fix="use a transformers checkpoint")

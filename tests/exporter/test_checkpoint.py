@@ -123,7 +123,7 @@ def test_a_config_that_is_none_is_refused(content: str, random: bool, folder: Pa
 
 def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
-    with pytest.raises(VlmcError, match=r"config\.json is missing"):
+    with pytest.raises(VlmcError, match=r"is no checkpoint\. Found: no config\.json"):
         resolve(str(folder))
 
 
