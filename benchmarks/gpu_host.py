@@ -38,8 +38,10 @@ HARD = "gemma3n-e4b-4of35"
 ATTEMPTS = (
     ("vision_encoder", "fp16", ("level-0",)),
     ("vision_encoder", "int8", ("level-0",)),
-    ("decoder", "fp16", ("half-norms", "static", "level-0")),
-    ("decoder", "fp16", ("maxima",)),  # which takes long, so beside the others
+    ("decoder", "fp16", ("half-norms", "half-norms+rows", "maxima+level-0")),  # each tried when the last was refused
+    ("decoder", "fp16", ("level-0", "rows+level-0", "static+rows+level-0")),
+    ("decoder", "fp16", ("rows", "static", "told-half")),
+    ("decoder", "fp16", ("maxima",)),  # not refused, and not ready after ten minutes
     ("decoder", "int8", ("single",)),
 )
 BOTH = ("fp16", "int8")
@@ -103,15 +105,15 @@ class Model:
 
     def group(self, part: str, form: str) -> None:
         """Asks for the component's engines in that form, and for their times once all are there: those that nobody has
-        measured, else, if asked to, those that are marked."""
+        measured and, if asked to, those that are marked."""
         known = self.known(part, form)
         engines = {precision: known.get(f"tensorrt-{precision}") for precision in BOTH}
         missing = [precision for precision, found in engines.items() if found is None]
         marked = [precision for precision, found in engines.items() if found and found.get("mark")]
-        precisions = missing or (marked if self.again else [])
+        precisions = missing + marked * self.again
         if not precisions:
             return
-        priority = self.priority(part) + HALF * any(engines.values()) + AGAIN * all(engines.values())
+        priority = self.priority(part) + HALF * any(engines.values()) + AGAIN * (not missing)
         run, left, lock = self.run, list(precisions), threading.Lock()
         writing = run.writing()
         writing.__enter__()
