@@ -33,17 +33,8 @@ TIMES, FORMS = "benchmarks/engine_times.py", "benchmarks/tensorrt_variants.py"
 DEMO = "demo"
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder's kernels are named
-# What TensorRT 8.6 does not build as it is, or takes longer to build than a GPU is lent: forms, in the order of trying.
-HARD = "gemma3n-e4b-4of35"
-ATTEMPTS = (
-    ("vision_encoder", "fp16", ("level-0",)),
-    ("vision_encoder", "int8", ("level-0",)),
-    ("decoder", "fp16", ("half-norms", "half-norms+rows", "maxima+level-0")),  # each tried when the last was refused
-    ("decoder", "fp16", ("level-0", "rows+level-0", "static+rows+level-0")),
-    ("decoder", "fp16", ("rows", "static", "told-half")),
-    ("decoder", "fp16", ("maxima",)),  # not refused, and not ready after ten minutes
-    ("decoder", "int8", ("single",)),
-)
+# Gemma 3n's tower is built at optimisation level 0, as `vlmc build` has it; PyTorch captures no graph of its step.
+HARD, TOWER = "gemma3n-e4b-4of35", "level-0"
 BOTH = ("fp16", "int8")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
@@ -63,7 +54,7 @@ class Model:
         self.earlier, self.again = earlier, again
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
         self.parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
-        modes = ["eager"] + ["graph"] * (name != HARD)  # which makes tensors on the CPU under transformers 5.17
+        modes = ["eager"] + ["graph"] * (name != HARD)
         modes += ["compile"] * (name in (*SIZES, STUDY))
         modes += ["onnxruntime", "fake-quant"] * (name in SIZES)
         known = earlier.get(name, {}).get("torch", {})
@@ -92,10 +83,8 @@ class Model:
             if name == DEMO:
                 run.timings.put(0, self.whole)
                 return
-            for part in self.parts if name != HARD else ():
-                self.group(part, "single")
-            for attempt in ATTEMPTS if name == HARD else ():
-                self.attempt(*attempt)
+            for part in self.parts:
+                self.group(part, TOWER if (name, part) == (HARD, "vision_encoder") else "single")
             if name in SIZES:
                 self.group("decoder", "prefill")
             if "onnxruntime" in self.modes:
@@ -137,36 +126,14 @@ class Model:
         else:
             ask()
 
-    def attempt(self, part: str, precision: str, forms: tuple[str, ...]) -> None:
-        """Asks for the first of the forms that builds, and for its times."""
-        if any(self.known(part, form).get(f"tensorrt-{precision}") for form in forms):
-            return
-        run, priority, left = self.run, self.priority(part), list(forms)
-        writing = run.writing()
-        writing.__enter__()
-
-        def build(gpu: int) -> None:
-            form, built = left.pop(0), False
-            try:
-                built = self.build(part, form, precision, gpu)
-            finally:
-                if built:
-                    run.timings.put(priority, functools.partial(self.measure, part, form))
-                elif left:
-                    run.builds.put(priority, build)
-                if built or not left:
-                    writing.__exit__(None, None, None)
-
-        run.builds.put(priority, build)
-
     def priority(self, part: str) -> int:
         """Vision encoders come first, for they take little memory for long."""
         return self.place if part == "decoder" else 0
 
-    def build(self, part: str, form: str, precision: str, gpu: int) -> bool:
+    def build(self, part: str, form: str, precision: str, gpu: int) -> None:
         with self.run.room.taken(BUILDER + SPACE[precision][part != "decoder"] * self.bytes(part)):
             name, given = f"{self.name}-{part}-{form}-{precision}", (str(self.folder), part, form, precision)
-            return self.run.step(name, gpu, TENSORRT, TIMES, "build", *given, early=TIMING)
+            self.run.step(name, gpu, TENSORRT, TIMES, "build", *given, early=TIMING)
 
     def measure(self, part: str, form: str, gpu: int) -> None:
         run, given = self.run, (str(self.folder), part, form)

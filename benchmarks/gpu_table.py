@@ -31,6 +31,7 @@ PARTS = (
     ("decoder", "single", "decode_ms"),
 )
 MIXED, MISSING = "TensorRT mixed", "–"
+AS_BUILT = ("level-0", "maxima")  # names of forms that are what `vlmc build` makes since
 
 
 def main(*paths: str) -> None:
@@ -143,10 +144,10 @@ def row(model: dict[str, Any], part: str, form: str, key: str) -> list[Cell]:
     for precision in ("fp16", "int8"):
         engine = forms.get(form, {}).get(f"tensorrt-{precision}", {})
         mark = engine.get("mark", "")
-        if form == "single" and not engine:  # what is not built as it is stands in the form that is, by its name
-            others = [name for name in forms if "prefill" not in name and f"tensorrt-{precision}" in forms[name]]
-            if others:
-                engine, mark = forms[others[0]][f"tensorrt-{precision}"], f" ({others[0]})"
+        if form == "single" and not engine:  # stands in the form that is built, by its name
+            other = next((name for name in AS_BUILT if f"tensorrt-{precision}" in forms.get(name, {})), "")
+            if other:
+                engine, mark = forms[other][f"tensorrt-{precision}"], f" ({other})"
         found.append((engine.get("ms"), mark))
     return found
 

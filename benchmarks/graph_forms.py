@@ -151,35 +151,8 @@ def pieces(model: ir.Model) -> int:
     return len(found)
 
 
-def maxima(model: ir.Model) -> int:
-    """What is clipped from below alone as a maximum: a guess at what Myelin does not take."""
-    found = [node for node in model.graph if node.op_type == "Clip" and node.inputs[1:] and not any([*node.inputs[2:]])]
-    for node in found:
-        replace(node, insert(node, "Max", list(node.inputs[:2]), str(node.name)).outputs[0])
-    prune(model)
-    return len(found)
-
-
-def rows(model: ir.Model) -> int:
-    """The last rows written by a Concat and not by a ScatterND, where a Slice of a Range says which they are."""
-    found = [node for node in model.graph if node.op_type == "ScatterND"]
-    for node in found:
-        column = producer(node.inputs[1], "Unsqueeze")
-        cut = producer(column.inputs[0], "Slice") if column else None
-        assert cut is not None and producer(cut.inputs[0], "Range") is not None
-        assert array_of(cut.inputs[2])[0] >= 2**31 - 1, "to the end"
-        if array_of(cut.inputs[1])[0] == 0:
-            replace(node, node.inputs[2])
-            continue
-        zero = constant(model.graph, "rows.zero", np.array([0], np.int64))
-        kept = insert(node, "Slice", [node.inputs[0], zero, cut.inputs[1], zero], f"{node.name}.kept").outputs[0]
-        replace(node, insert(node, "Concat", [kept, node.inputs[2]], f"{node.name}.joined", axis=0).outputs[0])
-    prune(model)
-    return len(found)
-
-
 CHANGES: dict[str, Callable[[ir.Model], int]] = {
-    change.__name__: change for change in (gather, left, joined, static, element, pieces, maxima, rows)
+    change.__name__: change for change in (gather, left, joined, static, element, pieces)
 }
 
 
@@ -240,7 +213,7 @@ def check(root: Path) -> None:
     artifact, random = Artifact(root), np.random.default_rng(0)
     place = artifact.manifest.kv.capacity // 2
     known = {"position_ids": place, "write_index": place, "logits_index": 0, "input_ids": 7}
-    forms = [[], *([name] for name in ("gather", "left", "joined", "element", "maxima", "rows")), [*CHANGES]]
+    forms = [[], *([name] for name in ("gather", "left", "joined", "element")), [*CHANGES]]
     feeds: dict[str, Any] = {}
     wanted = np.empty(0)
     for changes in forms:

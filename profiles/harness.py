@@ -137,6 +137,7 @@ class _Crew:
     def __init__(self, folder: Path, measurement: Measurement, progress: Progress) -> None:
         self._folder, self._todo, self._progress = folder, measurement, progress
         self._workers: dict[str, Process] = {}
+        self._room = _Room(measurement.device_memory)
         self.failures: dict[str, str] = {}
         with writing(folder):
             (folder / "jobs").mkdir(parents=True, exist_ok=True)
@@ -194,11 +195,12 @@ class _Crew:
             worker.ask(do, lambda _: self._advance(variant, 1), **request)
         except Died as death:
             self.failures[variant.name] = str(death)
-        if variant.name in self._workers and (variant.name in self.failures or not _room(self._todo.device_memory)):
+        if variant.name in self._workers and (variant.name in self.failures or not self._room.fits_another()):
             self._workers.pop(variant.name).close()
 
     def _start(self, variant: Variant) -> Process:
         self._progress(f"loading {variant.name}", self._done, self._all)
+        self._room.before_start()
         todo, name = self._todo, slug(variant.name)
         job = {
             "artifact": str(todo.artifact),
@@ -236,9 +238,27 @@ def _request(index: int, question: Question) -> dict[str, Any]:
     }
 
 
-def _room(device_memory: str) -> bool:
-    """Whether another variant fits beside those that wait, also on a GPU with a memory of its own."""
-    known = [(memory.available_bytes(), memory.total_bytes())]
-    if device_memory == "nvml":
-        known.append(memory.device_free_and_total())
-    return all(free is None or total is None or free > total / 2 for free, total in known)
+class _Room:
+    """The memory of the machine, and of a GPU that has one of its own: how much is free, and what workers took."""
+
+    def __init__(self, device_memory: str) -> None:
+        self._own = device_memory == "nvml"
+        self._before = self._most = [0, 0]
+
+    def before_start(self) -> None:
+        """To be called before a worker starts."""
+        self._before = [free for free, _ in self._known()]
+
+    def fits_another(self) -> bool:
+        """Whether one more worker fits beside those that wait: where twice what the largest took is free, for it may
+        have more to do yet, and an eighth of all, for there are other programs."""
+        known = self._known()
+        taken = [before - free for before, (free, _) in zip(self._before, known, strict=True)]
+        self._most = [max(pair) for pair in zip(self._most, taken, strict=True)]
+        return all(free >= max(2 * most, total / 8) for most, (free, total) in zip(self._most, known, strict=True))
+
+    def _known(self) -> list[tuple[int, int]]:
+        """Free bytes and all, of either memory; nothing of nothing where it is not told."""
+        host = memory.available_bytes(), memory.total_bytes()
+        own = memory.device_free_and_total() if self._own else (None, None)
+        return [(free, total or 0) if free is not None else (0, 0) for free, total in (host, own)]

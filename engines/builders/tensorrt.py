@@ -33,6 +33,7 @@ from ..passes import (
     float_weights,
     forget,
     half_precision,
+    lower_bounds,
     norm_weights,
     norms,
     opset17,
@@ -113,7 +114,9 @@ def lower(model: ir.Model, job: Job) -> str:
         half_precision.apply(model)
     else:
         norms.apply(model)
-        if job.precision not in FLOATS:
+        if job.precision in FLOATS:
+            lower_bounds.apply(model)
+        else:
             norm_weights.apply(model)
         if job.component == "decoder":
             rotary_tables.apply(model, job.kv.capacity)
@@ -172,7 +175,7 @@ def build(model: ir.Model, job: Job) -> Built:
     (job.folder / ENGINE).write_bytes(engine)
     cache.keep()
     settings = {"version": str(trt.__version__), "sm": cuda.architecture(), "optimization_level": level}
-    settings |= _inspected(trt, parsed, engine)
+    settings |= _inspected(trt, parsed, engine, weak)
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
     return Built(ENGINE, settings, contract)
@@ -219,23 +222,25 @@ class _TimingCache:
         write_bytes(self._path, bytes(self._cache.serialize()))
 
 
-def _inspected(trt: Any, parsed: Parsed, engine: Any) -> dict[str, Any]:
+def _inspected(trt: Any, parsed: Parsed, engine: Any, weak: bool) -> dict[str, Any]:
     """`products`, from the inspector where it shows layers; a region that Myelin fused shows none, so there what was
     asked for is counted and the key says so. `scratch_bytes`: device memory that the engine needs while it runs."""
     loaded = trt.Runtime(logger(trt)).deserialize_cuda_engine(engine)
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(text, strict=False).get("Layers", [])  # its strings may hold raw control characters
     return {
-        "products": executed(layers, tensorrt_network.products(parsed)),
+        "products": executed(layers, tensorrt_network.products(parsed), weak),
         "scratch_bytes": int(loaded.device_memory_size),
         "layers": len(layers),
     }
 
 
-def executed(layers: Sequence[Any], asked: Mapping[str, int]) -> dict[str, int]:
-    """Matrix products by precision from the inspector's layers, one dictionary each, and from what was asked for."""
+def executed(layers: Sequence[Any], asked: Mapping[str, int], weak: bool) -> dict[str, int]:
+    """Matrix products by precision from the inspector's layers, one dictionary each, and from what was asked for;
+    a `weak` network's floats may be either width."""
     if any("ForeignNode" in str(layer) for layer in layers):
-        return {f"{kind} {REGION}": count for kind, count in asked.items()}
+        floats = "float16 or float32" if weak else "float32"
+        return {f"{kind.replace('float32', floats)} {REGION}": count for kind, count in asked.items()}
     counts: dict[str, int] = {}
     for layer in layers:
         if isinstance(layer, dict) and layer.get("LayerType") in PRODUCTS:

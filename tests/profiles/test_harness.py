@@ -168,17 +168,38 @@ def test_a_variants_name_is_a_harmless_file_name(name: str, file: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "host", "gpu", "fits"),
     [
-        ("none", (7, 10), (1, 10), True),
-        ("nvml", (7, 10), (1, 10), False),
-        ("nvml", (7, 10), (6, 10), True),
-        ("nvml", (7, 10), (None, None), True),
-        ("nvml", (4, 10), (6, 10), False),
+        ("none", (80, 78), (80, 0), True),
+        ("none", (80, 60), (80, 0), True),
+        ("none", (80, 53), (80, 0), False),  # it took 27, and may take that again
+        ("none", (80, 90), (80, 0), True),  # others went meanwhile
+        ("none", (12, 12), (80, 0), False),  # an eighth stays for others
+        ("nvml", (80, 78), (80, 60), True),
+        ("nvml", (80, 78), (80, 40), False),
+        ("nvml", (80, 53), (80, 60), False),
+        ("nvml", (80, 78), (None, None), True),
+        ("none", (None, None), (80, 0), True),
     ],
 )
 def test_workers_wait_in_memory_where_there_is_room_for_one_more(
-    kind: str, host: tuple[int, int], gpu: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, host: tuple[Any, Any], gpu: tuple[Any, Any], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: host[0])
-    monkeypatch.setattr(memory, "total_bytes", lambda: host[1])
-    monkeypatch.setattr(memory, "device_free_and_total", lambda: gpu)
-    assert harness._room(kind) is fits
+    at = [0]
+    monkeypatch.setattr(memory, "total_bytes", lambda: None if host[0] is None else 100)
+    monkeypatch.setattr(memory, "available_bytes", lambda: host[at[0]])
+    monkeypatch.setattr(memory, "device_free_and_total", lambda: (gpu[at[0]], gpu[0] and 100))
+    room = harness._Room(kind)
+    room.before_start()
+    at[0] = 1
+    assert room.fits_another() is fits
+
+
+def test_room_is_for_the_largest_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [90]
+    monkeypatch.setattr(memory, "total_bytes", lambda: 100)
+    monkeypatch.setattr(memory, "available_bytes", lambda: free[0])
+    room, answers = harness._Room("none"), []
+    for taken in (25, 5, 5, 5, 5):
+        room.before_start()
+        free[0] -= taken
+        answers.append(room.fits_another())
+    assert answers == [True, True, True, True, False]

@@ -174,16 +174,36 @@ def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
     assert [tensor.dtype for tensor in inputs + outputs] == ["f32", "f16", "f32", "f16"]
 
 
+@pytest.mark.parametrize(
+    ("version", "precision", "operator"),
+    [("8.6", "fp16", "Max"), ("8.6", "int8", "Clip"), ("10.13", "fp16", "Clip")],
+)
+def test_a_bound_from_below_is_a_maximum_where_floats_are_typed_weakly(
+    version: str, precision: str, operator: str, tmp_path: Path
+) -> None:
+    x, y = (ir.val(name, ir.DataType.FLOAT, [2, 3]) for name in "xy")
+    low = ir.val("low", const_value=ir.tensor(np.float32(0), name="low"))
+    graph = ir.Graph([x], [y], nodes=[ir.Node("", "Clip", [x, low], outputs=[y])], initializers=[low])
+    graph.opset_imports[""] = 17
+    model, device = ir.Model(graph, ir_version=8), replace(ORIN, tensorrt=version)
+    builder.lower(
+        model, builders.Job("vision_encoder", precision, device, KV, tmp_path, lambda: model, {}, tmp_path / "cache")
+    )
+    assert operator in [node.op_type for node in model.graph]
+
+
 def test_products_are_the_inspectors_where_it_shows_layers() -> None:
     layers = [
         {"LayerType": "CaskGemm", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]},
         {"LayerType": "gemm", "Inputs": [{"Format/Datatype": "Row major linear FP16 format"}]},
         {"LayerType": "PointWise", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]},
     ]
-    assert builder.executed(layers, {"int8": 9}) == {"int8": 1, "float16": 1}
+    assert builder.executed(layers, {"int8": 9}, True) == {"int8": 1, "float16": 1}
 
 
 def test_a_fused_region_shows_none_and_the_report_says_so() -> None:
-    counts = builder.executed([{"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin"}], {"int8": 9, "float32": 2})
-    assert counts == {f"int8 {builder.REGION}": 9, f"float32 {builder.REGION}": 2}
+    region, asked = [{"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin"}], {"int8": 9, "float32 attention": 2}
+    assert builder.executed(region, asked, weak=False) == {f"{kind} {builder.REGION}": n for kind, n in asked.items()}
+    weakly = {f"int8 {builder.REGION}": 9, f"float16 or float32 attention {builder.REGION}": 2}
+    assert builder.executed(region, asked, weak=True) == weakly
     assert "no kernel" in builder.REGION
