@@ -11,6 +11,7 @@ import click
 
 from .. import console
 from ..artifact import Artifact
+from ..errors import VlmcError
 from . import recipes
 from .observers import RANGES
 from .plan import Plan, write_plan
@@ -54,12 +55,20 @@ def make_plan(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | None 
         data = None
         if recipe.needs_data:
             data = load_set(set_file, limit) if set_file else demo_set(Path(folder), limit or DEMO_PICTURES)
-        return run(
+        plan = run(
             artifact,
             recipe,
             data,
             lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
+    if recipe.rules and not (plan.modules or plan.samples):
+        raise VlmcError(
+            f"The recipe {recipe.name} names nothing that is in {artifact.root}",
+            found=f"the components {', '.join(artifact.components)}",
+            expected=recipe.about,
+            fix="take another recipe",
+        )
+    return plan
 
 
 def summary(plan: Plan) -> dict[str, Any]:

@@ -193,6 +193,19 @@ class Family(ABC):
         return height, width
 
 
+class Composed(nn.Module):
+    """A vision encoder and a decoder as transformers has them, and what connects them: of a checkpoint that it has no
+    class for."""
+
+    def __init__(self, vision: Any, connector: nn.Module, text: Any) -> None:
+        super().__init__()
+        self.vision, self.connector, self.text = vision, connector, text
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.vision.set_attn_implementation(name)
+        self.text.set_attn_implementation(name)
+
+
 def standard_kv(text: Any, capacity: int) -> KvSpec:
     """The cache of a decoder whose layers are all alike, from its config."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -225,6 +238,14 @@ def loaded(kind: Any, folder: Path) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def from_tensors(kind: Any, config: Any, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:
+    """That class of transformers with these weights in float32, and the names of those that it lacks."""
+    model, report = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    return model, sorted(report["missing_keys"])
+
+
 def require_all(report: dict[str, Any], folder: Path) -> None:
     """Raises where transformers' report on loading names weights that the checkpoint does not have."""
     missing = sorted(report["missing_keys"])
@@ -253,10 +274,10 @@ def family_for(model_type: str, where: str) -> Family:
     known = all_families()
     if model_type not in known:
         near = difflib.get_close_matches(model_type, known, n=3, cutoff=0.4)
+        near = near or difflib.get_close_matches(model_type, known, n=1, cutoff=0)
         raise VlmcError(
             f"{where} is of the model type {model_type!r}, which no family knows",
             expected="one of " + ", ".join(sorted(known)),
-            fix=(f"did you mean {' or '.join(near)}? Otherwise " if near else "")
-            + "add a file to exporter/families/ (docs/add-a-model.md)",
+            fix=f"did you mean {' or '.join(near)}? Otherwise add a file to exporter/families/ (docs/add-a-model.md)",
         )
     return known[model_type]

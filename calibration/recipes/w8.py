@@ -1,5 +1,11 @@
-"""8-bit weights in blocks for the decoder, whose speed is the memory's; nothing needs to be calibrated."""
+"""8-bit weights in blocks for what reads and writes text, whose speed is the memory's; nothing has to be calibrated."""
 
 from . import Precision, Recipe
 
-RECIPE = Recipe("w8", "8-bit decoder weights in blocks of 32", {"decoder/*": Precision(weight_bits=8, block=32)})
+_EIGHT = Precision(weight_bits=8, block=32)
+
+RECIPE = Recipe(
+    "w8",
+    "8-bit weights of decoder or text encoder in blocks of 32",
+    {"decoder/*": _EIGHT, "text_encoder/*": _EIGHT},
+)

@@ -28,6 +28,7 @@ from ...profiles.device import Device
 from ..tensorrt_profiles import Range
 
 MODEL = "model.onnx"  # an engine that is a graph has this name in its folder
+BLOCKS = ("w4", "w8")  # recipes whose weights are in blocks
 
 
 @dataclass(frozen=True)

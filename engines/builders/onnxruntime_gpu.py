@@ -13,12 +13,11 @@ import onnx_ir as ir
 from ...artifact import KvContract
 from ...profiles.device import Device
 from ..passes import group_query_attention, half_norms, half_precision, matmul_nbits, weight_of
-from . import MODEL, Built, Job
+from . import BLOCKS, MODEL, Built, Job
 from .onnxruntime import ATTENTION, FLOATING, OPSET_24
 
 PACKAGES = ()  # the graph is standard: ONNX Runtime's version, and whether it is there at all, change nothing of it
 FLOAT = "fp16"
-BLOCKS = ("w4", "w8")
 
 
 def unavailable() -> str:

@@ -1,6 +1,6 @@
 """BLIP: a ViT, and BERTs that look at the picture through cross-attention. One writes captions; for questions one reads
-the question with an eye on the picture, and another writes the answer with an eye on what the first made of it. For
-retrieval a third reads without looking.
+the question with an eye on the picture, and another writes the answer with an eye on what the first made of it. What
+matches pictures and texts is in blip_retrieval.py.
 
 arXiv:2201.12086. The keys and values of cross-attention depend only on what is looked at, so what comes before makes
 them, once a picture or question, and the decoder takes them as they are at the prompt and at every step.
@@ -17,15 +17,11 @@ from torch import Tensor, nn
 from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
-from .. import onnx_ops, processor
+from .. import onnx_ops
 from ..family import Components, Family, OwnProcessor, VisionInput, loaded
-from ..matching import Encoders, MatchingFamily
 
 _CAPTIONS, _ANSWERS = "BlipForConditionalGeneration", "BlipForQuestionAnswering"
 _MATCHES = "BlipForImageTextRetrieval"
-# Cosines are multiplied by it before the softmax. The temperature that BLIP learned, 0.07 at first, is in no checkpoint
-# of transformers.
-_SHARPNESS = 1 / 0.07
 # The picture has no place in the text; [PAD], which no text encodes to, says where it was given.
 _PARTS = "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}[PAD]{% else %}"
 _PARTS += "{{ part['text'] }}{% endif %}{% endfor %}"
@@ -84,7 +80,7 @@ class Crossing(nn.Module):
 
 class VisionEncoder(nn.Module):
     """pixel_values (tiles, 3, height, width) → image_features, which `head` makes of the states (tiles, tokens,
-    hidden): `Crossing`, of one tile, or `FirstOfAll`."""
+    hidden): `Crossing`, of one tile, or retrieval's `FirstOfAll`."""
 
     def __init__(self, vision: Any, head: nn.Module) -> None:
         super().__init__()
@@ -136,32 +132,6 @@ class QuestionEncoder(nn.Module):
         return made
 
 
-class FirstOfAll(nn.Module):
-    """States (n, tokens, hidden) → (n, dim): the first of each, which stands for all, projected, of length 1."""
-
-    def __init__(self, projection: nn.Module) -> None:
-        super().__init__()
-        self.projection = projection
-
-    def forward(self, states: Tensor) -> Tensor:
-        features = self.projection(states[:, :1])
-        unit: Tensor = features / features.norm(dim=-1, keepdim=True)
-        return unit[:, 0]
-
-
-class TextEncoder(nn.Module):
-    """input_ids (texts, length), filled up with `padding` → text_features (texts, dim), of length 1."""
-
-    def __init__(self, bert: Any, projection: nn.Module, padding: int) -> None:
-        super().__init__()
-        self.reader, self.head, self.padding = Reader(bert, crosses=False), FirstOfAll(projection), padding
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        seen = (input_ids != self.padding)[:, None, None].expand(-1, -1, input_ids.shape[1], -1)
-        made: Tensor = self.head(self.reader(input_ids, mask=seen))
-        return made
-
-
 class Decoder(nn.Module):
     """BERT with its positions and its head, over a KV cache of fixed capacity, with cross-attention to the picture."""
 
@@ -169,7 +139,7 @@ class Decoder(nn.Module):
         super().__init__()
         embeddings = model.bert.embeddings
         self.position_embeddings, self.norm = embeddings.position_embeddings, embeddings.LayerNorm
-        self.layers, self.head = nn.ModuleList(map(Layer, model.bert.encoder.layer)), model.cls.predictions
+        self.layers, self.lm_head = nn.ModuleList(map(Layer, model.bert.encoder.layer)), model.cls.predictions
 
     def forward(
         self,
@@ -187,7 +157,7 @@ class Decoder(nn.Module):
         hidden = self.norm(inputs_embeds + self.position_embeddings(position_ids))
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, image_features[index], mask, cache.layers[index])
-        logits = self.head(hidden.index_select(1, logits_index))[:, 0]
+        logits = self.lm_head(hidden.index_select(1, logits_index))[:, 0]
         return logits, [state for layer in cache.layers for state in (layer.keys, layer.values)]
 
 
@@ -206,7 +176,7 @@ class AnswerDecoder(Decoder):
         return super().forward(inputs_embeds, position_ids, write_index, logits_index, past, fused_image_features)
 
 
-class _Checkpoint:
+class Checkpoint:
     """How all of them load."""
 
     def load(self, folder: Path) -> nn.Module:
@@ -223,10 +193,12 @@ class _Checkpoint:
         """Nothing to do: transformers' BLIP cannot be given another attention, so the layers here are our own."""
 
 
-class Blip(_Checkpoint, Family):
+class Blip(Checkpoint, Family):
     model_types: ClassVar[tuple[str, ...]] = ("blip",)
 
     def of(self, config: dict[str, Any]) -> Family:
+        from .blip_retrieval import BlipRetrieval  # which is made of what is here
+
         return BlipRetrieval() if _MATCHES in (config.get("architectures") or ()) else self
 
     def split(self, model: Any) -> Components:
@@ -274,31 +246,10 @@ class Blip(_Checkpoint, Family):
         if (found := tokenizer.convert_tokens_to_ids("[DEC]")) != begin:
             raise VlmcError("[DEC] would have another id than config.json says", found=f"{found}", expected=f"{begin}")
         template = _TEMPLATES[_ANSWERS if answers else _CAPTIONS]
-        return OwnProcessor(tokenizer, _pictures(folder) | {"image_token": "[PAD]"}, template, ("[SEP]",))
+        return OwnProcessor(tokenizer, pictures_of(folder) | {"image_token": "[PAD]"}, template, ("[SEP]",))
 
 
-class BlipRetrieval(_Checkpoint, MatchingFamily):
-    """Picture and text to one space, as CLIP (the paper's ITC). The head that reads a text with an eye on the picture
-    (ITM) is left out: it would have to run for every pair."""
-
-    model_types: ClassVar[tuple[str, ...]] = ()  # Blip's, which says when it is this one
-
-    def encoders(self, model: Any) -> Encoders:
-        text = model.config.text_config
-        return Encoders(
-            vision_encoder=VisionEncoder(model.vision_model, FirstOfAll(model.vision_proj)),
-            text_encoder=TextEncoder(model.text_encoder, model.text_proj, text.pad_token_id),
-            logit_scale=torch.tensor(_SHARPNESS),
-            text_length=text.max_position_embeddings,
-            vocabulary=text.vocab_size,
-        )
-
-    def describe_pictures(self, folder: Path) -> dict[str, Any]:
-        with processor.reading("picture processor", folder):
-            return _pictures(folder)
-
-
-def _pictures(folder: Path) -> dict[str, Any]:
+def pictures_of(folder: Path) -> dict[str, Any]:
     """`runtime/preprocessing/blip.py`'s config for the checkpoint's picture processor."""
     from transformers import AutoImageProcessor
 

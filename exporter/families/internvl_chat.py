@@ -62,6 +62,11 @@ _TEMPLATES = {
     "Hermes-2": (_OLD, "<|im_end|>"),
     "internvl2_5": (_NEW, "<|im_end|>\n"),
 }
+_ANSWER = "<|im_start|>assistant\n"
+_CONTENT = (  # of the one message that there is, as Jinja
+    "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+)
 
 
 class InternVlChat(InternVl):
@@ -111,13 +116,6 @@ class InternVlChat(InternVl):
             "after_image": "",
         }
         return OwnProcessor(_tokenizer(folder, config), preprocessing, template, (end.strip(),))
-
-
-_ANSWER = "<|im_start|>assistant\n"
-_CONTENT = (  # of the one message that there is, as Jinja
-    "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-)
 
 
 def _config(original: dict[str, Any]) -> Any:

@@ -68,8 +68,9 @@ class Llava(Family):
 
 
 def clip_tower(original: dict[str, Any], name: str, title: str) -> dict[str, Any]:
-    """The sizes of the CLIP vision encoder that a checkpoint of the original layout refers to by `name`; its own
-    `vision_config` goes first. `title` says in the error whose it is."""
+    """The sizes of the CLIP vision encoder that a checkpoint of the original layout refers to by `name`. Its own
+    `vision_config` goes first, where there is one: config.json mostly names the encoder only. `title` says in the error
+    whose it is."""
     found: dict[str, Any] | None = original.get("vision_config") or TOWERS.get(name.rpartition("/")[2])
     if found is None:
         raise VlmcError(f"This {title} has an unknown vision encoder", found=name, expected=", ".join(TOWERS))

@@ -23,7 +23,6 @@ from ..family import Components, Decoder, OwnProcessor, decoder_config, require_
 from .llava import Llava, VisionEncoder, clip_tower
 
 _HEADS = 8  # of the compressor
-# config.json only names the vision encoder; `vision_config`, where it is there, says more.
 _VISION = "model.vision_tower."
 _NAMES = {
     r"^(model\.vision_tower\.vision_tower\.)?vision_model\.": _VISION,  # without the beginning in CLIP's own file

@@ -22,7 +22,6 @@ from ..sentence_piece import fast_tokenizer
 from .llava import Llava, VisionEncoder, clip_tower
 
 _SIDE = 12  # tokens a side that LDPv2 leaves
-# config.json only names the vision encoder; `vision_config`, where it is there, says more.
 _NAMES = {
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
     r"^model\.mm_projector\.mlp\.mlp\.0\.": "model.multi_modal_projector.linear_1.",

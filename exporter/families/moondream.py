@@ -20,8 +20,17 @@ from torch import Tensor, nn
 from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
-from ..family import Components, Family, OwnProcessor, PrefixDecoder, VisionInput, require_all, standard_kv
-from .phi3_v import Model, loaded
+from ..family import (
+    Components,
+    Composed,
+    Family,
+    OwnProcessor,
+    PrefixDecoder,
+    VisionInput,
+    from_tensors,
+    require_all,
+    standard_kv,
+)
 
 # The defaults of the reference's config.py; config.json's `config` may say otherwise.
 _TEXT: dict[str, Any] = {"dim": 2048, "ff_dim": 8192, "n_layers": 24, "vocab_size": 51200, "max_context": 2048}
@@ -99,14 +108,14 @@ class Moondream(Family):
                 part, _, rest = name.partition(".")
                 parts.setdefault(part, {})[rest] = weight
         connector = _projector(config)
-        vision, lacking = loaded(SiglipVisionModel, _vision_config(config), parts["vision"])
+        vision, lacking = from_tensors(SiglipVisionModel, _vision_config(config), parts["vision"])
         missing = [f"vision.{name}" for name in lacking]
-        text, lacking = loaded(PhiForCausalLM, _text_config(config), parts["text"])
+        text, lacking = from_tensors(PhiForCausalLM, _text_config(config), parts["text"])
         missing += [f"text.{name}" for name in lacking]
         missing += [f"connector.{name}" for name in connector.state_dict() if name not in parts["connector"]]
         require_all({"missing_keys": missing}, folder)
         connector.load_state_dict(parts["connector"])
-        return Model(vision, connector, text)
+        return Composed(vision, connector, text)
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
         from transformers import PhiForCausalLM, SiglipVisionModel
@@ -115,7 +124,7 @@ class Moondream(Family):
         sizes = _sizes(config)
         vision = SiglipVisionModel._from_config(_vision_config(sizes), dtype=torch.float32)
         text = PhiForCausalLM._from_config(_text_config(sizes), dtype=torch.float32)
-        return Model(vision, _projector(sizes), text)
+        return Composed(vision, _projector(sizes), text)
 
     def split(self, model: Any) -> Components:
         return Components(
@@ -221,7 +230,7 @@ def _projector(sizes: dict[str, dict[str, Any]]) -> Projector:
 
 
 def _renamed(weights: dict[str, Tensor], sizes: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
-    """The tensors under the names of `Model`: queries, keys and values apart, patches as a convolution sees them."""
+    """The tensors under the names of `Composed`: queries, keys and values apart, patches as a convolution sees them."""
     patch, text = sizes["vision"]["enc_patch_size"], sizes["text"]
     found: dict[str, Tensor] = {}
     for original, weight in weights.items():

@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
-from ..family import Components, Decoder, Family, OwnProcessor, decoder_config, require_all, standard_kv
+from ..family import (
+    Components,
+    Composed,
+    Decoder,
+    Family,
+    OwnProcessor,
+    decoder_config,
+    from_tensors,
+    require_all,
+    standard_kv,
+)
 from .llava import VisionEncoder, clip_tower
 
-# config.json only names the vision encoder; `vision_config`, where it is there, says more.
 _VISION = "model.vision_embed_tokens.img_processor.vision_model."
 _CONNECTOR = "model.vision_embed_tokens."
 _TEMPLATE = (  # the model card's, for one question
@@ -47,18 +56,6 @@ class Connector(nn.Module):
         tokens = squares.flatten(3).flatten(0, 2)
         features: Tensor = self.img_projection(torch.cat((tokens, self.sub_GN[0, 0], self.glb_GN[0]))[None])
         return features
-
-
-class Model(nn.Module):
-    """A vision encoder and a decoder as transformers has them, and what connects them."""
-
-    def __init__(self, vision: Any, connector: nn.Module, text: Any) -> None:
-        super().__init__()
-        self.vision, self.connector, self.text = vision, connector, text
-
-    def set_attn_implementation(self, name: str) -> None:
-        self.vision.set_attn_implementation(name)
-        self.text.set_attn_implementation(name)
 
 
 class Rotation(nn.Module):
@@ -89,13 +86,13 @@ class Phi3V(Family):
         if (table := between.pop("wte.weight", None)) is not None:  # another name of the table of embeddings
             text.setdefault("model.embed_tokens.weight", table)
         connector = _connector(config)
-        found, lacking = loaded(CLIPVisionModel, _vision_config(config), vision)
+        found, lacking = from_tensors(CLIPVisionModel, _vision_config(config), vision)
         missing = [_VISION + name for name in lacking]
-        decoder, lacking = loaded(Phi3ForCausalLM, _text_config(config), text)
+        decoder, lacking = from_tensors(Phi3ForCausalLM, _text_config(config), text)
         missing += lacking + [_CONNECTOR + name for name in connector.state_dict() if name not in between]
         require_all({"missing_keys": missing}, folder)
         connector.load_state_dict(between)
-        return Model(found, connector, decoder)
+        return Composed(found, connector, decoder)
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
         from transformers import CLIPVisionModel, Phi3ForCausalLM
@@ -103,7 +100,7 @@ class Phi3V(Family):
         torch.manual_seed(seed)
         vision = CLIPVisionModel._from_config(_vision_config(config), dtype=torch.float32)
         text = Phi3ForCausalLM._from_config(_text_config(config), dtype=torch.float32)
-        return Model(vision, _connector(config), text)
+        return Composed(vision, _connector(config), text)
 
     def split(self, model: Any) -> Components:
         decoder = Decoder(model.text.model, model.text.lm_head)
@@ -150,14 +147,6 @@ class Phi3V(Family):
             "after_image": "",
         }
         return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, ("<|end|>", "<|endoftext|>"))
-
-
-def loaded(kind: Any, config: Any, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:
-    """transformers' model of that kind with these weights in float32, and the names of those that it lacks."""
-    model, report = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
-    )
-    return model, sorted(report["missing_keys"])
 
 
 def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from vlmc.artifact import Artifact
 from vlmc.calibration import calibrate as stage
+from vlmc.calibration import recipes
 from vlmc.calibration.command import calibrate
 from vlmc.calibration.plan import read_plan
 from vlmc.errors import VlmcError
@@ -96,3 +97,14 @@ def test_what_tensorrt_calibrates_itself_is_kept_and_said(folder: Path, set_file
     assert len(list((folder / "plans").glob("int8-implicit.vision_encoder.*.npz"))) == 1
     result = run(folder, "--recipe", "int8-implicit-minmax", "--set", set_file, "--json")
     assert json.loads(result.stdout)["samples"] == ["vision_encoder"]
+
+
+def test_a_recipe_that_names_nothing_of_the_model_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = recipes.Recipe("w4", "4-bit weights of a text encoder", {"text_encoder/*": recipes.Precision(4, 32)})
+    monkeypatch.setattr(recipes, "load", lambda name: elsewhere)
+    result = run(folder, "--recipe", "w4")
+    assert isinstance(result.exception, VlmcError)
+    assert "names nothing that is in" in str(result.exception) and "the components vision_encoder" in str(
+        result.exception
+    )
+    assert not (folder / "plans").exists()

@@ -121,7 +121,8 @@ def test_a_family_is_found_by_its_model_type() -> None:
     [
         ("smolvlm2", "'smolvlm2', which no family knows.*idefics3.*did you mean smolvlm"),
         ("idefics2", "did you mean idefics3"),
-        ("zz9", r"To mend it: add a file to exporter/families/"),
+        ("florence2", r"did you mean \w+\? Otherwise add a file to exporter/families/ \(docs/add-a-model.md\)"),
+        ("zz9", r"did you mean \w+\? Otherwise add a file to exporter/families/"),
     ],
 )
 def test_an_unknown_model_type_is_answered_with_the_nearest(model_type: str, says: str) -> None:

@@ -130,6 +130,7 @@ def test_openvino_offers_vision_alone_and_says_why() -> None:
     assert module.refuses("vision_encoder", "int8", CPU) == ""
     assert "KV cache" in module.refuses("decoder", "int8", CPU)
     assert module.refuses("embed_tokens", "fp32", CPU)
+    assert "in blocks" in module.refuses("text_encoder", "w4", CPU)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,8 @@ def assert_supported(picture_set: Path, tmp_path: Path) -> Callable[[Artifact, s
 
     def check(artifact: Artifact, family: str) -> None:
         copy = Artifact(Path(shutil.copytree(artifact.root, tmp_path / "supported")))
-        assert support.row(copy, picture_set) == support.promised(family)
+        made = support.row(copy, picture_set)
+        assert made == support.promised(family), f"README's row of {family} has to end: {' | '.join(made)}"
 
     return check
 

@@ -127,3 +127,7 @@ def test_what_the_checkpoint_is_for_decides(whole: Whole, tmp_path: Path) -> Non
     assert not isinstance(other, MatchingFamily)
     with pytest.raises(VlmcError, match=r"neither writes captions nor answers questions nor matches.*BlipModel"):
         other.load(tmp_path)
+
+
+def test_the_readme_says_what_it_can_be_made_into(whole: Whole, assert_supported: Any) -> None:
+    assert_supported(whole[1], "blip")
