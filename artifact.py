@@ -13,12 +13,13 @@ Nothing here knows torch, ONNX or a backend: this module is read on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import VlmcError
-from .files import inside, read_json, sha256_of, write_json
+from .errors import VlmcError, mended_by
+from .files import inside, read_json, refuse_links_out, sha256_of, write_json
 from .records import REMAKE, T, from_json, to_json
 
 SCHEMA = 1
@@ -245,7 +246,8 @@ class BuildSpec:
 
 
 class Artifact:
-    """An opened artefact. Opening reads and checks the manifest; a file's sha256 is checked on first use."""
+    """An opened artefact. Opening reads and checks the manifest and refuses links that leave the folder; a file's
+    sha256 is checked on first use."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -255,7 +257,9 @@ class Artifact:
                 found="no manifest.json in it",
                 fix=f"run `vlmc export MODEL -o {root}` first",
             )
-        self.manifest = read_record(Manifest, root / "manifest.json")
+        refuse_links_out(root, "manifest.json", "plans", "engines", "profile")
+        with mended_by(REMAKE):
+            self.manifest = read_record(Manifest, root / "manifest.json")
         self._checked: set[tuple[Path, str]] = set()
 
     @property
@@ -283,7 +287,7 @@ class Artifact:
         spec = self.manifest.components.get(component)
         if spec is None:
             have = ", ".join(self.manifest.components)
-            raise VlmcError(f"{self.root} has no component {component!r}", found=have)
+            raise VlmcError(f"{self.root} has no component {component!r}", found=have, fix=REMAKE)
         if spec.file + ".data" in self.manifest.files:
             self.path_of(spec.file + ".data")
         return self.path_of(spec.file)
@@ -294,43 +298,56 @@ class Artifact:
 
     def engine(self, device: str, component: str, engine: str) -> tuple[EngineSpec, Path]:
         """The engine's record and the path of its file, every file of it checked against its sha256."""
-        folder = self.engine_folder(device, component, engine)
+        folder, recipe = self.engine_folder(device, component, engine), engine.partition("-")[2]
+        if recipe in FLOATS:  # every recipe's build has float engines
+            recipe = next((path.stem for path in folder.parents[1].glob("*.json")), "fp32")
+        again = self._build_again(device, recipe)
         if not (folder / "engine.json").is_file():
             raise VlmcError(
-                f"There is no engine {engine} of {component} for device {device!r} in {self.root}",
-                fix=f"run `vlmc build {self.root} --device {device}`",
+                f"There is no engine {engine} of {component} for device {device!r} in {self.root}", fix=again
             )
-        spec = read_record(EngineSpec, folder / "engine.json")
+        with mended_by(again):
+            spec = read_record(EngineSpec, folder / "engine.json")
         if spec.device != device:
             raise VlmcError(
                 f"The engine in {folder} was built for another device",
                 found=spec.device,
                 expected=device,
-                fix=f"run `vlmc build {self.root} --device {device}` on that device",
+                fix=f"{again} on that device",
             )
-        for name, known in spec.files.items():
-            self._check(inside(folder, name), known)
-        if spec.file not in spec.files:
-            raise VlmcError(f"{spec.file} is not listed in {folder / 'engine.json'}", fix=REMAKE)
-        return spec, inside(folder, spec.file)
+        with mended_by(again):
+            for name, known in spec.files.items():
+                self._check(inside(folder, name), known)
+            if spec.file not in spec.files:
+                raise VlmcError(f"{spec.file} is not listed in {folder / 'engine.json'}")
+            return spec, inside(folder, spec.file)
 
     def builds(self) -> list[BuildSpec]:
         """Every build in the artefact, the newest first."""
-        found = [read_record(BuildSpec, path) for path in self.root.glob("engines/*/*.json")]
+        found = []
+        for path in self.root.glob("engines/*/*.json"):
+            with mended_by(self._build_again(path.parent.name, path.stem)):
+                found.append(read_record(BuildSpec, path))
         return sorted(found, key=lambda build: build.created, reverse=True)
 
-    def build(self, device: str = "", recipe: str = "") -> BuildSpec:
-        """The newest build for the device and recipe, where given; one that is ready before one with work remaining."""
-        for build in sorted(self.builds(), key=lambda build: bool(build.remaining)):
-            if device in ("", build.device) and recipe in ("", build.recipe):
-                return build
+    def build(
+        self, device: str = "", recipe: str = "", preferred: Callable[[BuildSpec], bool] = lambda build: True
+    ) -> BuildSpec:
+        """The newest build for the device and recipe, where given, that is `preferred`; where none is, the newest."""
+        builds = self.builds()
+        fitting = [build for build in builds if device in ("", build.device) and recipe in ("", build.recipe)]
+        if fitting:
+            return next(filter(preferred, fitting), fitting[0])
         wanted = " ".join(filter(None, [device and f"device {device}", recipe and f"recipe {recipe}"]))
-        have = ", ".join(f"{b.device}/{b.recipe}" for b in self.builds()) or "none"
+        make = f"`vlmc build {self.root} --int8`; `vlmc devices` lists what its --device takes"
         raise VlmcError(
             f"{self.root} holds no build" + (f" for {wanted}" if wanted else ""),
-            found=have,
-            fix=f"run `vlmc build {self.root} --device {device or 'cpu'} --recipe {recipe or 'int8'}`",
+            found=", ".join(f"{build.device}/{build.recipe}" for build in builds) or "none",
+            fix=f"choose one of these, or make another as with {make}" if builds else f"run {make}",
         )
+
+    def _build_again(self, device: str, recipe: str) -> str:
+        return f"run `vlmc build {self.root} --device {device} --recipe {recipe}`"
 
 
 def read_record(kind: type[T], path: Path) -> T:

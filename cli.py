@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import os
 import sys
+from typing import NoReturn
 
 import click
 
 from . import __version__
-from .errors import VlmcError
+from .errors import VlmcError, reason
+from .files import is_full
 
 # command: (module, attribute, help line). The help lines stand here so that `vlmc --help` imports no stage.
 COMMANDS = {
@@ -52,9 +57,14 @@ def vlmc() -> None:
 
 
 def main() -> None:
-    """Runs `vlmc`; a VlmcError is one sentence on stderr and exit code 1, Ctrl-C is exit code 130."""
+    """Runs `vlmc`; a VlmcError is one sentence on stderr and exit code 1, and so are a package that is not installed
+    and what the operating system refuses; Ctrl-C is exit code 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal and locale has a – or a ≥
     try:
         vlmc.main(prog_name="vlmc", standalone_mode=False)
+        if sys.stdout:  # None where it was closed
+            sys.stdout.flush()  # here, where a failure can still be told
     except (KeyboardInterrupt, click.exceptions.Abort):  # click makes the second of the first
         click.echo("Interrupted. What was finished is kept; run the same command again to go on.", err=True)
         sys.exit(130)
@@ -64,5 +74,30 @@ def main() -> None:
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except VlmcError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+        _fail(error)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == __package__:
+            raise
+        fix = "install vlmc with its extra `export`: `pip install 'vlm-compile[export]'`, of a wheel 'FILE.whl[export]'"
+        _fail(VlmcError(f"This command needs the Python package {error.name}", found="it is not installed", fix=fix))
+    except OSError as error:
+        with contextlib.suppress(OSError, AttributeError):  # what stdout refused, Python would try again as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # as `vlmc models | head -1` makes it
+            sys.exit(1)
+        _fail(_told(error))
+
+
+def _fail(error: VlmcError) -> NoReturn:
+    click.echo(f"Error: {error}", err=True)
+    sys.exit(1)
+
+
+def _told(error: OSError) -> VlmcError:
+    """The sentence for a failure of the operating system that no stage foresaw."""
+    if is_full(error):
+        where = error.filename or "what vlmc writes"
+        return VlmcError(f"No space is left for {where}", fix="free some space and run the same command again")
+    what = f"{error.filename} cannot be read or written" if error.filename else "Something cannot be read or written"
+    fix = "check that path" if error.filename else "check where input and output of the command go"
+    return VlmcError(what, found=error.strerror or reason(error), fix=fix)

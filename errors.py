@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class VlmcError(Exception):
     """A failure that the user can understand and mend; `cli.py` prints it and exits with code 1.
@@ -16,8 +19,18 @@ class VlmcError(Exception):
 
     def __str__(self) -> str:
         labelled = (("", self.what), ("Found: ", self.found), ("Expected: ", self.expected), ("To mend it: ", self.fix))
-        parts = [f"{label}{text.rstrip('.')}." for label, text in labelled if text]
-        return " ".join(parts)
+        said = " ".join(f"{label}{text.rstrip('.')}." for label, text in labelled if text)
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in said)  # a name may hold line ends
+
+
+@contextlib.contextmanager
+def mended_by(fix: str) -> Iterator[None]:
+    """What fails inside is mended so: its caller knows which command writes a file, the function that reads it not."""
+    try:
+        yield
+    except VlmcError as error:
+        error.fix = fix
+        raise
 
 
 def reason(error: BaseException) -> str:

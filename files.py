@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,23 +41,39 @@ def inside(root: Path, relative: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links that go round in circles
         raise VlmcError(f"The path {relative[:99]!r} is no path in {root}", found=reason(error)[:99], fix=fix) from None
     if Path(relative).is_absolute() or not path.is_relative_to(base):
-        raise VlmcError(f"The path {relative!r} leaves the folder {root}", fix=fix)
+        raise VlmcError(f"The path {relative!r} leaves the folder {root}", found=str(path), fix=fix)
     return path
+
+
+def refuse_links_out(root: Path, *names: str) -> None:
+    """Refuses every link in these files and folders of `root` that points out of it: what is written or read through
+    one would be someone else's."""
+    for name in names:
+        inside(root, name)
+        for folder, folders, files in os.walk(root / name):
+            for path in (Path(folder, entry) for entry in (*folders, *files)):
+                if path.is_symlink():
+                    inside(root, path.relative_to(root).as_posix())
 
 
 def read_json(path: Path) -> Any:
     """The parsed file; a missing, oversized, truncated or malformed one is a VlmcError that names it."""
+    again = "run the command that wrote it again, or copy it again"
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise VlmcError(f"{path} is too large", found=f"{size} bytes", expected=f"at most {MAX_JSON_BYTES}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a folder, or a pipe that may never end
+            raise VlmcError(f"{path} cannot be read", found="it is no file", fix=again)
+        if (size := status.st_size) > MAX_JSON_BYTES:
+            expected = f"at most {MAX_JSON_BYTES}"
+            raise VlmcError(f"{path} is too large", found=f"{size} bytes", expected=expected, fix=again)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise VlmcError(f"{path} is missing", fix="run the stage that writes it again") from None
+        raise VlmcError(f"{path} is missing", fix=again) from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too long, or nested too deeply
-        raise VlmcError(f"{path} is not valid JSON", found=reason(error), fix="make it again") from None
+        raise VlmcError(f"{path} is not valid JSON", found=reason(error), fix=again) from None
     except OSError as error:
-        raise VlmcError(f"{path} cannot be read", found=error.strerror or reason(error)) from None
+        found = error.strerror or reason(error)
+        raise VlmcError(f"{path} cannot be read", found=found, fix="check the path and who may read it") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,9 +112,7 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # numpy's writes that stop short ("problem writing", "requested and … written") come without a number.
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (not error.errno and "writ" in str(error))
-        if full:
+        if is_full(error):
             raise VlmcError(
                 f"No space is left on the disk for {target}",
                 fix="free some space and run the same command again; nothing half-written was kept",
@@ -107,6 +122,12 @@ def writing(target: Path) -> Iterator[None]:
             found=(error.strerror or reason(error)) + (f": {error.filename}" if error.filename else ""),
             fix="choose a folder you may write to",
         ) from None
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that there is no room on the disk."""
+    # numpy's writes that stop short ("problem writing", "requested and … written") come without a number.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or (not error.errno and "writ" in str(error))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from .errors import VlmcError
 
-REMAKE = "make the artefact again with this version of vlmc"
+REMAKE = "make the artefact again with `vlmc export`"
 T = TypeVar("T")
 
 

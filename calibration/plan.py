@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..artifact import Artifact, FileSpec, read_record, write_record
-from ..errors import VlmcError
+from ..errors import VlmcError, mended_by
 from .recipes import Recipe
 
 
@@ -92,7 +92,8 @@ def read_plan(artifact: Artifact, recipe: str) -> Plan:
     again = f"run `vlmc calibrate {artifact.root} --recipe {recipe}`"
     if not path.is_file():
         raise VlmcError(f"{artifact.root} has no plan for the recipe {recipe!r}", fix=again)
-    plan = read_record(Plan, path)
+    with mended_by(again):
+        plan = read_record(Plan, path)
     source = artifact.manifest.source.sha256
     if plan.source_sha256 != source:
         raise VlmcError(

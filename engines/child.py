@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -13,7 +12,6 @@ from ..errors import VlmcError
 from ..profiles.process import command
 
 REFUSED = 3  # the exit code with which the step's VlmcError is on stdout
-PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 def run(module: str, what: str, *arguments: str) -> str:
@@ -47,9 +45,8 @@ def run(module: str, what: str, *arguments: str) -> str:
 def main(step: Callable[..., None]) -> None:
     """The step's end: calls it with the arguments that `run` was given, and ends the process."""
     parent, *arguments = sys.argv[1:]
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     code = 0
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal's encoding
     if os.getppid() == int(parent):  # else it died before the kernel was asked
         try:
             step(*arguments)

@@ -30,7 +30,7 @@ ANSWER_TOKENS = 128  # as the SAGE benchmark limits its answers
 @click.option("--samples", type=click.IntRange(0), default=40, show_default=True, help="Pictures for the accuracy.")
 @click.option("--no-baselines", is_flag=True, help="Leave out the PyTorch baselines.")
 @click.option("--torch-python", default="", help="The interpreter that has PyTorch, where it is another one.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Threads of every variant (one a core).")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Threads of every variant (one a core).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def profile(
     artefact: Path,
@@ -147,8 +147,9 @@ def devices(as_json: bool) -> None:
         )
     console.output().print(table)
     click.echo(
-        "\nGB: memory; GB/s: its bandwidth; INT8: dense TOPS; ?: no published figure (the sources are named in "
-        "profiles/devices/*.toml).\nbuilt: whether engines can be built on this machine; `vlmc doctor` says why not."
+        "\nGB: memory; GB/s: its bandwidth; INT8: dense TOPS; ?: no published figure\n"
+        "(the sources are named in profiles/devices/*.toml).\n"
+        "built: whether engines can be built on this machine; `vlmc doctor` says why not."
     )
 
 

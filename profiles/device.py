@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import VlmcError
+from ..errors import VlmcError, mended_by
 from ..records import from_json
 
 if sys.version_info >= (3, 11):
@@ -78,14 +78,15 @@ def load_device(name: str, folder: Path = FOLDER) -> Device:
             fix="choose one of them (`vlmc devices` describes them)",
         )
     path = folder / f"{name}.toml"
-    try:
-        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise VlmcError(f"{path} is not valid TOML", found=str(error), fix="mend the file") from None
-    unknown = data.keys() - {field.name for field in dataclasses.fields(Device)} | data.keys() & {"name"}
-    if unknown:
-        raise VlmcError(f"{path} has fields that no device has", found=", ".join(sorted(unknown)))
-    return from_json(Device, {"name": name} | data, path.name)
+    with mended_by(f"mend {path}"):
+        try:
+            data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise VlmcError(f"{path} is not valid TOML", found=str(error)) from None
+        unknown = data.keys() - {field.name for field in dataclasses.fields(Device)} | data.keys() & {"name"}
+        if unknown:
+            raise VlmcError(f"{path} has fields that no device has", found=", ".join(sorted(unknown)))
+        return from_json(Device, {"name": name} | data, path.name)
 
 
 def require_precision(device: Device, recipe: str) -> None:

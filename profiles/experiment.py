@@ -14,6 +14,7 @@ from typing import Any
 from ..artifact import SCHEMA, Artifact, BuildSpec, EngineSpec
 from ..errors import VlmcError
 from ..files import read_json, writing
+from ..runtime import backends
 from ..runtime.images import open_image
 from . import harness, limits, machine, power, questions
 from .device import Device, load_device
@@ -39,7 +40,8 @@ def profile(
     """Measures every variant that can run here and leaves finished samples in the folder that it returns.
 
     `asked` is the evaluation set or "unavailable: reason". An interrupted measurement with the same settings goes on.
-    A `torch_python` that is no executable is a VlmcError before anything is measured.
+    A `torch_python` that is no executable and a question that cannot be asked are VlmcErrors before anything is
+    measured.
     """
     if torch_python and not shutil.which(torch_python):
         raise VlmcError(
@@ -73,6 +75,10 @@ def profile(
     key = measurement.key(here)
     run = harness.unfinished(folder, key)
     if run is None:
+        count = len(measurement.questions)
+        questions.refuse_unaskable(
+            artifact, measurement.questions, lambda done: progress("checking the questions", done, count)
+        )
         progress("measuring the machine's limits", 0, 1)
         run = _description(artifact, build, device, measurement, found, here) | {"schema": SCHEMA, "key": key}
         run["no_accuracy"] = asked if isinstance(asked, str) else "unavailable: the questions were not asked"
@@ -87,10 +93,10 @@ def profile(
 
 def choose_build(artifact: Artifact, device: str, recipe: str) -> tuple[BuildSpec, Device]:
     """The build to measure: of those for the device and recipe, where given, and for this machine the newest; as for
-    `Artifact.build`, one that is ready comes before one with work remaining."""
+    `vlmc run`, one whose backends can run here comes before one whose cannot."""
     here = ARCHITECTURES.get(platform.machine(), platform.machine())
     if not device:
-        for build in sorted(artifact.builds(), key=lambda build: bool(build.remaining)):
+        for build in sorted(artifact.builds(), key=lambda build: not backends.can_run(build)):
             if recipe in ("", build.recipe) and (target := load_device(build.device)).architecture == here:
                 return build, target
     build = artifact.build(device, recipe)

@@ -5,28 +5,24 @@ A run matches one golden picture with its prompt. For the accuracy every picture
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import VlmcError
 from . import verdict
-from .questions import Question
+from .questions import Line, Question, read_lines
 
-_SHAPE = 'give a file with one {"image": …, "label": …} or {"image": …, "labels": […]} a line'
+_FORM = 'one {"image": …, "label": …} or {"image": …, "labels": […]} a line'
 
 
 def read_labels(path: Path, pictures: int) -> list[Question]:
     """The first `pictures` pictures of a JSONL set with the labels that are right for each (`facts`)."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise VlmcError(f"The evaluation set {path} cannot be read", found=str(error), fix=_SHAPE) from None
-    found = [_labelled(path, number, line) for number, line in enumerate(lines[:pictures], 1)]
+    found = [_labelled(line, path.parent) for line in islice(read_lines(path, "evaluation set", _FORM), pictures)]
     if len(labels_of(found)) < 2:
         raise VlmcError(
-            f"The evaluation set {path} has nothing to choose from", found="fewer than 2 labels", fix=_SHAPE
+            f"The evaluation set {path} has nothing to choose from", found="fewer than 2 labels", expected=_FORM
         )
     return found
 
@@ -36,19 +32,9 @@ def labels_of(questions: Sequence[Question]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(label for question in questions for label in question.facts))
 
 
-def _labelled(path: Path, number: int, line: str) -> Question:
-    try:
-        row = json.loads(line)
-        labels = tuple(map(str, row["labels"] if "labels" in row else [row["label"]]))
-        question = Question(path.parent / str(row["image"]), "", labels[0], "", labels)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise VlmcError(
-            f"Line {number} of the evaluation set {path} is no picture with labels", found=what, fix=_SHAPE
-        ) from None
-    if not question.image.is_file():
-        raise VlmcError(f"Line {number} of {path} names a picture that is not there", found=str(question.image))
-    return question
+def _labelled(line: Line, folder: Path) -> Question:
+    labels = line.texts("labels") if "labels" in line.values else (line.text("label"),)
+    return Question(line.image(folder), "", labels[0], "", labels, line.where)
 
 
 Group = Mapping[str, Any]

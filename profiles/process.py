@@ -19,15 +19,20 @@ class Died(Exception):
     """A worker ended before it had done what it was asked; the text says how and repeats its last words."""
 
 
-# `-m` would put the working folder before all others, and who stands in an artefact would run a numpy.py in it.
+# `-m` would put the working folder before all others, and who stands in an artefact would run a numpy.py in it. Where
+# there is Linux, the kernel kills the process once the one that started it is gone (prctl(2); 1 is PR_SET_PDEATHSIG).
 _START = """import sys
 sys.path[:] = [folder for folder in sys.path if folder]
 import runpy
+if sys.platform == "linux":
+    import ctypes, signal
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)"""
 
 
 def command(python: str, module: str, *arguments: str) -> list[str]:
-    """How to start the module in a process of its own, which takes no modules from the working folder."""
+    """How to start the module in a process of its own, which takes no modules from the working folder, and on Linux
+    outlives neither this process nor the thread that starts it."""
     return [python, "-c", _START, module, *arguments]
 
 

@@ -3,46 +3,133 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from ..artifact import Artifact
 from ..errors import VlmcError
 from ..files import read_json
 from ..runtime.images import open_image, picture_hash
+from ..runtime.matching import Matcher
+from ..runtime.session import Session
+
+MAX_LINE = 1 << 20  # characters
+_FORM = 'one {"image": …, "prompt": …, "answer": …, "task": …} a line'
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one picture; `facts` are what a caption should state."""
+    """One question about one picture; `facts` are what a caption should state. `where` names it in messages."""
 
     image: Path
     prompt: str
     gold: str
     task: str
     facts: tuple[str, ...]
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One object of a set in JSON Lines. What it lacks is a VlmcError that says where, and what `form` a line has."""
+
+    values: Mapping[str, Any]
+    where: str
+    form: str
+
+    def text(self, name: str) -> str:
+        """The text of that name."""
+        value = self._value(name)
+        if not isinstance(value, str):
+            raise VlmcError(f"{self.where} has no text in {name!r}", found=json.dumps(value)[:80], expected=self.form)
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """The list of that name, of one text or more."""
+        value = self._value(name)
+        if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+            found = json.dumps(value)[:80]
+            raise VlmcError(f"{self.where} has no list of texts in {name!r}", found=found, expected=self.form)
+        return tuple(value)
+
+    def image(self, folder: Path) -> Path:
+        """The picture, whose name is relative to the set's folder."""
+        image = folder / self.text("image")
+        if not os.path.isfile(image):  # unlike Path's, which raises where the name is one that no file can have
+            raise VlmcError(f"{self.where} names a picture that is not there", found=str(image)[:300])
+        return image
+
+    def _value(self, name: str) -> Any:
+        if name not in self.values:
+            raise VlmcError(f"{self.where} lacks {name!r}", expected=self.form)
+        return self.values[name]
+
+
+def read_lines(path: Path, what: str, form: str) -> Iterator[Line]:
+    """The lines of a file in JSON Lines, which is `what`, blank ones passed over. A file that cannot be read is a
+    VlmcError, and so is a line that is no object."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            number = 0
+            while line := file.readline(MAX_LINE):
+                number += 1
+                where = f"{path}, line {number}"
+                if len(line) == MAX_LINE:
+                    raise VlmcError(f"{where} is longer than {MAX_LINE} characters", expected=form)
+                if line.strip():
+                    yield Line(_parsed(line, where, form), where, form)
+    except FileNotFoundError:
+        raise VlmcError(f"There is no {what} {path}", fix="check the path") from None
+    except UnicodeDecodeError as error:
+        raise VlmcError(f"{path} is not UTF-8 text", found=str(error), expected=form) from None
+    except OSError as error:
+        raise VlmcError(f"The {what} {path} cannot be read", found=error.strerror or str(error)) from None
 
 
 def read_set(path: Path, pictures: int) -> list[Question]:
     """The questions about the first `pictures` different pictures, in the order of the file."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise VlmcError(f"The evaluation set {path} cannot be read", found=str(error), fix=_SHAPE) from None
     questions: list[Question] = []
     seen: set[Path] = set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        question = _question(path, number, line)
+    for line in read_lines(path, "evaluation set", _FORM):
+        question = Question(
+            image=line.image(path.parent),
+            prompt=line.text("prompt"),
+            gold=line.text("answer"),
+            task=line.text("task") if line.values.get("task") else "questions",
+            facts=line.texts("facts") if line.values.get("facts") else (),
+            where=line.where,
+        )
         if question.image not in seen and len(seen) == pictures:
             break
         seen.add(question.image)
         questions.append(question)
     if not questions:
-        raise VlmcError(f"The evaluation set {path} holds no questions", fix=_SHAPE)
+        raise VlmcError(f"The evaluation set {path} holds no questions", expected=_FORM)
     return questions
+
+
+def refuse_unaskable(artifact: Artifact, questions: Sequence[Question], checked: Callable[[int], None]) -> None:
+    """Raises where a question or its picture is none that the model takes, on which every variant would fail after all
+    else was measured. `checked` is called with the number of those that were found to be good."""
+    engine: Any = SimpleNamespace(capacity=artifact.manifest.kv.capacity)  # no more of one is needed for it
+    matches = artifact.manifest.matching is not None
+    model = Matcher(artifact, engine, engine) if matches else Session(artifact, engine, engine, engine)
+    for number, question in enumerate(questions):
+        checked(number)
+        try:
+            images = [open_image(question.image)]
+            if isinstance(model, Matcher):
+                model.preprocess(images)
+                model.encode(question.facts)
+            else:
+                model.check_length(model.prepare(images, question.prompt))
+        except VlmcError as error:
+            what = f"{question.where}: {error.what}"
+            raise VlmcError(what, found=error.found, expected=error.expected, fix=error.fix) from None
 
 
 def refuse_calibrated(artifact: Artifact, recipe: str, questions: Sequence[Question]) -> None:
@@ -88,22 +175,11 @@ def examples(questions: Sequence[Question], count: int) -> list[int]:
     return chosen
 
 
-_SHAPE = 'give a file with one {"image": …, "prompt": …, "answer": …, "task": …} a line'
-
-
-def _question(path: Path, number: int, line: str) -> Question:
+def _parsed(line: str, where: str, form: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-        question = Question(
-            image=path.parent / str(row["image"]),
-            prompt=str(row["prompt"]),
-            gold=str(row["answer"]),
-            task=str(row.get("task") or "questions"),
-            facts=tuple(str(fact) for fact in row.get("facts") or ()),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise VlmcError(f"Line {number} of the evaluation set {path} is no question", found=what, fix=_SHAPE) from None
-    if not question.image.is_file():
-        raise VlmcError(f"Line {number} of {path} names a picture that is not there", found=str(question.image))
-    return question
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise VlmcError(f"{where} is not valid JSON", found=str(error), expected=form) from None
+    if not isinstance(values, dict):
+        raise VlmcError(f"{where} is no JSON object", found=type(values).__name__, expected=form)
+    return values

@@ -6,6 +6,7 @@ the run that it belonged to is done again.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -19,10 +20,11 @@ Row = dict[str, Any]
 
 def read(path: Path) -> list[Row]:
     """Every whole row; a torn last line is cut off the file. A file that is not there has no rows."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return []
+    if path.is_fifo():
+        raise OSError(errno.EINVAL, "is a pipe", str(path))  # which would be waited for
+    data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         with writing(path):
@@ -44,7 +46,7 @@ def of_kind(rows: list[Row], kind: str) -> list[Row]:
 def _row(line: bytes, path: Path, number: int) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         row, found = None, str(error)
     else:
         found = "no object with a kind"

@@ -7,15 +7,16 @@ Nothing but these files is read, so that the report can be made again anywhere. 
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..artifact import SCHEMA
-from ..errors import VlmcError
+from ..errors import VlmcError, mended_by, reason
 from ..evaluation import accuracy, agreement, tasks
 from ..evaluation import matching as score_matches
-from ..files import read_json
+from ..files import inside, read_json
 from . import matching, roofline, samples, statistics, verdict
 from .harness import slug
 from .samples import Row
@@ -48,9 +49,12 @@ def summarize(folder: Path) -> dict[str, Any]:
             fix="run the same `vlmc profile` again, it goes on where it stopped" if started else "run `vlmc profile`",
         )
     try:
-        return _report(at, read_json(at / "run.json"))
-    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
-        found = f"{type(error).__name__} {error}"
+        with mended_by(_AGAIN):
+            report = _report(at, read_json(at / "run.json"))
+        json.dumps(report, allow_nan=False)  # Python reads NaN and infinity, which are no JSON
+        return report
+    except (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__} {reason(error)}"
         raise VlmcError(f"{at} is damaged or of another version", found=found, fix=_AGAIN) from None
 
 
@@ -109,7 +113,7 @@ def _variant(info: dict[str, Any], rows: list[Row], run: dict[str, Any], at: Pat
         "products": info["products"],
         "component_bytes": info["component_bytes"],
         "answer_tokens": _answer_tokens(rows) if not matches else "unavailable: a model that matches writes nothing",
-        "accuracy": _accuracy(rows, run),
+        "accuracy": _accuracy(info, rows, run),
         "agreement": agreement.summarize(agreed) if agreed else "unavailable: the golden cases were not run",
         "answers": _answers(rows, run, at),
     }
@@ -178,17 +182,26 @@ def _costs(spent: list[Row], watts: float) -> list[float]:
     return each[:1] + [(cost - each[0]) / count for cost, count in zip(each[1:], steps, strict=True)]
 
 
-def _accuracy(rows: list[Row], run: dict[str, Any]) -> dict[str, Any] | str:
-    answers = samples.of_kind(rows, "answer")
+def _accuracy(info: dict[str, Any], rows: list[Row], run: dict[str, Any]) -> dict[str, Any] | str:
+    answers = _answered(info, rows, run)
     if not answers:
-        return str(run["no_accuracy"])
-    return score_matches.summarize(answers, run["labels"]) if _matches(run) else accuracy.summarize(_scored(rows, run))
-
-
-def _scored(rows: list[Row], run: dict[str, Any]) -> list[Row]:
-    """The answers as evaluation wants them: image, task, prompt and score."""
+        failure = run["failures"].get(info["name"])
+        return f"unavailable: {failure}" if failure and run["settings"]["questions"] else str(run["no_accuracy"])
     if _matches(run):
-        return score_matches.zero_shot(samples.of_kind(rows, "answer"))
+        return score_matches.summarize(answers, run["labels"])
+    return accuracy.summarize(_scored(info, rows, run))
+
+
+def _answered(info: dict[str, Any], rows: list[Row], run: dict[str, Any]) -> list[Row]:
+    """The answers to the evaluation set; none of a variant that failed before the last, for some are no accuracy."""
+    return [] if info["name"] in run["failures"] else samples.of_kind(rows, "answer")
+
+
+def _scored(info: dict[str, Any], rows: list[Row], run: dict[str, Any]) -> list[Row]:
+    """The answers as evaluation wants them: image, task, prompt and score."""
+    answers = _answered(info, rows, run)
+    if _matches(run):
+        return score_matches.zero_shot(answers)
     return [
         {
             "image": row["file"],
@@ -196,7 +209,7 @@ def _scored(rows: list[Row], run: dict[str, Any]) -> list[Row]:
             "prompt": row["prompt"],
             "score": _score(row),
         }
-        for row in samples.of_kind(rows, "answer")
+        for row in answers
     ]
 
 
@@ -220,7 +233,7 @@ def _answers(rows: list[Row], run: dict[str, Any], at: Path) -> list[dict[str, A
     by_row = {row["row"]: row for row in samples.of_kind(rows, "answer")}
     shown = []
     for example in run["examples"]:
-        row, picture = by_row.get(example["row"]), at / example["image"]
+        row, picture = by_row.get(example["row"]), inside(at, example["image"])
         if row is None:
             continue
         score = float(row["answer"] in row["facts"]) if _matches(run) else _score(row)
@@ -270,7 +283,7 @@ def _comparisons(
 ) -> list[dict[str, Any]]:
     """Whether the kept engines really answer otherwise than each float variant, on the same questions."""
     kept = verdict.kept_name(measured, run["choices"])
-    answers = {info["name"]: _scored(rows[info["name"]], run) for info in measured}
+    answers = {info["name"]: _scored(info, rows[info["name"]], run) for info in measured}
     return [
         {"of": kept, "over": info["name"]} | accuracy.paired(answers[kept], answers[info["name"]])
         for info in measured

@@ -12,7 +12,7 @@ import click
 
 from .. import console
 from ..errors import VlmcError
-from ..files import write_json
+from ..files import refuse_links_out, write_json
 from ..profiles import summarize
 from . import document, terminal, words, write_all
 
@@ -47,6 +47,9 @@ def report(artefact: Path, device: str, show: bool, as_json: bool) -> None:
 
 def profile_folder(root: Path, device: str) -> Path:
     """The folder of the device's profile in the artefact; without a device, of the only one there."""
+    if not root.is_dir():
+        raise VlmcError(f"There is no artefact {root}", fix=f"check the path, or run `vlmc export MODEL -o {root}`")
+    refuse_links_out(root, "profile")
     made = [*root.glob("profile/*/report.json"), *(path.parent for path in root.glob("profile/*/samples/run.json"))]
     have = {path.parent.name: path.parent for path in sorted(made)}
     if not device and len(have) == 1:
@@ -56,6 +59,6 @@ def profile_folder(root: Path, device: str) -> Path:
     names = ", ".join(have) or "none"
     if have and not device:
         raise VlmcError(f"{root} holds profiles of several devices", found=names, fix="choose one with --device")
-    option = f" --device {device}" if device else ""
     what = f"{root} holds no profile" + (f" for device {device!r}" if device else "")
-    raise VlmcError(what, found=names, fix=f"run `vlmc profile {root}{option}`")
+    measure = f"run `vlmc profile {root}` on the device"
+    raise VlmcError(what, found=names, fix=f"choose one of these, or {measure}" if have else measure)

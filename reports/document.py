@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import VlmcError
+from ..errors import VlmcError, mended_by
 from ..files import read_json
 from ..profiles import verdict
 from ..records import from_json
@@ -257,7 +257,8 @@ def look(group: Mapping[str, T] | str, key: str) -> T | str:
 
 def read(folder: Path) -> Report:
     """The checked `report.json` of a profile's folder; PyTorch comes first, then float, int8 and other engines."""
-    return parse(read_json(folder / "report.json"), str(folder / "report.json"))
+    with mended_by(_AGAIN):
+        return parse(read_json(folder / "report.json"), str(folder / "report.json"))
 
 
 def parse(data: Any, where: str = "report.json") -> Report:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.argument("artefact", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--prompt", "-p", "prompts", required=True, multiple=True, help="The question; texts to match, one each.")
-@click.option("--device", default="", help="Whose engines to run (the newest build's).")
-@click.option("--recipe", default="", help="Of which build (the newest).")
+@click.option("--device", default="", help="Whose engines to run (the newest build's that can run here).")
+@click.option("--recipe", default="", help="Of which build (the newest that can run here).")
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(1), help="Longest answer.")
-@click.option("--threads", default=0, type=click.IntRange(0), help="Threads to run on (all cores).")
+@click.option("--threads", default=0, type=click.IntRange(0, 1024), help="Threads to run on (all cores).")
 @click.option("--json", "as_json", is_flag=True, help="Print the answer and its timings as JSON.")
 def run(
     artefact: Path,
@@ -42,14 +42,20 @@ def run(
 
     Example: vlmc run out/demo picture.png --prompt "How many red circles are there?"
     """
+    from . import backends
     from .images import open_image
     from .matching import open_matcher
     from .session import open_session
 
     pictures = [open_image(path) for path in images]
     opened = Artifact(artefact)
-    build = opened.build(device, recipe)
+    build = opened.build(device, recipe, backends.can_run)
     engines = {component: choice.engine for component, choice in build.choices.items()}
+    if missing := [component for component in opened.components if component not in engines]:
+        raise VlmcError(
+            f"The build {build.device}/{build.recipe} of {artefact} names no engine for the {', '.join(missing)}",
+            fix=f"run `vlmc build {artefact} --device {build.device} --recipe {build.recipe}`",
+        )
     if opened.manifest.matching is not None:
         _match(open_matcher(opened, build.device, engines, threads), images, pictures, prompts, engines, as_json)
         return

@@ -75,9 +75,9 @@ def _check_file(path: Path) -> None:
     except FileNotFoundError:
         raise VlmcError(f"There is no picture {path}", fix="check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        raise VlmcError(f"The picture {path} cannot be read", found=str(error)) from None
+        raise VlmcError(f"The picture {path} cannot be read", found=str(error), fix="check the path") from None
     if not path.is_file():  # a folder, or a pipe or device that may never end
-        raise VlmcError(f"{path} is not a file", expected="a picture")
+        raise VlmcError(f"{path} is not a file", expected="a picture", fix="check the path")
     if size == 0:
         raise VlmcError(f"The picture {path} is empty", fix="copy it again")
     if size > MAX_FILE_BYTES:
@@ -93,4 +93,5 @@ def _check_pixels(path: Path, image: Image.Image) -> None:
 
 
 def _too_many_pixels(path: Path, found: str) -> VlmcError:
-    return VlmcError(f"The picture {path} has too many pixels", found=found, expected=f"at most {MAX_PIXELS}")
+    expected = f"at most {MAX_PIXELS}"
+    return VlmcError(f"The picture {path} has too many pixels", found=found, expected=expected, fix="save it smaller")

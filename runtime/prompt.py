@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ..artifact import PromptSpec
 from ..errors import VlmcError
 from ..files import MAX_JSON_BYTES
+from ..records import REMAKE
 
-_REMAKE = "make the artefact again with `vlmc export`"
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how bytes of a character that is not whole yet are decoded
 
 
@@ -40,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise VlmcError(f"{path} is missing", fix=_REMAKE)
+            raise VlmcError(f"{path} is missing", fix=REMAKE)
         if path.stat().st_size > MAX_JSON_BYTES:
             raise VlmcError(f"{path} is too large", expected=f"at most {MAX_JSON_BYTES} bytes")
         try:
@@ -51,7 +51,7 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic in the library's Rust code is no Exception
-            raise VlmcError(f"{path} is no working tokenizer", found=str(error), fix=_REMAKE) from None
+            raise VlmcError(f"{path} is no working tokenizer", found=str(error), fix=REMAKE) from None
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Token ids (length,) of a rendered prompt, which has all special tokens already: none is added."""
@@ -64,7 +64,7 @@ class Tokenizer:
         """The id of one token of the vocabulary, for example the picture's."""
         found = self._tokenizer.token_to_id(token)
         if found is None:
-            raise VlmcError(f"The tokenizer has no token {token!r}", fix=_REMAKE)
+            raise VlmcError(f"The tokenizer has no token {token!r}", fix=REMAKE)
         return int(found)
 
     def decode(self, ids: Iterable[int]) -> str:

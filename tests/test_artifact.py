@@ -176,7 +176,7 @@ def test_a_damaged_manifest_is_refused(cut: float, junk: bytes, tmp_path_factory
     damaged = text[: int(cut * len(text))] + junk
     assume(damaged != text)
     (root / "manifest.json").write_bytes(damaged)
-    with pytest.raises(VlmcError):
+    with pytest.raises(VlmcError, match="To mend it: make the artefact again"):
         Artifact(root)
 
 
@@ -289,23 +289,61 @@ def test_an_engine_whose_file_is_not_listed_is_refused(root: Path) -> None:
         Artifact(root).engine("cpu", "vision_encoder", "onnxruntime-int8")
 
 
-def test_the_newest_build_that_is_ready_comes_first(root: Path) -> None:
+def test_the_newest_build_that_is_preferred_comes_first(root: Path) -> None:
     build(root, "cpu", "fp32", 1)
     build(root, "cpu", "int8", 2)
     build(root, "orin", "int8", 3, remaining="Copy it to the Jetson.")
     opened = Artifact(root)
     assert [(one.device, one.recipe) for one in opened.builds()] == [("orin", "int8"), ("cpu", "int8"), ("cpu", "fp32")]
-    assert opened.build().device == "cpu"
-    assert opened.build().recipe == "int8"
+    assert opened.build().device == "orin"
     assert opened.build(recipe="fp32").recipe == "fp32"
-    assert opened.build("orin").remaining
+    on_cpu = opened.build(preferred=lambda one: one.device == "cpu")
+    assert (on_cpu.device, on_cpu.recipe) == ("cpu", "int8")
+    assert opened.build("orin", preferred=lambda one: one.device == "cpu").device == "orin"
 
 
 def test_a_build_that_is_not_there_says_what_is(root: Path) -> None:
-    with pytest.raises(VlmcError, match=r"no build. Found: none. .*--device cpu --recipe int8"):
+    with pytest.raises(VlmcError, match=r"no build. Found: none. To mend it: run `vlmc build .* --int8`"):
         Artifact(root).build()
     build(root, "cpu", "fp32", 1)
-    with pytest.raises(
-        VlmcError, match=r"no build for device rpi5 recipe w4. Found: cpu/fp32. .*--device rpi5 --recipe w4"
-    ):
-        Artifact(root).build("rpi5", "w4")
+    with pytest.raises(VlmcError, match=r"no build for device nope recipe w4. Found: cpu/fp32. .*choose") as raised:
+        Artifact(root).build("nope", "w4")
+    assert "--device nope" not in str(raised.value)  # which there may not be
+
+
+def test_what_a_build_wrote_is_mended_by_building_again(root: Path) -> None:
+    build(root, "cpu", "int8", 1)
+    folder = root / "engines" / "cpu" / "vision_encoder" / "onnxruntime-int8"
+    again = f"To mend it: run `vlmc build {root} --device cpu --recipe int8`."
+    for path, said in ((folder / "model.onnx", "altered"), (folder / "engine.json", "not valid JSON")):
+        path.write_text("other")
+        with pytest.raises(VlmcError, match=said) as raised:
+            Artifact(root).engine("cpu", "vision_encoder", "onnxruntime-int8")
+        assert str(raised.value).endswith(again)
+    with pytest.raises(VlmcError, match="no engine") as raised:
+        Artifact(root).engine("cpu", "decoder", "onnxruntime-fp32")
+    assert str(raised.value).endswith(again)
+    (root / "engines" / "cpu" / "int8.json").write_text("{")
+    with pytest.raises(VlmcError, match="not valid JSON") as raised:
+        Artifact(root).builds()
+    assert str(raised.value).endswith(again)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["manifest.json", "plans", "profile", "engines/cpu/int8.json"]
+    + [f"engines/cpu/vision_encoder/onnxruntime-int8{part}" for part in ("", "/engine.json")],
+)
+def test_a_link_out_of_the_artefact_is_refused_before_anything_is_read_or_written(name: str, root: Path) -> None:
+    build(root, "cpu", "int8", 1)
+    inner, outside = root / name, root.parent / "outside"
+    if inner.exists():
+        inner.rename(outside)
+    inner.symlink_to(outside)
+    with pytest.raises(VlmcError, match=rf"'{name}' leaves the folder .*Found: {outside}"):
+        Artifact(root)
+    inner.unlink()
+    if outside.exists():
+        outside.rename(root / "here")
+        inner.symlink_to(root / "here")
+        Artifact(root)

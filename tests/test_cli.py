@@ -73,6 +73,69 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert "Error: " in done.stderr and "Traceback" not in done.stderr
 
 
+LITTLE = "from vlmc import cli; cli.vlmc.main = lambda **_: print('written as Python ends'); cli.main()"
+BUFFERED = os.environ | {"PYTHONUNBUFFERED": ""}
+PRINTING = [["-m", "vlmc", "devices"], ["-m", "vlmc", "devices", "--json"], ["-m", "vlmc", "--help"], ["-c", LITTLE]]
+
+
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_output_that_no_disk_takes_is_a_sentence(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED, check=False)
+    said = "Error: No space is left for what vlmc writes. To mend it: free some space and run the same command again.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.parametrize("arguments", PRINTING)
+def test_output_that_nobody_reads_any_more_is_nothing_to_tell(arguments: list[str]) -> None:
+    command = [sys.executable, *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=BUFFERED) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_a_name_that_no_file_can_have_is_a_sentence(tmp_path: Path) -> None:
+    done = vlmc_process("run", "x" * 300, "-p", "?")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: x") and done.stderr.count("\n") == 1
+    assert "cannot be read or written. Found: File name too long. To mend it: check that path." in done.stderr
+
+
+def test_what_the_output_cannot_show_is_replaced() -> None:
+    code = "from vlmc import cli, console; cli.vlmc.main = lambda **_: console.output().print('2–3 ≥ 1'); cli.main()"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2?3 ? 1\n", "")
+
+
+def without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command where the module is not installed."""
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv = ['vlmc', *{arguments!r}]\n"
+        "from vlmc import cli; cli.main()"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("module", "arguments"), [("torch", ("models",)), ("onnx_ir", ("build", "nothing"))])
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
+    module: str, arguments: tuple[str, ...]
+) -> None:
+    done = without(module, *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"Error: This command needs the Python package {module}. Found: it is not installed.")
+    assert "`pip install 'vlm-compile[export]'`" in done.stderr
+
+
+def test_a_module_of_vlmc_that_is_missing_is_not_hidden() -> None:
+    done = without("vlmc.profiles.command", "devices")
+    assert "ModuleNotFoundError" in done.stderr and "Traceback" in done.stderr
+
+
 def test_the_shell_completes_commands_and_options() -> None:
     script = vlmc_process(_VLMC_COMPLETE="bash_source")
     assert script.returncode == 0 and "complete -o nosort -F" in script.stdout

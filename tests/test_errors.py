@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from vlmc.errors import VlmcError, reason
+from vlmc.errors import VlmcError, mended_by, reason
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,17 @@ def test_it_says_what_was_found_and_expected_and_how_to_mend_it(error: VlmcError
 def test_it_survives_a_process_boundary() -> None:
     error = pickle.loads(pickle.dumps(VlmcError("a", found="b", expected="c", fix="d")))
     assert str(error) == "a. Found: b. Expected: c. To mend it: d."
+
+
+def test_it_is_one_line_whatever_the_names_in_it_hold() -> None:
+    error = VlmcError("a\nb\x1b[31m is no artefact", found="é\udce9")
+    assert str(error) == r"a\nb\x1b[31m is no artefact. Found: é\udce9."
+
+
+def test_the_caller_may_know_better_how_to_mend_it() -> None:
+    with pytest.raises(VlmcError) as raised, mended_by("build it again"):
+        raise VlmcError("It is damaged", fix="make it again")
+    assert str(raised.value) == "It is damaged. To mend it: build it again."
 
 
 def test_a_foreign_exception_is_told_in_one_line() -> None:

@@ -117,8 +117,10 @@ def test_json_that_makes_the_parser_stumble_is_a_sentence(content: str, tmp_path
 def test_missing_oversized_and_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(VlmcError, match=r"gone\.json is missing"):
         read_json(tmp_path / "gone.json")
-    with pytest.raises(VlmcError, match="cannot be read"):
-        read_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe.json")  # which would be waited for without end
+    for path in (tmp_path, tmp_path / "pipe.json"):
+        with pytest.raises(VlmcError, match=r"cannot be read. Found: it is no file"):
+            read_json(path)
     monkeypatch.setattr(files, "MAX_JSON_BYTES", 3)
     (tmp_path / "big.json").write_text("1234")
     with pytest.raises(VlmcError, match="too large"):

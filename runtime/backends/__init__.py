@@ -11,7 +11,7 @@ import os
 import pkgutil
 from types import ModuleType
 
-from ...artifact import Artifact, EngineSpec
+from ...artifact import Artifact, BuildSpec, EngineSpec
 from ...errors import VlmcError
 from ..runner import Decoder, Runner
 
@@ -24,6 +24,11 @@ def names() -> list[str]:
 def unavailable(name: str) -> str:
     """Why the backend cannot run here; empty where it can."""
     return str(_module(name).unavailable())
+
+
+def can_run(build: BuildSpec) -> bool:
+    """Whether the backends of the engines that the build kept can run here; a graph that waits to be built cannot."""
+    return not any(unavailable(choice.engine.partition("-")[0]) for choice in build.choices.values())
 
 
 def processors() -> int:
@@ -51,12 +56,13 @@ def _usable(spec: EngineSpec) -> ModuleType:
         raise VlmcError(
             f"The {spec.component} engine for {spec.device!r} needs the backend {spec.backend}, which cannot run here",
             found=reason,
-            fix="run it on the device, or build for this machine with `vlmc build … --device cpu`",
+            fix="install what is missing, run it on the device, or build here with `vlmc build … --device cpu`",
         )
     return module
 
 
 def _module(name: str) -> ModuleType:
     if name not in names():
-        raise VlmcError(f"There is no backend {name!r}", expected="one of " + ", ".join(names()))
+        known = "one of " + ", ".join(names())
+        raise VlmcError(f"There is no backend {name!r}", expected=known, fix="build again with this version of vlmc")
     return importlib.import_module(f"{__name__}.{name}")

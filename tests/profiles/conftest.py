@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import tokenizers
 from PIL import Image
 from vlmc.artifact import (
     COMPONENTS,
@@ -25,6 +26,19 @@ from vlmc.artifact import (
     write_record,
 )
 from vlmc.files import write_json
+
+PREPROCESSING = {
+    "kind": "clip",
+    "shortest_edge": 4,
+    "tile": 4,
+    "pad": False,
+    "resample": 2,
+    "rescale_factor": 1.0,
+    "mean": [0.0, 0.0, 0.0],
+    "std": [1.0, 1.0, 1.0],
+    "image_seq_len": 1,
+    "image_token": "<image>",
+}
 
 SESSIONS = '''
 import os, signal
@@ -90,6 +104,10 @@ def artifact(tmp_path: Path) -> Artifact:
         {"image": "golden/01.png", "prompt": "How many?", "task": "objects_and_counts", "tokens": [7, 9]},
     ]
     write_json(root / "golden/golden.json", {"cases": cases})
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<image>": 0, "word": 1}, unk_token="word"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<image>"])
+    tokenizer.save(str(root / "tokenizer.json"))
     manifest = Manifest(
         schema=SCHEMA,
         name="fake",
@@ -99,7 +117,7 @@ def artifact(tmp_path: Path) -> Artifact:
         kv=KvSpec(1, 1, 1, 16),
         hidden_size=1,
         vocab_size=16,
-        preprocessing={},
+        preprocessing=PREPROCESSING,
         prompt=PromptSpec("{image}{text}", "{text}", "<image>", (0,)),
         parity=(),
         files=describe_files(root),

@@ -103,10 +103,11 @@ def test_the_newest_build_for_this_machine_is_measured(
 def test_a_build_that_was_only_handed_over_comes_after_one_that_is_ready_as_in_run(
     artifact: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handed_over = replace(add_build(artifact, {}, device="h100"), remaining="Build it there.")
+    choices = {"vision_encoder": ("handover-int8", [])}
+    handed_over = replace(add_build(artifact, choices, device="h100"), remaining="Build it there.")
     write_record(artifact.root / "engines" / "h100" / "int8.json", handed_over)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    assert experiment.choose_build(artifact, "", "")[0] == artifact.build() == build
+    assert experiment.choose_build(artifact, "", "")[0] == artifact.build(preferred=backends.can_run) == build
     assert experiment.choose_build(artifact, "h100", "")[0] == handed_over
 
 
@@ -130,6 +131,10 @@ def test_where_no_engine_can_run_every_reason_is_told(
         experiment.profile(measurable, build, load_device("cpu"), settings, "unavailable: -", lambda *_: None)
 
 
+def test_more_threads_than_any_machine_has_are_refused(artifact: Artifact) -> None:
+    assert CliRunner().invoke(profile, [str(artifact.root), "--threads", "100000"]).exit_code == 2
+
+
 def test_no_artefact_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(VlmcError, match="is no artefact"):
         CliRunner().invoke(profile, [str(tmp_path)], catch_exceptions=False, standalone_mode=False)
@@ -145,6 +150,7 @@ def test_devices_lists_all_within_the_width(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(name in text for name in device_names())
     table = text.partition("\n\n")[0].splitlines()
     assert len(table) == 1 + len(device_names())  # no name is folded
+    assert max(map(len, text.splitlines())) <= 100
     as_json = json.loads(CliRunner().invoke(devices, ["--json"]).stdout)
     assert [device["name"] for device in as_json] == device_names()
     assert next(device for device in as_json if device["name"] == "gb10")["peak_int8_tops"] is None

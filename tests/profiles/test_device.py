@@ -78,6 +78,12 @@ def test_a_damaged_file_is_a_sentence(tmp_path_factory: pytest.TempPathFactory, 
         load_device("x", folder)
 
 
+def test_a_field_that_is_missing_is_mended_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('title = "X"')
+    with pytest.raises(VlmcError, match=rf"lacks the field.*To mend it: mend {tmp_path / 'x.toml'}\."):
+        load_device("x", tmp_path)
+
+
 def test_a_misspelt_field_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text((FOLDER / "cpu.toml").read_text() + "\nmemory_bg = 3\n")
     with pytest.raises(VlmcError, match="memory_bg"):

@@ -158,9 +158,11 @@ def test_a_set_of_labels_is_read(label_set: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "Line 1 of the evaluation set .* is no picture with labels"),
-        ('{"image": "a.png"}', "KeyError: 'label'"),
-        ('{"image": "a.png", "labels": []}', "is no picture with labels"),
+        ("{", r"bad\.jsonl, line 1 is not valid JSON"),
+        ('{"image": "a.png"}', "line 1 lacks 'label'"),
+        ('{"image": "a.png", "label": 1}', "line 1 has no text in 'label'"),
+        ('{"image": "a.png", "labels": []}', "line 1 has no list of texts in 'labels'"),
+        ('{"image": "a.png", "labels": "xy"}', "line 1 has no list of texts in 'labels'"),
         ('{"image": "gone.png", "label": "x"}', "picture that is not there"),
         ('{"image": "a.png", "label": "x"}', "fewer than 2 labels"),
         ("", "fewer than 2 labels"),
@@ -173,7 +175,7 @@ def test_a_bad_set_is_one_sentence(text: str, says: str, label_set: Path, tmp_pa
 
 
 def test_a_set_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(VlmcError, match="cannot be read"):
+    with pytest.raises(VlmcError, match="There is no evaluation set"):
         read_labels(tmp_path / "none.jsonl", 9)
 
 
@@ -221,6 +223,17 @@ def test_profile_measures_reports_and_judges(measurable: Artifact, label_set: Pa
         "recall_at_1": (3, 4),  # nothing is known of "something nice", and the first picture is as near as any
     }
     assert [answer.right for answer in report.kept.answers] == [True, True, False, True]
+
+
+def test_a_label_that_cannot_be_read_is_named_before_anything_is_measured(
+    measurable: Artifact, label_set: Path
+) -> None:
+    with label_set.open("a") as file:
+        file.write('{"image": "a.png", "label": "\\ud800"}\n')
+    command = [str(measurable.root), "--set", str(label_set)]
+    with pytest.raises(VlmcError, match=r"labels\.jsonl, line 5: The prompt is not valid Unicode text"):
+        CliRunner().invoke(profile, command, catch_exceptions=False, standalone_mode=False)
+    assert not (measurable.root / "profile").exists()
 
 
 def test_what_it_does_not_do_is_in_no_table(measurable: Artifact) -> None:

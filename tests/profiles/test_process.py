@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,17 @@ def test_a_module_gets_its_arguments_and_takes_none_of_its_own_from_the_working_
     monkeypatch.setattr(subprocess, "run", lambda asked, **_: started.append(asked) or answer)
     limits.measure(1)
     assert started == [command(sys.executable, "vlmc.profiles.limits", "1")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can end a process with its parent")
+def test_what_was_started_ends_with_its_parent_however_that_ends(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)")
+    starter = (
+        "import subprocess, sys; from vlmc.profiles.process import command; "
+        "subprocess.run(command(sys.executable, 'sleeper'))"
+    )
+    path = os.environ | {"PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", starter], env=path, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "here\n"
+        parent.kill()
+        parent.communicate(timeout=10)  # which waits until nobody has the pipe any more

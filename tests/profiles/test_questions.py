@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
-from vlmc.profiles.questions import Question, examples, read_set, refuse_calibrated
+from vlmc.profiles.questions import Question, examples, read_set, refuse_calibrated, refuse_unaskable
 from vlmc.runtime.images import picture_hash
 
 
@@ -30,11 +31,21 @@ def test_a_plain_row_needs_no_task_and_no_facts(question_set: Path) -> None:
     ("text", "found"),
     [
         ("", "holds no questions"),
-        ("not json\n", "Line 1 of the evaluation set"),
-        ('{"prompt": "x", "answer": "y"}\n', "KeyError: 'image'"),
-        ('{"image": "gone.png", "prompt": "x", "answer": "y"}\n', "a picture that is not there"),
-        ('{"image": "a.png", "prompt": "x", "answer": "y", "facts": 3}\n', "is no question"),
+        ("\n\nnot json", r"set\.jsonl, line 3 is not valid JSON"),
+        ("null", "line 1 is no JSON object. Found: NoneType"),
+        ("[" * 100_000, "line 1 is not valid JSON. Found: maximum recursion"),
+        (" " * (1 << 20), "line 1 is longer than 1048576 characters"),
+        ('{"prompt": "x", "answer": "y"}', "line 1 lacks 'image'. Expected: one"),
+        ('{"image": "a.png", "prompt": "x"}', "line 1 lacks 'answer'"),
+        ('{"image": "a.png", "prompt": "x", "answer": 1}', "line 1 has no text in 'answer'. Found: 1. "),
+        ('{"image": "a.png", "prompt": null, "answer": "y"}', "line 1 has no text in 'prompt'. Found: null"),
+        ('{"image": "gone.png", "prompt": "x", "answer": "y"}', "line 1 names a picture that is not there"),
+        ('{"image": "%s", "prompt": "x", "answer": "y"}' % ("a" * 300), "names a picture that is not there"),
+        ('{"image": "a.png", "prompt": "x", "answer": "y", "task": 3}', "no text in 'task'"),
+        ('{"image": "a.png", "prompt": "x", "answer": "y", "facts": 3}', "no list of texts in 'facts'"),
+        ('{"image": "a.png", "prompt": "x", "answer": "y", "facts": ["z", 3]}', "no list of texts in 'facts'"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_bad_set_is_a_sentence(question_set: Path, text: str, found: str) -> None:
     question_set.write_text(text)
@@ -43,8 +54,13 @@ def test_a_bad_set_is_a_sentence(question_set: Path, text: str, found: str) -> N
 
 
 def test_a_missing_set_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(VlmcError, match="cannot be read"):
+    with pytest.raises(VlmcError, match="There is no evaluation set"):
         read_set(tmp_path / "absent.jsonl", 5)
+    with pytest.raises(VlmcError, match=r"The evaluation set .* cannot be read. Found: Is a directory"):
+        read_set(tmp_path, 5)
+    (tmp_path / "latin1.jsonl").write_bytes(b"\xe9")
+    with pytest.raises(VlmcError, match="is not UTF-8 text"):
+        read_set(tmp_path / "latin1.jsonl", 5)
 
 
 @settings(max_examples=30)
@@ -64,6 +80,29 @@ def test_examples_show_other_pictures_and_tasks_in_turn() -> None:
     assert [asked[index].task for index in chosen] == ["caption", "counts", "places", "caption"]
     assert len(examples(asked, 99)) == 4
     assert examples([], 4) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        ({"prompt": "Is it <image>?"}, "line 2: The question contains the token that stands for a picture"),
+        ({"prompt": "\ud800"}, "line 2: The prompt is not valid Unicode text"),
+        ({"prompt": "word " * 16}, "line 2: The prompt is longer than the KV cache. Found: 17 tokens"),
+        ({"image": "broken.png"}, r"line 2: .*broken\.png is not a picture that vlmc reads"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_is_named(
+    artifact: Artifact, question_set: Path, bad: dict[str, str], found: str
+) -> None:
+    (question_set.parent / "broken.png").write_text("no picture")
+    good = {"image": "a.png", "prompt": "word " * 15, "answer": "y"}
+    question_set.write_text(f"{json.dumps(good)}\n{json.dumps(good | bad)}\n")
+    first, second = read_set(question_set, 5)
+    checked: list[int] = []
+    refuse_unaskable(artifact, [first, first], checked.append)
+    assert checked == [0, 1]
+    with pytest.raises(VlmcError, match=rf"set\.jsonl, {found}"):
+        refuse_unaskable(artifact, [first, second], checked.append)
 
 
 class Folder:

@@ -36,7 +36,7 @@ def test_cut_anywhere_the_whole_rows_are_left_and_writing_can_go_on(
     assert samples.read(path) == [*ROWS[:whole], ROWS[0]]
 
 
-@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"index": 1}', b'{"kind": 3}', b"\xff\xfe"])
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"index": 1}', b'{"kind": 3}', b"\xff\xfe", b"[" * 100_000])
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"kind": "open"}\n' + line + b"\n")

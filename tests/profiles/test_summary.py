@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,61 @@ def test_where_every_variant_failed_the_reasons_are_told(folder: Path) -> None:
     for path in (folder / "samples").glob("*.jsonl"):
         path.unlink()
     with pytest.raises(VlmcError, match=r"Broken: its process was killed"):
+        summarize(folder)
+
+
+def test_a_variant_that_failed_before_the_last_question_has_no_accuracy_and_says_why(folder: Path) -> None:
+    """Of the rest of its answers there would be one, of other questions than the others' are."""
+    record = folder / "samples" / "run.json"
+    run = json.loads(record.read_text())
+    run["failures"]["Int8"] = "its process was killed by SIGKILL."
+    run["settings"]["questions"] = 2
+    write_json(record, run)
+    report = summarize(folder)
+    assert variant(report, "Int8")["accuracy"] == "unavailable: its process was killed by SIGKILL."
+    assert report["comparisons"] == []
+    assert variant(report, "Float")["accuracy"]["overall"]["total"] == 2
+    run["settings"]["questions"] = 0
+    write_json(record, run)
+    assert variant(summarize(folder), "Int8")["accuracy"] == "unavailable: random weights"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("int8.jsonl", '"tokens": 4, "prompt_tokens"', '"tokens": "%s%n", "prompt_tokens"'),
+        ("int8.jsonl", '"tokens": 4, "prompt_tokens"', f'"tokens": 1{"0" * 400}, "prompt_tokens"'),
+        ("int8.jsonl", '"load_s": 0.5', '"load_s": NaN'),
+        ("run.json", '"int8": 4', '"int8": NaN'),
+        ("run.json", '"int8": 4', '"int8": 1e999'),
+        ("int8.jsonl", "", "a folder"),
+        ("int8.jsonl", "", "a link to itself"),
+        ("int8.jsonl", "", "a pipe"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_damage_is_told_in_one_sentence(folder: Path, file: str, old: str, new: str) -> None:
+    path = folder / "samples" / file
+    if old:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+    else:
+        path.unlink()
+        {"a folder": path.mkdir, "a pipe": lambda: os.mkfifo(path)}.get(new, lambda: path.symlink_to(path))()
+    with pytest.raises(VlmcError, match=r"/samples is damaged or of another version. Found: \w+Error "):
+        summarize(folder)
+
+
+@pytest.mark.parametrize("image", ["../../secret.txt", "{folder}/secret.txt", "examples/link"])
+def test_no_file_from_elsewhere_gets_into_the_report(folder: Path, image: str) -> None:
+    at = folder / "samples"
+    (folder.parent / "secret.txt").write_text("secret")
+    (at / "examples/link").symlink_to(folder.parent / "secret.txt")
+    image = image.format(folder=folder.parent)
+    assert (at / image).is_file()
+    (at / "run.json").write_text((at / "run.json").read_text().replace("examples/00.png", image))
+    with pytest.raises(VlmcError, match="leaves the folder"):
         summarize(folder)
 
 

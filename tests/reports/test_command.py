@@ -50,12 +50,24 @@ def test_the_only_profile_is_taken(artefact: Path) -> None:
 
 
 def test_a_profile_that_is_not_there_is_named_with_those_that_are(artefact: Path) -> None:
-    with pytest.raises(VlmcError, match=r"no profile for device 'orin'\. Found: cpu\."):
+    with pytest.raises(VlmcError, match=r"no profile for device 'orin'\. Found: cpu\. To mend it: choose one of these"):
         profile_folder(artefact, "orin")
+    with pytest.raises(VlmcError, match=r"There is no artefact .*nowhere\. To mend it: check the path"):
+        profile_folder(artefact / "nowhere", "")
     with pytest.raises(VlmcError, match=r"no profile\. Found: none\. To mend it: run `vlmc profile"):
         profile_folder(artefact / "profile", "")
     with pytest.raises(VlmcError, match="no profile for device"):
         profile_folder(artefact, "../profile/cpu")
+
+
+@pytest.mark.parametrize("name", ["profile", "profile/cpu", "profile/cpu/samples"])
+def test_a_profile_that_is_a_link_out_of_the_artefact_is_refused(name: str, artefact: Path) -> None:
+    (artefact / "profile" / "cpu" / "samples").mkdir()
+    outside = artefact.parent / f"{artefact.name}-outside"
+    (artefact / name).rename(outside)
+    (artefact / name).symlink_to(outside)
+    with pytest.raises(VlmcError, match=f"'{name}' leaves the folder"):
+        profile_folder(artefact, "")
 
 
 def test_of_several_profiles_one_has_to_be_chosen(artefact: Path) -> None:

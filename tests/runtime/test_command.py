@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden
+from vlmc.runtime.backends import openvino
 from vlmc.runtime.command import run as command
 
 NOT_AT_RUNTIME = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "psutil")
@@ -84,7 +85,7 @@ def test_wrong_input_is_a_sentence(built_copy: Path, question: list[str], tmp_pa
         ([built_copy, tmp_path / "gone.png", "-p", "?"], "There is no picture"),
         ([built_copy, text, "-p", "?"], "is not a picture"),
         ([tmp_path, *question], "is no artefact"),
-        ([built_copy, *question, "--device", "rpi5"], "no build for device rpi5. Found: cpu/int8"),
+        ([built_copy, *question, "--device", "nope"], "no build for device nope. Found: cpu/int8. To mend it: choose"),
         ([built_copy, *question, "--recipe", "w4"], "no build for recipe w4"),
         ([built_copy, "-p", "boats " * 200], "longer than the KV cache"),
         ([built_copy, "-p", "<image>"], "contains the token that stands for a picture"),
@@ -95,6 +96,39 @@ def test_wrong_input_is_a_sentence(built_copy: Path, question: list[str], tmp_pa
         assert result.stdout == ""
 
 
+def test_a_build_that_lacks_an_engine_is_a_sentence(built_copy: Path, question: list[str]) -> None:
+    path = built_copy / "engines" / "cpu" / "int8.json"
+    record = json.loads(path.read_text())
+    del record["choices"]["decoder"]
+    path.write_text(json.dumps(record))
+    result = run(built_copy, *question)
+    assert "names no engine for the decoder. To mend it: run `vlmc build" in str(result.exception)
+
+
+def test_the_newest_build_that_can_run_here_answers(
+    built_copy: Path, question: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Pi: one for the Pi was made on another machine, which itself kept OpenVINO; an Orin's waits for the Orin."""
+
+    def add(device: str, backend: str, hour: int) -> None:
+        record = json.loads((built_copy / "engines" / "cpu" / "int8.json").read_text())
+        record |= {"device": device, "created": f"2999-01-01T0{hour}:00:00+00:00", "remaining": "Measure it there."}
+        record["choices"]["vision_encoder"]["engine"] = f"{backend}-int8"
+        (built_copy / "engines" / device).mkdir()
+        (built_copy / "engines" / device / "int8.json").write_text(json.dumps(record))
+
+    def said() -> str:
+        return str(run(built_copy, *question).exception)
+
+    add("rpi5", "onnxruntime", 1)
+    add("laptop", "openvino", 2)
+    add("orin", "handover", 3)
+    monkeypatch.setattr(openvino, "unavailable", lambda: "openvino is not installed")
+    assert "There is no engine onnxruntime-fp32 of embed_tokens for device 'rpi5'" in said()
+    monkeypatch.setattr(openvino, "unavailable", lambda: "")
+    assert "for device 'laptop'" in said()
+
+
 def test_a_build_without_a_build_says_how_to_make_one(tiny: Artifact, question: list[str]) -> None:
     result = run(tiny.root, *question)
     assert "holds no build. Found: none. To mend it: run `vlmc build" in str(result.exception)
@@ -103,4 +137,5 @@ def test_a_build_without_a_build_says_how_to_make_one(tiny: Artifact, question: 
 def test_wrong_usage_is_clicks(built: Artifact, question: list[str]) -> None:
     assert run(built.root).exit_code == 2
     assert run(built.root, *question, "--max-tokens", 0).exit_code == 2
-    assert run(built.root, *question, "--threads", -1).exit_code == 2
+    for threads in (-1, 100_000, 10**20):
+        assert run(built.root, *question, "--threads", threads).exit_code == 2

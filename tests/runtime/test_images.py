@@ -120,7 +120,7 @@ def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path: Path) -> None:
         "x" * 300: "cannot be read",
         "nul\0.png": "cannot be read",
     }.items():
-        with pytest.raises(VlmcError, match=reason):
+        with pytest.raises(VlmcError, match=rf"{reason}.* To mend it: "):
             open_image(tmp_path / name)
 
 
@@ -136,7 +136,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(side: int, tmp_pat
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     bomb = tmp_path / "bomb.png"
     bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + encoded(COLOURS, "PNG")[33:])
-    with pytest.raises(VlmcError, match="too many pixels"):
+    with pytest.raises(VlmcError, match=r"too many pixels.* To mend it: save it smaller"):
         open_image(bomb)
 
 
