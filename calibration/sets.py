@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 from ..errors import VlmcError
 from ..files import sha256_of
+from ..profiles.questions import read_lines
 from ..runtime.images import open_image, picture_hash
 
-MAX_LINE = 1 << 20  # characters
 _FORM = 'one {"image": …, "prompt": …} a line'
 
 
@@ -55,7 +54,8 @@ def load_set(path: Path, limit: int = 0) -> CalibrationSet:
     digest = hashlib.sha256()
     rows: list[Row] = []
     pictures: dict[Path, tuple[str, str]] = {}  # path: (sha256 of the file, picture_hash)
-    for values, where in islice(_lines(path), limit or None):
+    for line in islice(read_lines(path, "calibration set", _FORM), limit or None):
+        values, where = dict(line.values), line.where
         row = _row(values, path.parent, where)
         if row.image not in pictures:
             pictures[row.image] = _hashes(row.image, where)
@@ -75,36 +75,6 @@ def demo_set(folder: Path, count: int) -> CalibrationSet:
     path = folder / "demo.jsonl"
     path.write_text("\n".join(lines[i * tasks + i % tasks] for i in range(count)), encoding="utf-8")
     return load_set(path)
-
-
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a JSONL file, each with its place for messages; blank lines are passed over."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            number = 0
-            while line := file.readline(MAX_LINE):
-                number += 1
-                where = f"{path}, line {number}"
-                if len(line) == MAX_LINE:
-                    raise VlmcError(f"{where} is longer than {MAX_LINE} characters", expected=_FORM)
-                if line.strip():
-                    yield _parse(line, where), where
-    except FileNotFoundError:
-        raise VlmcError(f"There is no calibration set {path}", fix="check the path") from None
-    except UnicodeDecodeError as error:
-        raise VlmcError(f"{path} is not UTF-8 text", found=str(error), expected=_FORM) from None
-    except OSError as error:
-        raise VlmcError(f"{path} cannot be read", found=error.strerror or str(error)) from None
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise VlmcError(f"{where} is not valid JSON", found=str(error), expected=_FORM) from None
-    if not isinstance(values, dict):
-        raise VlmcError(f"{where} is no JSON object", found=type(values).__name__, expected=_FORM)
-    return values
 
 
 def _row(values: dict[str, Any], folder: Path, where: str) -> Row:

@@ -72,6 +72,8 @@ class Line:
 def read_lines(path: Path, what: str, form: str) -> Iterator[Line]:
     """The lines of a file in JSON Lines, which is `what`, blank ones passed over. A file that cannot be read is a
     VlmcError, and so is a line that is no object."""
+    if path.exists() and not path.is_file():  # a folder, or a pipe that may never end
+        raise VlmcError(f"The {what} {path} cannot be read", found="it is no file", fix="check the path")
     try:
         with path.open(encoding="utf-8") as file:
             number = 0

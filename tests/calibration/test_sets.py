@@ -12,8 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from vlmc.calibration.sets import MAX_LINE, CalibrationSet, demo_set, load_set
+from vlmc.calibration.sets import CalibrationSet, demo_set, load_set
 from vlmc.errors import VlmcError
+from vlmc.profiles.questions import MAX_LINE
 
 
 @pytest.fixture

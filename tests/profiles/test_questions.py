@@ -56,7 +56,7 @@ def test_a_bad_set_is_a_sentence(question_set: Path, text: str, found: str) -> N
 def test_a_missing_set_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(VlmcError, match="There is no evaluation set"):
         read_set(tmp_path / "absent.jsonl", 5)
-    with pytest.raises(VlmcError, match=r"The evaluation set .* cannot be read. Found: Is a directory"):
+    with pytest.raises(VlmcError, match=r"The evaluation set .* cannot be read. Found: it is no file"):
         read_set(tmp_path, 5)
     (tmp_path / "latin1.jsonl").write_bytes(b"\xe9")
     with pytest.raises(VlmcError, match="is not UTF-8 text"):
