@@ -34,6 +34,8 @@ def mended_by(fix: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What a foreign exception says, in one line of at most 300 characters; its type's name where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """What a foreign exception says, in one line of at most 300 characters and with what its first line announces by a
+    colon; its type's name where it says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    end = next((index for index, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    return " ".join(lines[: end + 1])[:300] or type(error).__name__

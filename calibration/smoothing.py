@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..exporter.onnx_ops import is_rms_norm
+
 # Operations that move whole channels about, by torch's names for them.
 MOVES = {
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"),
@@ -143,15 +145,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 @torch.no_grad()
 def absorbs(module: nn.Module) -> bool:
     """Whether dividing the module's weight and bias divides its output channels: true of linear layers, and of norms
-    that multiply by their weight (not of those that multiply by 1 + weight)."""
+    that multiply by their weight (not of those that multiply by 1 + weight) and are one node of the graph, where the
+    plan is to find them (not of those that are written out in arithmetic)."""
     if isinstance(module, nn.Linear):
         return True
     weight = getattr(module, "weight", None)
-    if (
-        not type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
-        or not isinstance(weight, Tensor)
-        or weight.dim() != 1
-    ):
+    one_node = type(module).forward is nn.LayerNorm.forward or is_rms_norm(module)
+    if not one_node or not isinstance(weight, Tensor) or weight.dim() != 1:
         return False
     divided = copy.deepcopy(module)
     divisor = torch.linspace(1, 2, len(weight))

@@ -17,9 +17,10 @@ from typing import Any
 from torch import nn
 
 from ..artifact import Artifact, Source
-from ..errors import VlmcError, reason
+from ..errors import VlmcError, mended_by, reason
 from ..files import read_json, sha256_of
 from .family import Family, family_for
+from .inspection import AGAIN, check_sizes, making
 
 PRESETS = Path(__file__).parent / "presets"
 DEMO = Path(__file__).parent.parent / "demo" / "model"
@@ -99,18 +100,10 @@ def load_model(checkpoint: Checkpoint) -> nn.Module:
 
     logging.disable_progress_bar()  # vlmc shows its own
     family, random = checkpoint.family, checkpoint.source.random_weights
-    try:
+    with making("config.json" if random else "weights", checkpoint.folder):
         model = (
             family.randomise(checkpoint.config, checkpoint.source.seed) if random else family.load(checkpoint.folder)
         )
-    except VlmcError:
-        raise
-    except Exception as error:  # safetensors, transformers and the disk each raise their own
-        raise VlmcError(
-            f"No model can be made of the {'config' if random else 'weights'} in {checkpoint.folder}",
-            found=reason(error),
-            fix="download the checkpoint again; it may be truncated or of another model",
-        ) from None
     model.eval().requires_grad_(False)
     family.use_canonical_attention(model)
     return model
@@ -195,8 +188,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             expected="a folder with config.json and safetensors",
             fix="name that folder; the bundled model is `demo`, without a path",
         )
-    config = read_json(folder / "config.json")
+    with mended_by(AGAIN):
+        config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise VlmcError(f"{folder / 'config.json'} names no model_type", fix="use a transformers checkpoint")
     family_for(config["model_type"], str(folder))
+    check_sizes(config, folder / "config.json")
     return config

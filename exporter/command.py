@@ -20,10 +20,14 @@ if TYPE_CHECKING:  # torch and rich's bars are imported where they are used
 @click.command()
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the artefact.")
-@click.option("--capacity", default=1024, show_default=True, type=click.IntRange(1), help="Positions in the KV cache.")
+@click.option(
+    "--capacity", default=1024, show_default=True, type=click.IntRange(1, 1 << 20), help="Positions in the KV cache."
+)
 @click.option("--random-weights", is_flag=True, help="A preset or config of true size with seeded random weights.")
-@click.option("--seed", default=0, show_default=True, help="Of the random weights.")
-@click.option("--cases", type=click.IntRange(1), default=None, help="Golden pictures (16; 2 with random weights).")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=None, help="Of the random weights (0).")
+@click.option(
+    "--cases", type=click.IntRange(1, 1000), default=None, help="Golden pictures (16; 2 with random weights)."
+)
 @click.option(
     "--pictures", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="JSONL set to take goldens from."
 )
@@ -34,7 +38,7 @@ def export(
     output: Path,
     capacity: int,
     random_weights: bool,
-    seed: int,
+    seed: int | None,
     cases: int | None,
     pictures: Path | None,
     force: bool,
@@ -49,7 +53,9 @@ def export(
     from .export import Options
     from .export import export as run
 
-    resolved = checkpoint.resolve(model, random_weights, seed)
+    if seed is not None and not random_weights:
+        raise click.UsageError("--seed is of --random-weights, which was not given.")
+    resolved = checkpoint.resolve(model, random_weights, seed or 0)
     if isinstance(resolved.family, matching.MatchingFamily):
         run = matching.export
     options = Options(capacity, cases or (2 if random_weights else 16), pictures, force=force)

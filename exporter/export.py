@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import inspect
 import json
 import platform
 import shutil
@@ -32,11 +33,13 @@ from ..artifact import (
     write_record,
 )
 from ..errors import VlmcError
-from ..files import inside, sha256_of, staged_folder
+from ..files import inside, read_json, sha256_of, staged_folder
 from ..profiles import memory
 from ..records import to_json
-from ..runtime.images import picture_hash
-from . import checkpoint, golden, graph, parity, processor
+from ..runtime import preprocessing
+from ..runtime.images import open_image, picture_hash
+from ..runtime.prompt import Tokenizer, render
+from . import checkpoint, golden, graph, inspection, parity, processor
 from .family import Components
 from .torch_runner import torch_session
 
@@ -166,13 +169,21 @@ def _make(kind: Kind, model: checkpoint.Checkpoint, stage: Path, options: Option
     """All but the parity ladder. PyTorch's model does not outlive this function."""
     finished = _take_up(stage, report)
     # What is quick to refuse comes first; graphs take a minute.
+    kv = model.family.kv(inspection.sketch(model), options.capacity)
+    inspection.require_memory(
+        f"A KV cache of {kv.capacity:,} positions",
+        4 * 2 * kv.layers * kv.kv_heads * kv.capacity * kv.head_dim,  # float32 keys and values
+        "export with a smaller --capacity",
+    )
     described = kind.describe(model, stage)
     cases = golden.write_pictures(stage, options.cases, options.picture_set)
+    if kv.capacity:  # models that match have no cache
+        _require_room(described, cases, stage, kv.capacity)
     report("loading the weights", 0, 0)
     with checkpoint.watched(lambda done, total: report("loading the weights", done, total)):
         torch_model = checkpoint.load_model(model)
-    parts = model.family.split(torch_model)
-    kv = model.family.kv(torch_model, options.capacity)
+    with inspection.making("config.json", model.folder):  # which may name sizes that do not go together
+        parts = model.family.split(torch_model)
     modules = parts.items()
     specs: dict[str, ComponentSpec] = {}
     for index, (name, component) in enumerate(modules):
@@ -194,7 +205,7 @@ def _make(kind: Kind, model: checkpoint.Checkpoint, stage: Path, options: Option
         kv=kv,
         parity=(),
         files=_files(stage, finished),
-        versions=tool_versions(),
+        versions=_versions(model),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **kind.complete(described, parts, specs),
     )
@@ -204,6 +215,22 @@ def _make(kind: Kind, model: checkpoint.Checkpoint, stage: Path, options: Option
         report("goldens from PyTorch", done, len(cases))
     write_record(stage / "manifest.json", replace(manifest, files=_files(stage, finished)))
     return Artifact(stage)
+
+
+def _require_room(described: dict[str, Any], cases: Sequence[golden.Case], stage: Path, capacity: int) -> None:
+    """Raises where a golden case surely fills more than the KV cache."""
+    prompt, prepare = described["prompt"], preprocessing.load(described["preprocessing"])
+    tokenizer = Tokenizer(stage / "tokenizer.json")
+    for case in cases:
+        texts = prepare([open_image(stage / case.image)]).image_texts
+        length = len(tokenizer.encode(render(prompt, case.prompt, texts)))
+        if length - 1 > capacity:  # the decoder may not read the last token; `Session.check_length` is exact
+            raise VlmcError(
+                "A golden picture with its question is longer than the KV cache",
+                found=f"{length} tokens",
+                expected=f"at most {capacity}",
+                fix="export with a larger --capacity, or with smaller --pictures",
+            )
 
 
 def _write_graph(
@@ -236,7 +263,7 @@ def _files(stage: Path, finished: Mapping[str, Finished]) -> dict[str, FileSpec]
 
 def _key(model: checkpoint.Checkpoint, options: Options) -> str:
     """Stands for all that decides what an export comes to."""
-    decides = [to_json(model.source), options.capacity, golden_options(options), tool_versions()]
+    decides = [to_json(model.source), options.capacity, golden_options(options), _versions(model)]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -273,7 +300,7 @@ def existing(model: checkpoint.Checkpoint, target: Path, options: Options) -> Ar
     """The artefact at `target` where it holds this very export; anything else there is refused unless forced."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
-    if not (target / "manifest.json").is_file():
+    if not _is_artefact(target):
         raise VlmcError(f"{target} exists and is no artefact", fix="choose another folder with -o")
     if options.force:
         return None
@@ -286,12 +313,20 @@ def existing(model: checkpoint.Checkpoint, target: Path, options: Options) -> Ar
         raise VlmcError(error.what, found=error.found, expected=error.expected, fix=fix) from None
     same = found.manifest.source.sha256 == model.source.sha256 and found.manifest.kv.capacity == options.capacity
     same = same and golden.made_from(found) == golden_options(options)
-    if same and found.manifest.versions == tool_versions():
+    if same and found.manifest.versions == _versions(model):
         return found
     raise VlmcError(
         f"{target} already holds an export of {found.manifest.name!r}, made from other weights, options or versions",
         fix="choose another folder with -o, or replace it, engines and all, with --force",
     )
+
+
+def _is_artefact(folder: Path) -> bool:
+    """Whether its manifest is one of vlmc's, of whatever schema."""
+    with contextlib.suppress(VlmcError):
+        manifest = read_json(folder / "manifest.json")
+        return isinstance(manifest, dict) and manifest.keys() >= {"schema", "family", "components"}
+    return False
 
 
 def golden_options(options: Options) -> dict[str, Any]:
@@ -304,6 +339,11 @@ def golden_options(options: Options) -> dict[str, Any]:
             digest.update(f"{json.dumps([prompt, task])}\n{picture_hash(image)}\n".encode())
         pictures = digest.hexdigest()
     return {"pictures": pictures, "cases": options.cases, "max_new_tokens": options.max_new_tokens}
+
+
+def _versions(model: checkpoint.Checkpoint) -> dict[str, str]:
+    """Of all that makes the artefact, the family's own module included: its author changes nothing else."""
+    return tool_versions() | {"family": sha256_of(Path(inspect.getfile(type(model.family))))[:12]}
 
 
 def tool_versions() -> dict[str, str]:

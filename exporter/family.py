@@ -9,8 +9,9 @@ import copy
 import difflib
 import importlib
 import pkgutil
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -167,7 +168,8 @@ class Family(ABC):
         return self
 
     def own_processor(self, folder: Path) -> OwnProcessor | None:
-        """For checkpoints that transformers has no processor for; None where it has one, as it mostly has."""
+        """For checkpoints that transformers has no processor for, or one that writes another text around a picture than
+        processor.py knows; None where it has one that does, as it mostly has."""
         return None
 
     @abstractmethod
@@ -191,6 +193,9 @@ class Family(ABC):
         size = model.config.vision_config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width
+
+
+_NUMBERED = re.compile(r"(?<=\.)(\d+)\.")  # the first number in a weight's name
 
 
 class Composed(nn.Module):
@@ -226,33 +231,46 @@ def decoder_config(model_type: str, original: dict[str, Any]) -> Any:
 
 def loaded(kind: Any, folder: Path) -> nn.Module:
     """The checkpoint as that class of transformers, in float32, with all of its weights there and no remote code."""
-    model, report = kind.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    require_all(report, folder)
+    model, missing = _made(kind, folder, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    require_all(missing, folder)
     return model  # type: ignore[no-any-return]
 
 
 def from_tensors(kind: Any, config: Any, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:
     """That class of transformers with these weights in float32, and the names of those that it lacks."""
+    return _made(kind, None, config=config, state_dict=weights)
+
+
+def _made(kind: Any, folder: Path | None, **given: Any) -> tuple[Any, list[str]]:
+    """What transformers makes of that, and the names of the weights that it lacks; one of another shape is refused."""
     model, report = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **given
     )
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise VlmcError(
+            f"The checkpoint's weight {name} has another shape than config.json gives it",
+            found=str(tuple(found)),
+            expected=str(tuple(expected)),
+            fix="download the checkpoint again; its config.json may be of another model",
+        )
+    known = [f"{name}." for name, _ in model.named_modules()]
+    for name in sorted(report["unexpected_keys"]):
+        layers, *number = _NUMBERED.split(name, maxsplit=1)[:2]
+        if number and f"{layers}0." in known and f"{layers}{number[0]}." not in known:
+            raise VlmcError(
+                f"The checkpoint has more layers than its config.json says: {layers}{number[0]}",
+                found=name,
+                fix="download the checkpoint again; its config.json may be of another model",
+            )
     return model, sorted(report["missing_keys"])
 
 
-def require_all(report: dict[str, Any], folder: Path) -> None:
-    """Raises where transformers' report on loading names weights that the checkpoint does not have."""
-    missing = sorted(report["missing_keys"])
+def require_all(missing: Collection[str], folder: Path) -> None:
+    """Raises where there are names of weights that the checkpoint does not have."""
     if missing:
         raise VlmcError(
             f"The checkpoint {folder} lacks {len(missing)} weights",
-            found=f"no {', '.join(missing[:3])}",
+            found=f"no {', '.join(sorted(missing)[:3])}",
             fix="download it again; a complete checkpoint holds every weight that its config.json names",
         )
 

@@ -80,6 +80,11 @@ def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
     return functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
 
 
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether a graph has the module as one RMSNormalization: by transformers' names, for each model has its own."""
+    return type(module).__name__.endswith("RMSNorm")
+
+
 def tensor_scatter(past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
     """TensorScatter-24 on axis 2: update (1, kv_heads, length, dim) written into past (1, kv_heads, capacity, dim) at
     write_index (1,). Outside of export it writes in place, as every engine does."""
@@ -167,10 +172,9 @@ def canonical_operators(component: nn.Module) -> Iterator[None]:
     """While open, the component's RMS norms and rotary embeddings go through this module."""
     with contextlib.ExitStack() as stack:
         for module in component.modules():
-            name = type(module).__name__
-            if name.endswith("RMSNorm"):
+            if is_rms_norm(module):
                 stack.enter_context(mock.patch.object(module, "forward", rms_norm.__get__(module)))
-            if name.endswith("Attention"):
+            if type(module).__name__.endswith("Attention"):
                 source = __import__(type(module).__module__, fromlist=["_"])
                 if hasattr(source, "apply_rotary_pos_emb"):
                     stack.enter_context(mock.patch.object(source, "apply_rotary_pos_emb", rotate))

@@ -106,5 +106,6 @@ def require(level: ParityLevel) -> None:
             f"The ONNX graph of {level.component} does not compute what PyTorch does ({level.level})",
             found=level.detail or f"max abs {level.max_abs:.3g}, cosine {level.cosine:.6f}",
             expected=f"PyTorch's tokens, but for ties below {TIE}" if level.component == "all" else near,
-            fix="report it with the model's name; nothing was written, for engines built on it would be wrong",
+            fix="report it with the model's name; for a family of your own see docs/add-a-model.md; nothing was "
+            "written, for engines built on it would be wrong",
         )

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import PromptSpec
-from ..errors import VlmcError
+from ..errors import VlmcError, reason
 from ..files import read_json, write_text
 from ..runtime import preprocessing
 from .family import OwnProcessor, all_families
+from .inspection import AGAIN, read_settings
 
 _QUESTION = "vlmc-question"  # stands for the question while the chat template is rendered
 
@@ -62,11 +63,26 @@ def _read(folder: Path, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
             found=kind,
             expected="one of " + ", ".join(difflib.get_close_matches(kind, _KINDS, n=len(_KINDS), cutoff=0.0)),
         )
+    describe_pictures, processors = _KINDS[kind]
+    if (named := _processor_class(folder)) not in (None, *processors):
+        raise VlmcError(
+            f"The processor in {folder} may write another text around a picture than vlmc knows of {kind}",
+            found=str(named),
+            expected=" or ".join(processors),
+            fix="the model's family can say it itself (`own_processor`, docs/add-a-model.md)",
+        )
     with reading("processor", folder):
-        described = _KINDS[kind](pictures.to_dict(), settings, tokenizer)
+        described = describe_pictures(pictures.to_dict(), settings, tokenizer)
         if described["kind"] == "qwen2_5_vl":  # which pictures' parts see one another is the model's affair
             described["window"] = read_json(folder / "config.json")["vision_config"].get("window_size", 112)
         return settings.get("chat_template"), described
+
+
+def _processor_class(folder: Path) -> Any:
+    """The name of transformers' class that joins pictures and text, from the first file that says it."""
+    files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+    said = (read_settings(folder / name).get("processor_class") for name in files if (folder / name).is_file())
+    return next(filter(None, said), None)
 
 
 def save_tokenizer(folder: Path, target: Path) -> None:
@@ -110,12 +126,7 @@ def reading(what: str, folder: Path) -> Iterator[None]:
     except (VlmcError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in the tokenizer library's Rust code is no Exception
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise VlmcError(
-            f"The {what} in {folder} cannot be used",
-            found=reason,
-            fix="fetch the checkpoint's files again, all of them",
-        ) from None
+        raise VlmcError(f"The {what} in {folder} cannot be used", found=reason(error), fix=AGAIN) from None
 
 
 def _idefics3(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -201,13 +212,16 @@ def _values(pictures: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_KINDS: dict[str, Callable[[dict[str, Any], dict[str, Any], Any], dict[str, Any]]] = {
-    "Idefics3ImageProcessor": _idefics3,
-    "SmolVLMImageProcessor": _idefics3,
-    "CLIPImageProcessor": describe_clip,
-    "LlavaImageProcessor": describe_clip,
-    "GotOcr2ImageProcessor": _internvl,
-    "Qwen2VLImageProcessor": _qwen2_5_vl,
+_Describe = Callable[[dict[str, Any], dict[str, Any], Any], dict[str, Any]]
+_IDEFICS3 = ("Idefics3Processor", "SmolVLMProcessor")
+# By transformers' picture processor: what describes it, with the text around a picture that these processors write.
+_KINDS: dict[str, tuple[_Describe, tuple[str, ...]]] = {
+    "Idefics3ImageProcessor": (_idefics3, _IDEFICS3),
+    "SmolVLMImageProcessor": (_idefics3, _IDEFICS3),
+    "CLIPImageProcessor": (describe_clip, ("LlavaProcessor",)),
+    "LlavaImageProcessor": (describe_clip, ("LlavaProcessor",)),
+    "GotOcr2ImageProcessor": (_internvl, ("InternVLProcessor",)),
+    "Qwen2VLImageProcessor": (_qwen2_5_vl, ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")),
 }
 
 

@@ -42,4 +42,6 @@ def test_a_foreign_exception_is_told_in_one_line() -> None:
     assert reason(ValueError("\n first line\nsecond line")) == "first line"
     assert reason(RuntimeError("x" * 1000)) == "x" * 300
     assert reason(MemoryError()) == "MemoryError"
+    assert reason(ValueError("Field 'a':\n  Value:\n is no number\nmore")) == "Field 'a': Value: is no number"
+    assert reason(ValueError("nothing follows:")) == "nothing follows:"
     assert reason(KeyError(" ")) == "' '"

@@ -35,7 +35,9 @@ def apply(model: ir.Model, plan: Plan, component: str) -> int:
         raise VlmcError(
             f"The plan {plan.recipe.name!r} names modules that the graph of {component} does not have",
             found=", ".join(missing[:3]),
-            fix="calibrate and export with the same version of vlmc",
+            expected="one named node for each",
+            fix="calibrate and export with the same version of vlmc; in a family of your own, a module that the graph "
+            "has as arithmetic, or under another name, cannot be quantised",
         )
     for path, divisor in absorbers.items():
         _absorb(model.graph, nodes[path], divisor)

@@ -22,7 +22,7 @@ from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
 from .. import onnx_ops
-from ..family import Components, Decoder, Family, OwnProcessor, require_all
+from ..family import Components, Decoder, Family, OwnProcessor, from_tensors, require_all
 from ..mobilenet_v5 import LAYOUTS, Layout, MobileNetV5
 
 _VISION = "model.vision_tower.timm_model."
@@ -134,19 +134,14 @@ class Gemma3n(Family):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 weights |= {name: file.get_tensor(name) for name in sorted(file.keys()) if ".audio_tower." not in name}
-        text, report = Gemma3nForCausalLM.from_pretrained(
-            None,
-            config=_text_config(config),
-            state_dict={name.replace(_TEXT, "model."): weights[name] for name in weights if name.startswith(_TEXT)},
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        own = {name.replace(_TEXT, "model."): weights[name] for name in weights if name.startswith(_TEXT)}
+        text, lacking = from_tensors(Gemma3nForCausalLM, _text_config(config), own)
         model = Model(config, text)
         parts: list[tuple[nn.Module, str]] = [(model.vision_tower, _VISION)]
         parts += [(getattr(model, name), f"model.{name}.") for name in ("embed_vision", "embed_audio")]
-        missing = {name.replace("model.", _TEXT, 1) for name in report["missing_keys"]}
+        missing = {name.replace("model.", _TEXT, 1) for name in lacking}
         missing |= {start + name for part, start in parts for name in part.state_dict() if start + name not in weights}
-        require_all({"missing_keys": missing}, folder)
+        require_all(missing, folder)
         for part, start in parts:
             part.load_state_dict({name: weights[start + name] for name in part.state_dict()})
         return model

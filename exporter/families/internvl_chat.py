@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import VlmcError
 from ...files import read_json
-from ..family import OwnProcessor, decoder_config, require_all
+from ..family import OwnProcessor, decoder_config, from_tensors, require_all
+from ..inspection import read_settings
 from ..sentence_piece import fast_tokenizer
 from .internvl import InternVl
 
@@ -80,10 +80,8 @@ class InternVlChat(InternVl):
         config, weights = _config(original), dict[str, Tensor]()
         for path in sorted(folder.glob("*.safetensors")):
             weights |= _renamed(load_file(path), original)
-        model, report = InternVLForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
-        )
-        require_all(report, folder)
+        model, missing = from_tensors(InternVLForConditionalGeneration, config, weights)
+        require_all(missing, folder)
         return model  # type: ignore[no-any-return]
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
@@ -184,7 +182,7 @@ def _tokenizer(folder: Path, config: dict[str, Any]) -> Any:
         from transformers import Qwen2Tokenizer
 
         return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-    added = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    added = read_settings(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     return fast_tokenizer(
         folder / "tokenizer.model",
         {int(id): str(token["content"]) for id, token in added.items()},

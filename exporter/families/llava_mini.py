@@ -19,7 +19,7 @@ from torch.nn import functional
 from ...errors import VlmcError
 from ...files import read_json
 from .. import onnx_ops
-from ..family import Components, Decoder, OwnProcessor, decoder_config, require_all
+from ..family import Components, Decoder, OwnProcessor, decoder_config, from_tensors, require_all
 from .llava import Llava, VisionEncoder, clip_tower
 
 _HEADS = 8  # of the compressor
@@ -132,13 +132,11 @@ class LlavaMini(Llava):
                 fix=f"put model.safetensors of {original.get('mm_vision_tower')} beside it, under another name",
             )
         own = {name: weights.pop(name) for name in list(weights) if name.startswith(("compressor.", "prefusion_"))}
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            None, config=_config(original), state_dict=weights, dtype=torch.float32, output_loading_info=True
-        )
+        model, lacking = from_tensors(LlavaForConditionalGeneration, _config(original), weights)
         _add_own(model, original)
         own = _apart(own)
         missing = {name for name in model.state_dict() if name.startswith(("compressor.", "prefusion_"))} - set(own)
-        require_all({"missing_keys": missing | set(report["missing_keys"])}, folder)
+        require_all(missing | set(lacking), folder)
         model.load_state_dict(own, strict=False)
         return model  # type: ignore[no-any-return]
 

@@ -11,13 +11,12 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ...errors import VlmcError
 from ...files import read_json
-from ..family import Components, Decoder, OwnProcessor, decoder_config, require_all
+from ..family import Components, Decoder, OwnProcessor, decoder_config, from_tensors, require_all
 from ..sentence_piece import fast_tokenizer
 from .llava import Llava, VisionEncoder, clip_tower
 
@@ -62,16 +61,11 @@ class MobileVlm(Llava):
         for path in sorted(folder.glob("*.safetensors")):
             weights |= {_renamed(name): weight for name, weight in load_file(path).items()}
         peg = {name.removeprefix("peg."): weights.pop(name) for name in list(weights) if name.startswith("peg.")}
-        model, report = LlavaForConditionalGeneration.from_pretrained(
-            None,
-            config=_config(read_json(folder / "config.json")),
-            state_dict=weights,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        config = _config(read_json(folder / "config.json"))
+        model, lacking = from_tensors(LlavaForConditionalGeneration, config, weights)
         model.peg = _peg(model)
         missing = {f"peg.{name}" for name in model.peg.state_dict() if name not in peg}
-        require_all({"missing_keys": missing | set(report["missing_keys"])}, folder)
+        require_all(missing | set(lacking), folder)
         model.peg.load_state_dict(peg)
         return model  # type: ignore[no-any-return]
 

@@ -113,7 +113,7 @@ class Moondream(Family):
         text, lacking = from_tensors(PhiForCausalLM, _text_config(config), parts["text"])
         missing += [f"text.{name}" for name in lacking]
         missing += [f"connector.{name}" for name in connector.state_dict() if name not in parts["connector"]]
-        require_all({"missing_keys": missing}, folder)
+        require_all(missing, folder)
         connector.load_state_dict(parts["connector"])
         return Composed(vision, connector, text)
 

@@ -30,6 +30,7 @@ from ..family import (
     require_all,
     standard_kv,
 )
+from ..inspection import read_settings
 from .llava import VisionEncoder, clip_tower
 
 _VISION = "model.vision_embed_tokens.img_processor.vision_model."
@@ -90,7 +91,7 @@ class Phi3V(Family):
         missing = [_VISION + name for name in lacking]
         decoder, lacking = from_tensors(Phi3ForCausalLM, _text_config(config), text)
         missing += lacking + [_CONNECTOR + name for name in connector.state_dict() if name not in between]
-        require_all({"missing_keys": missing}, folder)
+        require_all(missing, folder)
         connector.load_state_dict(between)
         return Composed(found, connector, decoder)
 
@@ -132,7 +133,7 @@ class Phi3V(Family):
         """The reference tokenises what stands before, between and behind pictures apart, each with the token that
         begins a text: that one stands behind every picture, too."""
         tower = _tower(read_json(folder / "config.json"))
-        pictures = read_json(folder / "preprocessor_config.json")
+        pictures = read_settings(folder / "preprocessor_config.json")
         tokenizer, begin = _tokenizer(folder)
         preprocessing = {
             "kind": "phi3_v",
@@ -198,7 +199,7 @@ def _tokenizer(folder: Path) -> tuple[Any, str]:
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = read_settings(folder / "tokenizer_config.json")
     tokenizer, begin = Tokenizer.from_file(str(folder / "tokenizer.json")), ""
     tokenizer.post_processor = processors.Sequence([])
     if settings.get("add_bos_token", True):

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from vlmc.calibration.observation import Observation
@@ -100,6 +101,25 @@ def test_a_norm_that_multiplies_by_one_plus_its_weight_cannot_absorb() -> None:
     nn.init.ones_(gemma.weight)
     assert not absorbs(gemma)
     assert found(Toy(lambda m, x: m.a(m.norm(x)) + 1, norm=gemma)) == {}
+
+
+class WrittenLayerNorm(nn.LayerNorm):
+    """Which no graph has as one node: what it makes is arithmetic, as in transformers' Cohere2LayerNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) + self.bias
+
+
+class NamedLayerNorm(nn.LayerNorm):
+    """That is torch's own, by another name."""
+
+
+def test_a_norm_that_is_written_out_cannot_absorb() -> None:
+    assert absorbs(NamedLayerNorm(WIDTH))
+    assert not absorbs(WrittenLayerNorm(WIDTH))
+    assert not absorbs(Cohere2LayerNorm(WIDTH))
+    assert found(Toy(lambda m, x: m.a(m.norm(x)) + 1, norm=WrittenLayerNorm(WIDTH))) == {}
 
 
 CASES: dict[str, Toy] = {

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -163,17 +166,37 @@ def test_missing_weights_are_named(folder: Path) -> None:
         load_model(resolve(str(folder)))
 
 
+@pytest.mark.parametrize("part", ["text", "vision"])
+def test_layers_that_the_config_leaves_out_are_not_left_out_silently(part: str, folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config[f"{part}_config"].update(num_hidden_layers=1))
+    with pytest.raises(VlmcError, match=r"more layers than its config.json says: model.\S+layers.1. Found: model.\S+"):
+        load_model(resolve(str(folder)))
+
+
 def test_weights_of_another_shape_are_one_sentence(folder: Path) -> None:
     edit(folder / "config.json", lambda config: config["text_config"].update(vocab_size=200))
-    with pytest.raises(VlmcError, match="No model can be made of the weights"):
+    says = r"weight \S+weight has another shape .* Found: \(336, 64\). Expected: \(200, 64\)"
+    with pytest.raises(VlmcError, match=says):
         load_model(resolve(str(folder)))
 
 
 @pytest.mark.parametrize("random", [False, True])
 def test_a_config_that_makes_no_model_is_one_sentence(random: bool, folder: Path) -> None:
-    edit(folder / "config.json", lambda config: config.update(text_config=5))
+    edit(folder / "config.json", lambda config: config["text_config"].update(model_type="nothing"))
     with pytest.raises(VlmcError, match="No model can be made of the"):
         load_model(resolve(str(folder), random))
+
+
+def test_transformers_prints_no_table_of_weights(folder: Path) -> None:
+    heard = QueueHandler(SimpleQueue())
+    logging.getLogger("transformers").addHandler(heard)
+    weights = load_file(folder / "model.safetensors")
+    weights["renamed"] = weights.pop("lm_head.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VlmcError, match=r"lacks 1 weights. Found: no lm_head\.weight"):
+        load_model(resolve(str(folder)))
+    logging.getLogger("transformers").removeHandler(heard)
+    assert heard.queue.empty()
 
 
 def test_remote_code_is_never_run(folder: Path, tmp_path: Path) -> None:

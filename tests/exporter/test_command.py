@@ -87,7 +87,19 @@ def test_random_weights_are_said_to_be_random_and_get_fewer_goldens(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--capacity", 0], ["--cases", 0], ["--pictures", "gone.jsonl"], ["--pictures", "."], ["--seed", "x"]]
+    "arguments",
+    [
+        ["--capacity", 0],
+        ["--capacity", 2**20 + 1],
+        ["--cases", 0],
+        ["--cases", 1001],
+        ["--pictures", "gone.jsonl"],
+        ["--pictures", "."],
+        ["--random-weights", "--seed", "x"],
+        ["--random-weights", "--seed", 2**63],
+        ["--random-weights", "--seed", -1],
+        ["--seed", 0],  # of nothing
+    ],
 )
 def test_wrong_usage_is_clicks(arguments: list[Any], tmp_path: Path) -> None:
     assert run("demo", "-o", tmp_path / "out", *arguments).exit_code == 2

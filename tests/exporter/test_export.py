@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,12 @@ import pytest
 from PIL import Image
 from vlmc.artifact import COMPONENTS, GRAPH_FILES, Artifact
 from vlmc.errors import VlmcError
-from vlmc.exporter import checkpoint, graph
+from vlmc.exporter import checkpoint, graph, inspection
 from vlmc.exporter import export as module
 from vlmc.exporter.checkpoint import resolve
 from vlmc.exporter.export import Options, existing, export
+from vlmc.exporter.parity import canonical_session
+from vlmc.runtime.images import open_image
 
 
 @pytest.fixture
@@ -120,6 +124,54 @@ def test_something_else_in_the_way_is_never_replaced(tmp_path: Path, tiny_checkp
     assert (tmp_path / "folder" / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("content", ['{"name": "my web app"}', "[]", "{", '{"schema": 1}'])
+def test_a_manifest_of_something_else_makes_no_artefact(
+    content: str, tmp_path: Path, tiny_checkpoint: Path, options: Options
+) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for force in (False, True):
+        with pytest.raises(VlmcError, match="exists and is no artefact"):
+            again(tiny_checkpoint, tmp_path, replace(options, force=force))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_force_replaces_an_artefact_of_an_older_schema(
+    tiny_copy: Path, tiny_checkpoint: Path, options: Options
+) -> None:
+    manifest = json.loads((tiny_copy / "manifest.json").read_text())
+    (tiny_copy / "manifest.json").write_text(json.dumps(manifest | {"schema": 0}))
+    model = resolve(str(tiny_checkpoint))
+    assert existing(model, tiny_copy, replace(options, force=True)) is None
+    with pytest.raises(VlmcError, match="a schema that this version of vlmc does not read"):
+        existing(model, tiny_copy, options)
+
+
+def test_a_family_that_was_changed_makes_another_export(
+    tiny_copy: Path, tiny_checkpoint: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = resolve(str(tiny_checkpoint))
+    source = tmp_path / "family.py"
+    source.write_bytes(Path(inspect.getfile(type(model.family))).read_bytes())
+    monkeypatch.setattr(inspect, "getfile", lambda _: str(source))
+    assert existing(model, tiny_copy, options) is not None
+    source.write_bytes(source.read_bytes() + b"# changed")
+    with pytest.raises(VlmcError, match=r"already holds an export of 'tiny', made from other weights.*--force"):
+        existing(model, tiny_copy, options)
+
+
+def test_a_cache_that_no_memory_holds_is_refused_before_anything_slow(
+    tmp_path: Path, tiny_checkpoint: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("this takes a minute"))
+    monkeypatch.setattr(inspection.memory, "available_bytes", lambda: 4 * 2 * 2 * 2 * 16 * 1000)
+    says = r"A KV cache of 1,001 positions would not fit into this machine's memory. Found: .*smaller --capacity"
+    with pytest.raises(VlmcError, match=says):
+        again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=1001))
+    with pytest.raises(pytest.fail.Exception):
+        again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=1000))
+
+
 def test_an_empty_folder_is_filled(
     tmp_path: Path, tiny: Artifact, tiny_checkpoint: Path, options: Options, traced_before: None
 ) -> None:
@@ -151,12 +203,36 @@ def test_a_bad_processor_is_refused_before_anything_slow(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_picture_that_fills_more_than_the_cache_is_one_sentence(
-    tmp_path: Path, tiny_checkpoint: Path, options: Options, traced_before: None
+def test_a_picture_that_fills_more_than_the_cache_is_refused_before_anything_slow(
+    tmp_path: Path, tiny_checkpoint: Path, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("this takes a minute"))
     with pytest.raises(VlmcError, match=r"longer than the KV cache.*larger --capacity"):
         again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=20))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_one_token_longer_than_the_cache_is_refused_in_the_end(
+    tmp_path: Path, tiny: Artifact, tiny_checkpoint: Path, options: Options, traced_before: None
+) -> None:
+    rows = json.loads(tiny.path_of("golden/golden.json").read_text())["cases"]
+    session = canonical_session(tiny)
+    longest = max(len(session.prepare([open_image(tiny.root / row["image"])], row["prompt"]).input_ids) for row in rows)
+    with pytest.raises(VlmcError, match=r"longer than the KV cache.*larger --capacity"):
+        again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=longest - 1))
+    assert list(tmp_path.iterdir()) == []
+    again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=longest))
+
+
+def test_sizes_that_do_not_go_together_are_one_sentence(
+    tmp_path: Path, tiny_checkpoint: Path, options: Options
+) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["image_size"] = 7  # less than a patch
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(VlmcError, match=r"No model can be made of the config\.json in .*checkpoint"):
+        export(resolve(str(folder), random_weights=True), tmp_path / "out", options, lambda *_: None)
 
 
 def test_progress_is_told_from_start_to_end(

@@ -186,3 +186,29 @@ def test_remote_code_is_never_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(VlmcError):
         describe(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_a_processor_that_writes_what_is_not_known_is_refused(file: str, folder: Path) -> None:
+    change(folder / "processor_config.json", lambda data: data.pop("processor_class"))
+    change(folder / "tokenizer_config.json", lambda data: data.pop("processor_class", None))
+    describe(folder)  # one that says nothing is taken for the usual one
+    if not (folder / file).exists():
+        (folder / file).write_text("{}")
+    change(folder / file, lambda data: data.update(processor_class="AyaVisionProcessor"))
+    says = r"another text around a picture .* Idefics3ImageProcessor. Found: AyaVisionProcessor.*`own_processor`"
+    with pytest.raises(VlmcError, match=says):
+        describe(folder)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "tokenizer_config.json"])
+def test_a_file_of_the_checkpoint_that_is_missing_is_to_be_fetched(file: str, folder: Path) -> None:
+    sizes = {"image_size": 336, "patch_size": 14}
+    (folder / "config.json").write_text(json.dumps({"model_type": "phi3_v", "vision_config": sizes}))
+    (folder / "preprocessor_config.json").write_text("{}")
+    (folder / file).unlink()
+    with pytest.raises(VlmcError, match=rf"{file} is missing\. To mend it: fetch the checkpoint's files again"):
+        describe(folder)
+    (folder / file).write_text("[]")
+    with pytest.raises(VlmcError, match=rf"{file} is no JSON object\. Found: \[\]\. To mend it: fetch"):
+        describe(folder)

@@ -157,7 +157,8 @@ def test_what_the_plan_does_not_name_stays_as_it_is(linear: Any, plan_of: Any, r
 
 def test_a_plan_for_another_graph_is_refused(linear: Any, plan_of: Any) -> None:
     for plan in (plan_of(other=ModulePlan(8, 0)), plan_of({"other": (1.0,)})):
-        with pytest.raises(VlmcError, match=r"'r' names modules that the graph of part does not have. Found: other"):
+        says = r"'r' names modules that the graph of part does not have. Found: other.* has as arithmetic"
+        with pytest.raises(VlmcError, match=says):
             quantize.apply(linear(WEIGHT), plan, "part")
 
 
