@@ -184,7 +184,7 @@ class GpuDecoder:
 def _captured(run: Callable[[], T], before: Callable[[], object] = lambda: None) -> tuple[T, Callable[[], None]]:
     """What `run` does as a CUDA graph, after three runs beside it (PyTorch's own recipe, "CUDA semantics"); its output
     and what launches it. `before` is called ahead of each of the runs."""
-    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch has no types for it
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

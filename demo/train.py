@@ -197,7 +197,7 @@ def main() -> None:
         pictures, rows = pool.batch(args.batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = step_loss(model, pixels(pictures, jitter=True), rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -46,7 +47,8 @@ def main(step: Callable[..., None]) -> None:
     """The step's end: calls it with the arguments that `run` was given, and ends the process."""
     parent, *arguments = sys.argv[1:]
     code = 0
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever the terminal's encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
     if os.getppid() == int(parent):  # else it died before the kernel was asked
         try:
             step(*arguments)

@@ -32,7 +32,7 @@ def calibrator(trt: Any, calibration: Calibration, gpu: Gpu) -> Any:
     """The object that TensorRT calls while it calibrates."""
     base = getattr(trt, BASES[calibration.observer])
 
-    class Calibrator(base):  # type: ignore[misc, valid-type]
+    class Calibrator(base):  # type: ignore[misc, valid-type]  # chosen at run time
         def __init__(self) -> None:
             base.__init__(self)
             self._left = iter(calibration.batches)

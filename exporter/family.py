@@ -159,9 +159,10 @@ class Family(ABC):
 
         torch.manual_seed(seed)
         values = {key: value for key, value in config.items() if key != "model_type"}
-        return AutoModelForImageTextToText.from_config(  # type: ignore[no-any-return]
+        model: nn.Module = AutoModelForImageTextToText.from_config(
             AutoConfig.for_model(config["model_type"], **values), dtype=torch.float32
         )
+        return model
 
     def of(self, config: dict[str, Any]) -> Family:
         """The family of a checkpoint with this config.json: another one where a model type has several."""
@@ -193,9 +194,6 @@ class Family(ABC):
         size = model.config.vision_config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return height, width
-
-
-_NUMBERED = re.compile(r"(?<=\.)(\d+)\.")  # the first number in a weight's name
 
 
 class Composed(nn.Module):
@@ -233,16 +231,18 @@ def loaded(kind: Any, folder: Path) -> nn.Module:
     """The checkpoint as that class of transformers, in float32, with all of its weights there and no remote code."""
     model, missing = _made(kind, folder, local_files_only=True, use_safetensors=True, trust_remote_code=False)
     require_all(missing, folder)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
-def from_tensors(kind: Any, config: Any, weights: dict[str, Tensor]) -> tuple[Any, list[str]]:
+def from_tensors(kind: Any, config: Any, weights: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
     """That class of transformers with these weights in float32, and the names of those that it lacks."""
     return _made(kind, None, config=config, state_dict=weights)
 
 
-def _made(kind: Any, folder: Path | None, **given: Any) -> tuple[Any, list[str]]:
-    """What transformers makes of that, and the names of the weights that it lacks; one of another shape is refused."""
+def _made(kind: Any, folder: Path | None, **given: Any) -> tuple[nn.Module, list[str]]:
+    """What transformers makes of that, and the names of the weights that it lacks; one of another shape is refused, and
+    so are layers that the config leaves out."""
+    model: nn.Module
     model, report = kind.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **given
     )
@@ -253,8 +253,17 @@ def _made(kind: Any, folder: Path | None, **given: Any) -> tuple[Any, list[str]]
             expected=str(tuple(expected)),
             fix="download the checkpoint again; its config.json may be of another model",
         )
+    _require_layers(model, report["unexpected_keys"])
+    return model, sorted(report["missing_keys"])
+
+
+_NUMBERED = re.compile(r"(?<=\.)(\d+)\.")  # the first number in a weight's name
+
+
+def _require_layers(model: nn.Module, unused: Collection[str]) -> None:
+    """Raises where weights that the model does not use are of a whole layer that it does not have."""
     known = [f"{name}." for name, _ in model.named_modules()]
-    for name in sorted(report["unexpected_keys"]):
+    for name in sorted(unused):
         layers, *number = _NUMBERED.split(name, maxsplit=1)[:2]
         if number and f"{layers}0." in known and f"{layers}{number[0]}." not in known:
             raise VlmcError(
@@ -262,7 +271,6 @@ def _made(kind: Any, folder: Path | None, **given: Any) -> tuple[Any, list[str]]
                 found=name,
                 fix="download the checkpoint again; its config.json may be of another model",
             )
-    return model, sorted(report["missing_keys"])
 
 
 def require_all(missing: Collection[str], folder: Path) -> None:

@@ -45,8 +45,17 @@ def insert(
     node = ir.node(operator, inputs, attributes=attributes or None, domain=domain, num_outputs=outputs, name=name)
     for index, value in enumerate(node.outputs):
         value.name = f"{name}.out{index}" if outputs > 1 else f"{name}.out"
-    anchor.graph.insert_before(anchor, node)  # type: ignore[union-attr]
+    assert anchor.graph is not None
+    anchor.graph.insert_before(anchor, node)
     return node
+
+
+def size(value: ir.Value | None, axis: int) -> int:
+    """The value's size on the axis, where it is no free one."""
+    assert value is not None and value.shape is not None
+    found = value.shape[axis]
+    assert isinstance(found, int)
+    return found
 
 
 def replace(node: ir.Node, value: ir.Value) -> None:

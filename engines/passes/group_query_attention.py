@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ...artifact import KvSpec
-from . import MICROSOFT, causal, constant, insert, only_user, producer, prune, replace
+from . import MICROSOFT, causal, constant, insert, only_user, producer, prune, replace, size
 
 
 def apply(model: ir.Model, kv: KvSpec) -> int:
@@ -32,7 +32,7 @@ def apply(model: ir.Model, kv: KvSpec) -> int:
         assert query is not None and key is not None and value is not None
         rotated = _rotations(node)
         assert rotated[0] is not None and rotated[1] is not None
-        heads = int(query.shape[1])  # type: ignore[index, arg-type]
+        heads = size(query, 1)
         flat = [_unsplit(rotated[0].inputs[0]), _unsplit(rotated[1].inputs[0]), _unsplit(value.inputs[1])]
         attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv.kv_heads, "do_rotary": 1}
         attributes["scale"] = node.attributes["scale"].as_float()

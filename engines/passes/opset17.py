@@ -63,7 +63,9 @@ def _rewrite(node: ir.Node) -> bool:
         return _shape(node)
     if node.op_type == "Split" and (count := node.attributes.pop("num_outputs", None)) is not None:
         if len(node.inputs) < 2:  # equal parts are what opset 17 makes of no sizes, but not with a smaller last one
-            size = node.inputs[0].shape[node.attributes.get_int("axis", 0)]  # type: ignore[union-attr, index]
+            whole = node.inputs[0]
+            assert whole is not None and whole.shape is not None
+            size = whole.shape[node.attributes.get_int("axis", 0)]
             if not isinstance(size, int) or size % count.as_int():
                 raise refuse(node, f"a split of {size} into {count.as_int()} parts")
         return True

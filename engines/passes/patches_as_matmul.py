@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from . import array_of, constant, insert, only_user, producer, prune, replace, reshaped
+from . import array_of, constant, insert, only_user, producer, prune, replace, reshaped, size
 
 
 def apply(model: ir.Model) -> int:
@@ -59,8 +59,7 @@ def _source(node: ir.Node) -> ir.Value:
 def _rewrite(node: ir.Node) -> None:
     path, source = str(node.name), _source(node)
     assert source.shape is not None
-    tiles, *sizes = source.shape
-    channels, height, width = (int(size) for size in sizes)  # type: ignore[arg-type]
+    tiles, (channels, height, width) = source.shape[0], (size(source, axis) for axis in (1, 2, 3))
     high, wide = node.attributes["kernel_shape"].as_ints()
     rows, columns = height // high, width // wide
     folded = reshaped(node, source, (-1, channels, rows, high, columns, wide), f"{path}.patches.grid")
@@ -73,7 +72,7 @@ def _rewrite(node: ir.Node) -> None:
     result = insert(node, "MatMul", [patches, _weight(node)], path).outputs[0]
     if len(node.inputs) > 2:
         result = insert(node, "Add", [result, node.inputs[2]], f"{path}.biased").outputs[0]
-    out = int(node.outputs[0].shape[1])  # type: ignore[index, arg-type]
+    out = size(node.outputs[0], 1)
     result.type = node.outputs[0].type
     result.shape = ir.Shape([tiles, rows * columns, out])
     if (flattened := _flattened(node, rows * columns)) is not None:

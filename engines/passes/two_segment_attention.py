@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ...artifact import KvSpec
 from ...errors import VlmcError
-from . import HIDDEN, causal, constant, insert, producer, prune, replace, reshaped
+from . import HIDDEN, causal, constant, insert, producer, prune, replace, reshaped, size
 
 END = np.iinfo(np.int32).max  # of a slice
 
@@ -62,9 +62,7 @@ def _mask(node: ir.Node) -> ir.Value:
 
 
 def _heads(node: ir.Node) -> int:
-    query = node.inputs[0]
-    assert query is not None and query.shape is not None
-    return int(query.shape[1])  # type: ignore[arg-type]
+    return size(node.inputs[0], 1)
 
 
 def _hidden(anchor: ir.Node, mask: ir.Value, write_index: ir.Value | None, group: int, capacity: int) -> ir.Value:

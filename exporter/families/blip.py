@@ -187,7 +187,8 @@ class Checkpoint:
 
         torch.manual_seed(seed)
         values = {key: value for key, value in config.items() if key != "model_type"}
-        return _class_of(config, "the config")(BlipConfig(**values))  # type: ignore[no-any-return]
+        model: nn.Module = _class_of(config, "the config")(BlipConfig(**values))
+        return model
 
     def use_canonical_attention(self, model: Any) -> None:
         """Nothing to do: transformers' BLIP cannot be given another attention, so the layers here are our own."""

@@ -73,7 +73,8 @@ class Clip(MatchingFamily):
 
         torch.manual_seed(seed)
         values = {key: value for key, value in config.items() if key != "model_type"}
-        return CLIPModel(CLIPConfig(**values))  # type: ignore[no-any-return]
+        model: nn.Module = CLIPModel(CLIPConfig(**values))
+        return model
 
     def encoders(self, model: Any) -> Encoders:
         text = model.config.text_config

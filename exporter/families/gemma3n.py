@@ -102,7 +102,7 @@ class Gemma3nDecoder(Decoder):
         super().__init__(model, lm_head)
         self.window, self.cap = model.config.sliding_window, model.config.final_logit_softcapping
 
-    def forward(  # type: ignore[override]
+    def forward(  # type: ignore[override]  # it takes what its embed_tokens gives further
         self,
         inputs_embeds: Tensor,
         position_ids: Tensor,

@@ -82,7 +82,7 @@ class InternVlChat(InternVl):
             weights |= _renamed(load_file(path), original)
         model, missing = from_tensors(InternVLForConditionalGeneration, config, weights)
         require_all(missing, folder)
-        return model  # type: ignore[no-any-return]
+        return model
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
         return super().randomise(_config(config).to_dict(), seed)

@@ -138,12 +138,12 @@ class LlavaMini(Llava):
         missing = {name for name in model.state_dict() if name.startswith(("compressor.", "prefusion_"))} - set(own)
         require_all(missing | set(lacking), folder)
         model.load_state_dict(own, strict=False)
-        return model  # type: ignore[no-any-return]
+        return model
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
-        model: Any = super().randomise(_config(config).to_dict(), seed)
+        model = super().randomise(_config(config).to_dict(), seed)
         _add_own(model, config)
-        return model  # type: ignore[no-any-return]
+        return model
 
     def split(self, model: Any) -> Components:
         inner, vision = model.model, model.config.vision_config

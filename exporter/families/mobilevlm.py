@@ -63,16 +63,16 @@ class MobileVlm(Llava):
         peg = {name.removeprefix("peg."): weights.pop(name) for name in list(weights) if name.startswith("peg.")}
         config = _config(read_json(folder / "config.json"))
         model, lacking = from_tensors(LlavaForConditionalGeneration, config, weights)
-        model.peg = _peg(model)
-        missing = {f"peg.{name}" for name in model.peg.state_dict() if name not in peg}
+        model.peg = made = _peg(model)
+        missing = {f"peg.{name}" for name in made.state_dict() if name not in peg}
         require_all(missing | set(lacking), folder)
-        model.peg.load_state_dict(peg)
-        return model  # type: ignore[no-any-return]
+        made.load_state_dict(peg)
+        return model
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
-        model: Any = super().randomise(_config(config).to_dict(), seed)
+        model = super().randomise(_config(config).to_dict(), seed)
         model.peg = _peg(model)
-        return model  # type: ignore[no-any-return]
+        return model
 
     def split(self, model: Any) -> Components:
         inner = model.model
