@@ -93,6 +93,7 @@ class InternVlChat(InternVl):
         if name not in _TEMPLATES:
             raise VlmcError(f"{folder} names an unknown chat template", found=str(name), expected=", ".join(_TEMPLATES))
         system, end = _TEMPLATES[name]
+        system = config.get("system_message", system)
         before = f"<|im_start|>system\n{system}{end}<|im_start|>user\n"
         # Python's literals are Jinja's; bare text would lose the line break at its end.
         template = f"{{{{ {before!r} }}}}{_CONTENT}{{{{ {end + _ANSWER!r} }}}}"
@@ -177,11 +178,14 @@ def _renamed(weights: dict[str, Tensor], original: dict[str, Any]) -> dict[str, 
 
 
 def _tokenizer(folder: Path, config: dict[str, Any]) -> Any:
-    """InternLM2's from its SentencePiece model, for its class is the checkpoint's own code; else transformers'."""
-    if config["llm_config"]["architectures"][0] != "InternLM2ForCausalLM":
-        from transformers import Qwen2Tokenizer
+    """InternLM2's from its SentencePiece model, for its class is the checkpoint's own code; Llama's is what
+    tokenizer.json says, the others are transformers' own."""
+    decoder = config["llm_config"]["architectures"][0]
+    if decoder != "InternLM2ForCausalLM":
+        from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
-        return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        kind = PreTrainedTokenizerFast if decoder == "LlamaForCausalLM" else Qwen2Tokenizer
+        return kind.from_pretrained(folder, local_files_only=True)
     added = read_settings(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     return fast_tokenizer(
         folder / "tokenizer.model",

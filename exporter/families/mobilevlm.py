@@ -17,6 +17,7 @@ from torch.nn import functional
 from ...errors import VlmcError
 from ...files import read_json
 from ..family import Components, Decoder, OwnProcessor, decoder_config, from_tensors, require_all
+from ..inspection import read_settings
 from ..sentence_piece import fast_tokenizer
 from .llava import Llava, VisionEncoder, clip_tower
 
@@ -28,10 +29,11 @@ _NAMES = {
     r"^model\.mm_projector\.peg\.peg\.0\.": "peg.",
     r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",
 }
-_TEMPLATE = (  # conversation.py's "v1", for one question
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: {% for part in messages[0]['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<unk>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:"
+_TEMPLATE = (  # conversation.py's "v1", for one question; `space` is what the tokenizer puts before a text
+    "{{ space }}A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions. USER: {% for part in messages[0]['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<unk>' + space + '\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    " ASSISTANT:"
 )
 
 
@@ -102,8 +104,10 @@ class MobileVlm(Llava):
             "after_image": "",
         }
         tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-        tokenizer = fast_tokenizer(folder / "tokenizer.model", {}, **tokens)
-        return OwnProcessor(tokenizer, preprocessing, _TEMPLATE, ("</s>",))
+        legacy = read_settings(folder / "tokenizer_config.json").get("legacy") is not False
+        tokenizer = fast_tokenizer(folder / "tokenizer.model", {}, legacy, **tokens)
+        space = "" if legacy else " "
+        return OwnProcessor(tokenizer, preprocessing, f"{{% set space = {space!r} %}}{_TEMPLATE}", ("</s>",))
 
 
 def _peg(model: Any) -> nn.Conv2d:

@@ -1,7 +1,7 @@
 """Pictures for InternVL: stretched to a grid of square tiles of the nearest shape, and shown once more as a whole.
 
-Equal to the last bit to transformers' GotOcr2ImageProcessorPil as InternVLProcessor calls it (5.23). InternVL's own
-`dynamic_preprocess` (arXiv:2404.16821, section 3.2) chooses the same grids and differs in the rounding of floats.
+Equal to the last bit to transformers' GotOcr2ImageProcessorPil as InternVLProcessor calls it (5.23), and to InternVL's
+own `dynamic_preprocess` (arXiv:2404.16821, section 3.2) with torchvision's transforms.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -23,9 +25,10 @@ def traced_before(tiny: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def sentence_piece() -> Callable[[list[tuple[str, int]], bool], bytes]:
-    """sentence_piece(pieces, prefix): the file of a SentencePiece model with pieces of a text and a type (1 normal,
-    2 unknown, 3 control, 4 user-defined, 6 byte) and with `add_dummy_prefix`. The scores in it are all the same."""
+def sentence_piece() -> Callable[[Sequence[tuple[Any, ...]], bool], bytes]:
+    """sentence_piece(pieces, prefix): the file of a SentencePiece BPE with pieces of a text and a type (1 normal,
+    2 unknown, 3 control, 4 user-defined, 6 byte) and with `add_dummy_prefix`. A piece's score is the third that it has,
+    or falls with its place, as in those that are trained."""
 
     def varint(value: int) -> bytes:
         return bytes([value & 127 | 128]) + varint(value >> 7) if value >> 7 else bytes([value])
@@ -33,11 +36,13 @@ def sentence_piece() -> Callable[[list[tuple[str, int]], bool], bytes]:
     def message(field: int, body: bytes) -> bytes:
         return varint(field << 3 | 2) + varint(len(body)) + body
 
-    def write(pieces: list[tuple[str, int]], prefix: bool) -> bytes:
+    def write(pieces: Sequence[tuple[Any, ...]], prefix: bool) -> bytes:
         data = b""
-        for text, kind in pieces:
-            score, type_ = b"\x15\x00\x00\x80\xbf", b"\x18" + varint(kind)
-            data += message(1, message(1, text.encode()) + score + (type_ if kind > 1 else b""))
-        return data + message(2, b"\x18\x02") + message(3, message(1, b"identity") + b"\x18" + bytes([prefix]))
+        for place, (text, kind, *score) in enumerate(pieces):
+            scored = b"\x15" + struct.pack("<f", *(score or [-place]))
+            data += message(1, message(1, text.encode()) + scored + (b"\x18" + varint(kind) if kind > 1 else b""))
+        bpe_of_bytes, spaces_stay = b"\x18\x02" + varint(35 << 3) + b"\x01", b"\x20\x00"
+        normaliser = message(1, b"identity") + b"\x18" + bytes([prefix]) + spaces_stay
+        return data + message(2, bpe_of_bytes) + message(3, normaliser)
 
     return write

@@ -1,11 +1,13 @@
-"""What the independent renderings of published equations share, in plain PyTorch on a checkpoint's own tensors, and
-random weights under such names. Nothing of vlmc or transformers is in it."""
+"""What the independent renderings of published code share: equations in plain PyTorch on a checkpoint's own tensors,
+random weights under such names, and tokenizers. Nothing of vlmc or transformers is in it."""
 
 from __future__ import annotations
 
 import math
+import re
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.nn import functional
 
@@ -89,3 +91,21 @@ def turned(x: Tensor, angle: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     pairs = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat((pairs.real, pairs.imag), dim=-1)
+
+
+class SlowTokenizer:
+    """What transformers' tokenizers in Python make of a SentencePiece model (4.33 and 4.37, which published code asks
+    for): added tokens are cut out of a text, and each stretch between them is encoded by itself."""
+
+    def __init__(self, model: bytes, added: dict[str, int]) -> None:
+        self._model, self._added = SentencePieceProcessor(model_proto=model), added
+        self._cut = re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids without the one that begins a text."""
+        ids: list[int] = []
+        tokens = [self._added[token] for token in self._cut.findall(text)]
+        for stretch in self._cut.split(text):
+            ids += self._model.encode(stretch) + tokens[:1]
+            del tokens[:1]
+        return ids

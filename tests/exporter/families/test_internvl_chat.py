@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
@@ -21,12 +25,12 @@ from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint
 from vlmc.exporter.family import family_for
-from vlmc.exporter.processor import describe
+from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
 from .conftest import change
-from .reference import Equations, Weights, turned
+from .reference import Equations, SlowTokenizer, Weights, turned
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 WIDTH, HEADS, KV_HEADS, INNER, LAYERS, TILE, PATCH = 32, 2, 1, 48, 2, 28, 7
@@ -160,8 +164,9 @@ def folder(vocabulary: Any, sentence_piece: Any, tmp_path_factory: pytest.TempPa
     vocab, _ = vocabulary(["<unk>", "<s>", "</s>"], SYSTEM)
     kinds = {0: 2, 1: 3, 2: 3} | dict.fromkeys(range(3, 259), 6)
     pieces = [(text, kinds.get(id, 1)) for text, id in sorted(vocab.items(), key=lambda item: item[1])]
+    pieces.append(("——", 4))
     first = len(pieces)
-    pieces += [("[UNUSED_TOKEN_145]", 3), ("[UNUSED_TOKEN_146]", 3)]
+    pieces += [("[UNUSED_TOKEN_145]", 4), ("[UNUSED_TOKEN_146]", 4)]
     (target / "tokenizer.model").write_bytes(sentence_piece(pieces, False))
     added = {str(first + index): {"content": token, "special": True} for index, token in enumerate(ADDED)}
     settings = {"added_tokens_decoder": added, "tokenizer_class": "InternLM2Tokenizer"}
@@ -201,7 +206,7 @@ def test_every_tensor_of_the_checkpoint_is_used_once(folder: Path) -> None:
 
 def test_the_prompt_is_that_of_the_checkpoints_own_chat(folder: Path) -> None:
     described, prompt = describe(folder)
-    assert prompt.eos_token_ids == (id_of(folder, "<|im_end|>"),)
+    assert prompt.eos_token_ids == (added(folder)["<|im_end|>"],)
     begin, end = "<|im_start|>user\n", "<|im_end|><|im_start|>assistant\n"
     system = f"<s><|im_start|>system\n{SYSTEM}<|im_end|>"
     assert render(prompt, "Why {image}?", ()) == f"{system}{begin}Why {{image}}?{end}"
@@ -209,35 +214,87 @@ def test_the_prompt_is_that_of_the_checkpoints_own_chat(folder: Path) -> None:
     assert render(prompt, "Why?", [text]) == f"{system}{begin}<img>{'<IMG_CONTEXT>' * 4}</img>\nWhy?{end}"
 
 
-def id_of(folder: Path, token: str) -> int:
-    added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
-    return next(int(id) for id, found in added.items() if found["content"] == token)
+def added(folder: Path) -> dict[str, int]:
+    found = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    return {token["content"]: int(id) for id, token in found.items()}
 
 
-def test_the_pictures_are_cut_as_the_config_says(folder: Path) -> None:
-    described, _ = describe(folder)
-    wanted = {"kind": "internvl", "tile": TILE, "min_tiles": 1, "max_tiles": 4, "thumbnail": True, "image_seq_len": 4}
-    assert {name: described[name] for name in wanted} == wanted
+PARTS = [
+    "How",
+    " many ",
+    "boats",
+    "   ",
+    "\n",
+    "书生",
+    "——",
+    "，",
+    "<|im_end|>",
+    "<|im_start|>user\n",
+    "<img>",
+    "</s>",
+    "<s>",
+]
+PARTS += ["<unk>", "<image>", "<image", "{text}", "{image}", "42", "€", "😀", "▁", "<0x0A>"]
 
 
-def test_the_values_of_the_pixels_are_the_model_cards(folder: Path, make_picture: Any) -> None:
-    """Its torchvision transforms divide by 255 in float32, transformers multiplies in float64: hence the tolerance."""
-    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-    prepare = preprocessing.load(describe(folder)[0])
-    for size in ((28, 28), (90, 31), (17, 60)):
-        small = make_picture(*size).resize((TILE, TILE), Image.Resampling.BICUBIC)
-        expected = (np.asarray(small).astype(np.float32) / np.float32(255) - mean) / std
-        whole = prepare([make_picture(*size)]).vision["pixel_values"][
-            -1
-        ]  # the only tile, or the one that shows the whole
-        np.testing.assert_allclose(whole, expected.transpose(2, 0, 1), atol=1e-6, rtol=0)
+@pytest.mark.parametrize(
+    ("template", "end"), [("internlm2-chat", "<|im_end|>"), ("Hermes-2", "<|im_end|>"), ("internvl2_5", "<|im_end|>\n")]
+)
+def test_any_question_becomes_the_ids_of_the_published_chat(
+    template: str, end: str, folder: Path, make_picture: Any, tmp_path: Path
+) -> None:
+    """`chat` in modeling_internvl_chat.py of a question as the model's card writes it, with a line "<image>" for each
+    picture, by conversation.py's template and the checkpoint's own tokenizer. An empty question without a picture
+    is left out, whose turn the reference does not end."""
+    described, prompt = describe(change(folder, tmp_path, template=template, system_message="Look: 书生。"))
+    save_tokenizer(tmp_path, tmp_path / "tokenizer.json")
+    tokenizer, prepare = Tokenizer(tmp_path / "tokenizer.json"), preprocessing.load(described)
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2} | added(folder)
+    slow = SlowTokenizer((folder / "tokenizer.model").read_bytes(), special)
+    pictures = {(): [], (1,): [make_picture(28, 28)], (4, 1): [make_picture(90, 31), make_picture(28, 28)]}
+    texts = {tiles: prepare(images).image_texts for tiles, images in pictures.items()}
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=8).map("".join), st.sampled_from(list(pictures)))
+    def check(question: str, tiles: tuple[int, ...]) -> None:
+        message = "<image>\n" * len(tiles) + question
+        query = f"<|im_start|>system\nLook: 书生。{end}<|im_start|>user\n{message}{end}<|im_start|>assistant\n"
+        for count in tiles:
+            query = query.replace("<image>", f"<img>{'<IMG_CONTEXT>' * 4 * count}</img>", 1)
+        assert tokenizer.encode(render(prompt, question, texts[tiles])).tolist() == [1, *slow(query)]
+
+    check()
+
+
+def published_tiles(picture: Image.Image, most: int) -> NDArray[np.float32]:
+    """`dynamic_preprocess` and `build_transform` of dataset.py: torchvision's arithmetic is in float32."""
+    ratio, size = picture.width / picture.height, picture.width * picture.height
+    sides = range(1, most + 1)
+    grids = sorted(((c, r) for c in sides for r in sides if c * r <= most), key=lambda grid: grid[0] * grid[1])
+    nearest = min(abs(ratio - c / r) for c, r in grids)
+    first, *tied = [(c, r) for c, r in grids if abs(ratio - c / r) == nearest]
+    columns, rows = [first, *((c, r) for c, r in tied if size > 0.5 * TILE * TILE * c * r)][-1]
+    large = picture.resize((columns * TILE, rows * TILE), Image.Resampling.BICUBIC)
+    corners = [(x * TILE, y * TILE) for y in range(rows) for x in range(columns)]
+    tiles = [large.crop((x, y, x + TILE, y + TILE)) for x, y in corners]
+    if len(tiles) > 1:
+        tiles.append(picture.resize((TILE, TILE), Image.Resampling.BICUBIC))
+    values = np.stack([np.asarray(tile) for tile in tiles]).astype(np.float32) / np.float32(255)
+    values = (values - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    return values.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (90, 31), (17, 60), (30, 20), (100, 100), (20, 20), (3, 200), (63, 42)])
+def test_the_pixels_are_those_of_the_published_code(size: tuple[int, int], folder: Path, make_picture: Any) -> None:
+    found = preprocessing.load(describe(folder)[0])([make_picture(*size)]).vision["pixel_values"]
+    assert np.array_equal(found, published_tiles(make_picture(*size), 4))
 
 
 def test_the_template_of_2_5_ends_its_turns_with_a_line(folder: Path, tmp_path: Path) -> None:
     described, prompt = describe(change(folder, tmp_path, template="internvl2_5", dynamic_image_size=False))
     assert prompt.text_only.endswith("<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
     assert "书生·万象" in prompt.text_only
-    assert prompt.eos_token_ids == (id_of(folder, "<|im_end|>"),)
+    assert prompt.eos_token_ids == (added(folder)["<|im_end|>"],)
     assert described["max_tiles"] == 1
 
 
@@ -314,6 +371,26 @@ def test_qwens_tokenizer_is_transformers_own(folder: Path, tmp_path: Path) -> No
     _, prompt = describe(tmp_path)
     assert prompt.text_only.startswith("<|im_start|>system\n")
     assert prompt.eos_token_ids == (vocab["<|im_end|>"],)
+
+
+def test_llamas_tokenizer_is_what_its_file_says(folder: Path, tmp_path: Path) -> None:
+    """InternVL2-Llama3-76B's splits a text otherwise than Qwen's, and begins it with a token."""
+    text = json.loads((folder / "config.json").read_text())["llm_config"] | {"architectures": ["LlamaForCausalLM"]}
+    change(folder, tmp_path, llm_config=text)
+    (tmp_path / "tokenizer.model").unlink()
+    vocab = {token: id for id, token in enumerate(["<s>", *ADDED, *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [("1", "2")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.add_special_tokens(["<s>", *ADDED])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}'
+    )
+    _, prompt = describe(tmp_path)
+    assert prompt.text_only.startswith("<s><|im_start|>system\n")
+    save_tokenizer(tmp_path, tmp_path / "saved.json")
+    assert Tokenizer(tmp_path / "saved.json").encode("12").tolist() == [vocab["12"]]
 
 
 def test_the_readme_says_what_it_can_be_made_into(artifact: Any, assert_supported: Any) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +26,7 @@ from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
 from .conftest import change
-from .reference import Equations, Weights, turned
+from .reference import Equations, SlowTokenizer, Weights, turned
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -126,13 +128,20 @@ class Published(Equations):
 
 
 @pytest.fixture(scope="module")
-def folder(vocabulary: Any, sentence_piece: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pieces(vocabulary: Any) -> list[tuple[Any, ...]]:
+    """Of the SentencePiece model, as Llama's are: its runs of spaces have the worst score."""
+    vocab, _ = vocabulary(["<unk>", "<s>", "</s>"], SYSTEM)
+    kinds = {0: 2, 1: 3, 2: 3} | dict.fromkeys(range(3, 259), 6)
+    found: list[tuple[Any, ...]] = [(text, kinds.get(id, 1)) for text, id in sorted(vocab.items(), key=lambda x: x[1])]
+    found[259:259] = [("▁" * length, 1, -1e9) for length in (2, 4, 8, 3)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(pieces: Any, sentence_piece: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as Meituan saves it, in safetensors: a SentencePiece model, no tokenizer.json, no processor."""
     target = tmp_path_factory.mktemp("mobilevlm") / "checkpoint"
     target.mkdir()
-    vocab, _ = vocabulary(["<unk>", "<s>", "</s>"], SYSTEM)
-    kinds = {0: 2, 1: 3, 2: 3} | dict.fromkeys(range(3, 259), 6)
-    pieces = [(text, kinds.get(id, 1)) for text, id in sorted(vocab.items(), key=lambda item: item[1])]
     (target / "tokenizer.model").write_bytes(sentence_piece(pieces, True))
     (target / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "legacy": false}')
     (target / "config.json").write_text(json.dumps(config(len(pieces))))
@@ -160,18 +169,61 @@ def test_only_clips_last_layer_and_the_norm_behind_it_are_left_out(folder: Path,
     assert used == sum(spec.parameters for spec in artifact.manifest.components.values())
 
 
-def test_the_prompt_becomes_the_ids_of_the_references_tokenizer(folder: Path, tmp_path: Path) -> None:
-    """It encodes what stands before, between and behind pictures apart, each with a space before it."""
+def test_the_prompt_is_that_of_the_reference(folder: Path) -> None:
     _, prompt = describe(folder)
-    assert prompt.text_only == f"<s>{SYSTEM} USER: {{text}} ASSISTANT:"
-    assert prompt.with_image == f"<s>{SYSTEM} USER: {{image}}{{text}} ASSISTANT:"
+    assert prompt.text_only == f"<s> {SYSTEM} USER: {{text}} ASSISTANT:"
+    assert prompt.with_image == f"<s> {SYSTEM} USER: {{image}}{{text}} ASSISTANT:"
     assert prompt.eos_token_ids == (2,)
-    save_tokenizer(folder, tmp_path / "tokenizer.json")
-    tokenizer, question = Tokenizer(tmp_path / "tokenizer.json"), "How many {red} boats? 42 €"
-    before, behind = (tokenizer.encode(text).tolist() for text in (f"{SYSTEM} USER: ", f"\n{question} ASSISTANT:"))
-    ids = tokenizer.encode(render(prompt, question, ["<unk>" * 144 + "\n"])).tolist()
-    assert ids == [1, *before, *[0] * 144, *behind]
-    assert 0 not in behind  # no text encodes to the token that holds the picture's places
+
+
+# "<image>" is left out, where the reference looks for a picture, and "<unk>", which vlmc refuses.
+PARTS = [
+    "How",
+    " many ",
+    "boats",
+    "  ",
+    "     ",
+    "\n",
+    "</s>",
+    "<s>",
+    " </s> ",
+    "ASSISTANT:",
+    "<0x0A>",
+    "42",
+    "ö",
+    "€",
+    "😀",
+    "▁",
+]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_any_question_becomes_the_ids_of_the_reference(
+    legacy: bool, folder: Path, pieces: Any, sentence_piece: Any, tmp_path: Path
+) -> None:
+    """Its `tokenizer_image_token` encodes what stands before, between and behind the pictures apart, each as a text
+    with a space before it, and leaves out the token that begins each but once. Where the tokenizer is not `legacy`,
+    what follows a special token gets no space."""
+    settings_path = change(folder, tmp_path) / "tokenizer_config.json"
+    settings_path.write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": legacy}))
+    described, prompt = describe(tmp_path)
+    save_tokenizer(tmp_path, tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    special = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    slow = SlowTokenizer(sentence_piece(pieces, legacy), special)
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=8).map("".join), st.integers(0, 2))
+    def check(question: str, pictures: int) -> None:
+        text = f"{SYSTEM} USER: " + "<image>\n" * pictures + f"{question} ASSISTANT:"
+        first, *others = [slow(chunk if legacy else " " + chunk) for chunk in text.split("<image>")]
+        expected = [1, *first]
+        for chunk in others:
+            expected += [0] * 144 + chunk
+        rendered = render(prompt, question, ["<unk>" * 144 + described["after_image"]] * pictures)
+        assert tokenizer.encode(rendered).tolist() == expected
+
+    check()
 
 
 def test_the_pictures_are_padded_and_prepared_as_the_reference_does(folder: Path, make_picture: Any) -> None:
@@ -184,7 +236,7 @@ def test_the_pictures_are_padded_and_prepared_as_the_reference_does(folder: Path
         expected = clip([square], return_tensors="np")["pixel_values"]
         prepared = preprocessing.load(described)([picture])
         assert np.array_equal(prepared.vision["pixel_values"], expected)
-        assert prepared.image_texts == ("<unk>" * 144 + "\n",)
+        assert prepared.image_texts == ("<unk>" * 144 + " \n",)
 
 
 @pytest.mark.parametrize(
