@@ -90,7 +90,7 @@ def test_vision_and_fusion_give_the_published_values(folder: Path, artifact: Art
     assert QUESTION.count("!") == int((inputs.input_ids == 0).sum())  # token 0 is there, and not the last
     found = session.vision.run(inputs.vision)["image_features"]
     expected = reference.features(torch.from_numpy(inputs.vision["pixel_values"]))
-    np.testing.assert_allclose(found, expected.numpy(), atol=2e-4, rtol=2e-4)
+    np.testing.assert_allclose(found, expected.numpy(), atol=5e-4, rtol=2e-4)  # of values up to 30, on any processor
     assert session.fusion is not None
     ids = reference.ids(1, QUESTION)
     text = reference.embed(ids[ids >= 0])[None].numpy()
