@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_steps import DEVICE
 from vlmc.artifact import Artifact, EngineSpec, read_record
 from vlmc.runtime.cuda import Gpu, checked
 from vlmc.runtime.tensorrt_decoder import SLOT, TensorrtDecoder
@@ -68,7 +69,7 @@ def overhead(path: Path) -> dict[str, float]:
 def main() -> None:
     artifact = Artifact(Path(sys.argv[1]))
     records = sorted(artifact.root.glob("engines/*/decoder/tensorrt-*/engine.json"))
-    steps = [path for path in records if path.parts[-4] in ("h100", "single")]
+    steps = [path for path in records if path.parts[-4] in (DEVICE, "single")]
     found = {path.parent.name: overhead(path) for path in steps}
     print(json.dumps(found, indent=1))
     (artifact.root / "overhead.json").write_text(json.dumps(found, indent=1))

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gpu_steps import DEVICE
 from vlmc.artifact import Artifact, EngineSpec, read_record
 from vlmc.engines.candidate import Candidate
 from vlmc.engines.candidate import build as build_engine
@@ -70,7 +71,7 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
     place = folder / "engines" / form / component / f"tensorrt-{precision}"
     # Engines of several forms stand side by side in one artefact.
     Candidate.folder = lambda self, artifact: place
-    build_engine(Artifact(folder), Candidate("h100", component, "tensorrt", precision))
+    build_engine(Artifact(folder), Candidate(DEVICE, component, "tensorrt", precision))
 
 
 def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) -> tuple[Any, Any, Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import gpu_table
-from gpu_steps import GIB, Run
+from gpu_steps import DEVICE, GIB, Run
 
 HOME = Path("/tmp/gpu")
 DATA = HOME / "data"
+PRESETS = Path(__file__).parent.parent / "exporter" / "presets"
 TORCH, TENSORRT = str(HOME / "torch-python"), str(HOME / "tensorrt-python")  # interpreters that gpu_unpack.sh made
 VLMC = ("-m", "vlmc")
 TIMES, FORMS = "benchmarks/engine_times.py", "benchmarks/tensorrt_variants.py"
 DEMO = "demo"
+WHOLE = (DEMO, "clip-vit-base-patch32", "blip-itm-base")  # by `vlmc build` and `vlmc profile`, on a GPU of their own
 SIZES = ("smolvlm-256m", "smolvlm-500m", "smolvlm-2.2b")  # of which a prompt is timed too, and all baselines
 STUDY = "smolvlm-2.2b-8of24"  # whose decoder's kernels are named
 # Gemma 3n's tower is built at optimisation level 0, as `vlmc build` has it; PyTorch captures no graph of its step.
@@ -38,9 +41,13 @@ HARD, TOWER = "gemma3n-e4b-4of35", "level-0"
 BOTH = ("fp16", "int8")
 ENGINE = """import sys; from pathlib import Path; from vlmc.artifact import Artifact
 from vlmc.engines.candidate import Candidate, build
-build(Artifact(Path(sys.argv[1])), Candidate("h100", *sys.argv[2:]))"""  # as `vlmc build` makes it
+build(Artifact(Path(sys.argv[1])), Candidate(*sys.argv[2:]))"""  # as `vlmc build` makes it
 HALF, AGAIN = 20, 50  # later than what was never measured: what was in one precision, and in a form that is marked
-TIMING = 90  # seconds before the end when no engine is built any more, so that those that are there are timed
+TIMING = 45  # seconds before the end when no engine is built any more, so that those that are there are timed
+EXPORT, DISK = (
+    1.5,
+    1.7,
+)  # what an export takes of its float32 weights' bytes, in memory and, with what builds write, on disk
 BUILDER = 5.5e9  # bytes that a build takes at its peak, and what it takes of a decoder's float32 weights, and another's
 SPACE = {"fp16": (2.3, 5.5), "int8": (5.6, 10.0)}
 
@@ -59,6 +66,7 @@ class Model:
         modes += ["onnxruntime", "fake-quant"] * (name in SIZES)
         known = earlier.get(name, {}).get("torch", {})
         self.modes = [mode for mode in modes if not isinstance(known.get(mode), dict)]  # of PyTorch; errors are text
+        self.filled = threading.Event()
 
     def bytes(self, part: str) -> int:
         """Of the component's float32 weights, in the decoder's those of the embeddings that it is built with."""
@@ -76,12 +84,17 @@ class Model:
         """Brings the weights and asks for all that is to be built and timed."""
         run, name = self.run, self.name
         with run.writing():
-            if (self.folder / "skeleton.json").is_file():
-                with run.filling:
-                    if not run.step(f"{name}-fill", None, TORCH, "benchmarks/skeleton.py", "fill", str(self.folder)):
-                        return
-            if name == DEMO:
-                run.timings.put(0, self.whole)
+            try:
+                if (self.folder / "skeleton.json").is_file():
+                    with run.filling:
+                        if not run.step(
+                            f"{name}-fill", None, TORCH, "benchmarks/skeleton.py", "fill", str(self.folder)
+                        ):
+                            return
+            finally:
+                self.filled.set()
+            if name in WHOLE:
+                run.timings.put(0 if name == DEMO else 25 + self.place, self.whole)
                 return
             for part in self.parts:
                 self.group(part, TOWER if (name, part) == (HARD, "vision_encoder") else "single")
@@ -154,7 +167,7 @@ class Model:
             wanted = [("embed_tokens", "numpy", "fp32"), *((part, "onnxruntime_gpu", "fp16") for part in self.parts)]
             for made in wanted:
                 name = "-".join((self.name, *made))
-                self.run.step(name, gpu, TENSORRT, "-c", ENGINE, str(self.folder), *made)
+                self.run.step(name, gpu, TENSORRT, "-c", ENGINE, str(self.folder), DEVICE, *made)
 
         self.run.builds.put(0, build)
 
@@ -163,7 +176,8 @@ class Model:
         run, loaded = self.run, self.folder / "loaded"
         if not self.modes:
             return
-        with run.timings.writing(), run.loading, run.room.taken(2.5 * sum(map(self.bytes, self.parts))):
+        copies = 2.5 if "fake-quant" in self.modes else 1.7
+        with run.timings.writing(), run.loading, run.room.taken(copies * sum(map(self.bytes, self.parts))):
             done = threading.Event()
             step = run.start(f"{self.name}-torch", 0, TORCH, "benchmarks/torch_times.py", str(self.folder), *self.modes)
             while not loaded.exists() and step.process.poll() is None and time.monotonic() < run.end:
@@ -181,21 +195,43 @@ class Model:
             done.wait()
 
     def whole(self, gpu: int) -> None:
-        """The demo: engines as `vlmc build` makes them, all at once, its verdict, and `vlmc profile`."""
-        run, folder = self.run, str(self.folder)
+        """Engines as `vlmc build` makes them, all at once, its verdict, and `vlmc profile`."""
+        run, name, folder = self.run, self.name, str(self.folder)
         made = [(part, "tensorrt", precision) for part in self.parts for precision in BOTH]
-        made += [("vision_encoder", "tensorrt", "int8-implicit"), ("embed_tokens", "numpy", "fp32")]
         made += [(part, "onnxruntime_gpu", "fp16") for part in self.parts]
+        if name == DEMO:
+            made += [("vision_encoder", "tensorrt", "int8-implicit"), ("embed_tokens", "numpy", "fp32")]
 
         def build(one: tuple[str, str, str]) -> None:
-            run.step("-".join((self.name, *one)), gpu, TENSORRT, "-c", ENGINE, folder, *one)
+            run.step("-".join((name, *one)), gpu, TENSORRT, "-c", ENGINE, folder, DEVICE, *one)
 
         with ThreadPoolExecutor(len(made)) as pool:
             list(pool.map(build, made))
-        run.step("demo-build", gpu, TENSORRT, *VLMC, "build", folder, "--device", "h100", "--int8")
-        run.step("demo-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", folder)
-        settings = ("--device", "h100", "--runs", "5", "--tokens", "64", "--samples", "20", "--torch-python", TORCH)
-        run.step("demo-profile", gpu, TENSORRT, *VLMC, "profile", folder, *settings)
+        run.step(f"{name}-build", gpu, TENSORRT, *VLMC, "build", folder, "--device", DEVICE, "--int8")
+        if name == DEMO:
+            run.step(f"{name}-overhead", gpu, TENSORRT, "benchmarks/decode_overhead.py", folder)
+        settings = ("--device", DEVICE, "--runs", "5", "--tokens", "64", "--samples", "20", "--torch-python", TORCH)
+        run.step(f"{name}-profile", gpu, TENSORRT, *VLMC, "profile", folder, *settings)
+
+
+def export(run: Run, name: str, models: list[Model], earlier: dict[str, Any], again: bool) -> None:
+    """A preset that the machine which makes the skeletons has no memory for: exported and calibrated here, once the
+    weights of `models` are there and the disk has room for its own."""
+    folder, preset = str(DATA / name), json.loads((PRESETS / f"{name}.json").read_text())
+    size = 4 * preset["published_parameters"]
+    with run.writing():
+        for model in models:
+            model.filled.wait()
+        while shutil.disk_usage(DATA).free < DISK * size and time.monotonic() < run.end:
+            time.sleep(1)
+        with run.room.taken(EXPORT * size):
+            given = ("--random-weights", "--cases", "1", "-o", folder)
+            if not run.step(f"{name}-export", None, TORCH, *VLMC, "export", name, *given):
+                return
+            given = ("--recipe", "int8", "--observer", "minmax", "--limit", "1")
+            if not run.step(f"{name}-calibrate", None, TORCH, *VLMC, "calibrate", folder, *given):
+                return
+        Model(run, name, 1 + len(models), earlier, again).prepare()
 
 
 def forms(run: Run, names: list[str]) -> None:
@@ -236,12 +272,15 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=440, help="GiB that steps may take together")
     parser.add_argument("--known", nargs="+", default=[], help="results of earlier runs, not measured again")
     parser.add_argument("--again", action="store_true", help="but for those that are marked")
+    parser.add_argument("--export", nargs="+", default=[], help="presets to export here, after what lies there")
     parser.add_argument("--forms", default="", help="of tensorrt_variants.py, with commas")
     arguments = parser.parse_args()
     run = Run(HOME / "logs", arguments.seconds, arguments.memory)
     given = gpu_table.read(arguments.known), arguments.again
     names = sorted((path.parent.name for path in DATA.glob("*/manifest.json")), key=order)
-    threads = [threading.Thread(target=Model(run, name, 1 + i, *given).prepare) for i, name in enumerate(names)]
+    models = [Model(run, name, 1 + i, *given) for i, name in enumerate(names)]
+    threads = [threading.Thread(target=model.prepare) for model in models]
+    threads += [threading.Thread(target=export, args=(run, name, models, *given)) for name in arguments.export]
     if arguments.forms:
         threads.append(threading.Thread(target=forms, args=(run, arguments.forms.split(","))))
 

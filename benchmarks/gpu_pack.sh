@@ -5,13 +5,16 @@
 #   benchmarks/gpu_pack.sh trt WORK            CPython 3.10, TensorRT 8.6.0 and the runtime's packages (15 minutes on
 #                                              2 cores: `xz -9` takes TensorRT's kernels from 990 MB to 322)
 #   benchmarks/gpu_pack.sh ort WORK            onnxruntime-gpu for the host's own Python 3.12
+#   benchmarks/gpu_pack.sh data WORK PRESET…   skeletons of these, which are exported and calibrated first; a model of
+#                                              4 billion weights takes 12 minutes, 19 GB of memory and 17 of disk
 #   benchmarks/gpu_pack.sh parts WORK          all that was packed, in parts
 #
-# Then, with demo/model moved aside (it would make each transfer too large), for every part in turn:
+# Then, with demo/model's *.safetensors moved aside (they would make each transfer too large), for every part in turn:
 #   carry .gpu/part-NN, run `bash .gpu/part-NN/unpack.sh keep .gpu/part-NN`
 # TensorRT checks its kernels' sha256, so nothing may be left out of them.
 set -euo pipefail
 what=$1 work=$(mkdir -p "$2" && cd "$2" && pwd)
+shift 2
 shared=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../shared/gpu" && pwd)
 part=${PART:-57M}
 
@@ -47,9 +50,19 @@ case $what in
     for wheel in "$work"/wheels312/*.whl; do python3 -m zipfile -e "$wheel" "$work/ort/site312"; done
     tar -C "$work/ort" -cf - . | xz -T0 -6 > "$work/ort.xz"
     ;;
+  data)
+    for preset in "$@"; do
+      made=$work/exported/$preset
+      .venv/bin/vlmc export "$preset" --random-weights --cases 1 -o "$made"
+      .venv/bin/vlmc calibrate "$made" --recipe int8 --observer minmax --limit 1
+      .venv/bin/python benchmarks/skeleton.py strip "$made" "$work/data/$preset"
+      rm -r "$made"
+    done
+    tar -C "$work" -cf - data | xz -T0 -6 > "$work/data.xz"
+    ;;
   parts)
     rm -rf .gpu/part-* "$work"/*.part.* && mkdir -p .gpu
-    for name in trt ort; do [ ! -e "$work/$name.xz" ] || split -b $part -d "$work/$name.xz" "$work/$name.part."; done
+    for name in trt ort data; do [ ! -e "$work/$name.xz" ] || split -b $part -d "$work/$name.xz" "$work/$name.part."; done
     split -b $part -d "$work/resource.xz" "$work/res.xz."
     number=0
     for file in "$work"/*.part.* "$work"/res.xz.*; do

@@ -15,13 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_steps import DEVICE
+
 
 def main(folder: Path, output: Path) -> None:
     data, logs = folder / "data", folder / "logs"
     models = {path.parent.name: model(path.parent) for path in sorted(data.glob("*/manifest.json"))}
     steps = (logs / "steps.txt").read_text().splitlines()
     record = {
-        "what": "TensorRT 8.6.0 and PyTorch on an H100; random weights but for the demo; batch 1",
+        "what": f"TensorRT 8.6.0 and PyTorch on an {DEVICE.upper()}; random weights but for the demo; batch 1",
+        "device": DEVICE,
         "command": "benchmarks/gpu_host.py (benchmarks/README.md says how)",
         "steps": {line.split()[2]: [float(line.split()[3]), line.split()[7]] for line in steps if "GPU" in line},
         "models": models,
@@ -41,13 +44,13 @@ def model(folder: Path) -> dict[str, Any]:
         "kv": manifest["kv"],
         "random_weights": manifest["source"]["kind"] == "random",
     }
-    for path in sorted((folder / "engines" / "h100").glob("*.json")):
+    for path in sorted((folder / "engines" / DEVICE).glob("*.json")):
         record = json.loads(path.read_text())
         found.setdefault("choices", {})[record["recipe"]] = {
             part: {"kept": choice["engine"], "why": choice["reason"], "candidates": choice["candidates"]}
             for part, choice in record["choices"].items()
         }
-    for path in sorted(folder.glob("engines/h100/*/*/engine.json")) if "choices" in found else ():
+    for path in sorted(folder.glob(f"engines/{DEVICE}/*/*/engine.json")) if "choices" in found else ():
         engine = json.loads(path.read_text())
         report = engine["report"] | {"scratch_bytes": engine["settings"].get("scratch_bytes")}
         found.setdefault("built", {}).setdefault(engine["component"], {})[path.parent.name] = report
@@ -58,7 +61,7 @@ def model(folder: Path) -> dict[str, Any]:
         part, form, _ = path.name.rsplit(".", 2)
         if timed := json.loads(path.read_text()):
             found.setdefault("engines", {}).setdefault(part, {})[form] = timed
-    report = folder / "profile" / "h100" / "report.json"
+    report = folder / "profile" / DEVICE / "report.json"
     if report.is_file():
         found["profile"] = profile(json.loads(report.read_text()))
     return found
@@ -71,7 +74,7 @@ def profile(report: dict[str, Any]) -> dict[str, Any]:
         accuracy = variant["accuracy"]
         variants[variant["name"]] = {
             "latency_ms": latency,
-            "tokens_per_s": variant["tokens_per_s"],
+            "rate": next(variant[rate] for rate in ("tokens_per_s", "pairs_per_s") if rate in variant),
             "memory": variant["memory"],
             "energy": variant["energy"],
             "roofline": variant["roofline"],

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 GIB = 1 << 30
+DEVICE = os.environ.get("GPU_DEVICE", "h100")  # the GPU host's, by its name in profiles/devices
 Call = Callable[[int], None]  # with the number of the GPU that it has
 
 
@@ -90,7 +91,7 @@ class Run:
         self.logs = logs
         logs.mkdir(parents=True, exist_ok=True)
         self.begin, self.end = time.monotonic(), time.monotonic() + seconds
-        self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(12), threading.Semaphore(5)
+        self.room, self.filling, self.loading = Room(memory * GIB), threading.Semaphore(12), threading.Semaphore(2)
         self.builds, self.timings = Queue(), Queue()
         self.later: list[Callable[[], None]] = []  # asks for what can wait until every model is there
 

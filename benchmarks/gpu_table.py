@@ -1,9 +1,10 @@
-"""The tables of benchmarks/results/h100.md, from files that gpu_results.py wrote, the later one's figures first.
+"""The tables of results/h100.md and h200.md, from files that gpu_results.py wrote, the later one's figures first.
 
     python benchmarks/gpu_table.py benchmarks/results/h100-DATE.json benchmarks/results/h100-LATER.json
 
 A record's `mark` stands behind what its decoders' engines took. A step's limit is the time in which the memory delivers
-what it reads at least once: the decoder's weights (2 bytes each in FP16, 1 in int8) and a full KV cache in FP16.
+what it reads at least once: the decoder's weights (2 bytes each in FP16, 1 in int8) and a full KV cache in FP16. Its
+bandwidth is the one in profiles/devices/, of the device that the record names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-BANDWIDTH = 3.35e12  # bytes a second: NVIDIA's data sheet of the H100 SXM
+import tomllib
+
+DEVICES = Path(__file__).parent.parent / "profiles" / "devices"
 TOKENS = 64  # of an answer
 CUT_TOWER = "smolvlm-2.2b-8of24"  # one layer of vision, for its decoder alone is looked at
 COLUMNS = (
@@ -61,26 +64,29 @@ def main(*paths: str) -> None:
         cells = answers(model)
         if any(cell != MISSING for cell in cells[len(COLUMNS) + 1 :]):  # of TensorRT
             print(line([name, *cells]))
-    for model in models.values():
+    for name, model in models.items():
         if "profile" in model:
-            profiled(model["profile"])
+            profiled(name, model["profile"])
 
 
-def profiled(profile: dict[str, Any]) -> None:
+def profiled(model: str, profile: dict[str, Any]) -> None:
     """Of `vlmc profile`, every variant in a line."""
-    settings = profile["settings"]
-    what = f"medians of {settings['runs']} answers of {settings['tokens']} tokens"
-    print(f"\nThe demo by `vlmc profile`, {what}, milliseconds:\n")
-    parts = {"vision": 2, "prefill": 2, "time_to_first_token": 2, "decode_per_token": 3, "end_to_end": 1}
+    settings, variants = profile["settings"], profile["variants"]
+    first: dict[str, Any] = next(iter(variants.values()))
+    generates = "prefill" in first["latency_ms"]
+    what = f"answers of {settings['tokens']} tokens" if generates else "pictures, each with a text"
+    print(f"\n{model} by `vlmc profile`, medians of {settings['runs']} {what}, milliseconds:\n")
+    digits = {"vision": 2, "text": 2, "prefill": 2, "time_to_first_token": 2, "decode_per_token": 3, "end_to_end": 1}
+    parts = [part for part in digits if part in first["latency_ms"]]
+    joules = "joules_per_token" if generates else "joules_per_pair"
     named = [part.replace("_", " ") for part in parts]
-    print(line(["variant", *named, "J a token", "score", "golden answers equal"]))
+    print(line(["variant", *named, "J a token" if generates else "J a pair", "score", "golden answers equal"]))
     print(line(["---"] * (4 + len(parts))))
-    for name, found in profile["variants"].items():
-        times = [f"{found['latency_ms'][part]['median']:.{digits}f}" for part, digits in parts.items()]
+    for name, found in variants.items():
+        times = [f"{found['latency_ms'][part]['median']:.{digits[part]}f}" for part in parts]
         score, equal = found["accuracy"], found["agreement"]
-        joules = f"{found['energy']['joules_per_token']:.3f}"
-        right = f"{score['score']:.0f} of {score['total']}"
-        print(line([name, *times, joules, right, f"{equal['equal']} of {equal['cases']}"]))
+        right = "random weights" if isinstance(score, str) else f"{score['score']:.0f} of {score['total']}"
+        print(line([name, *times, f"{found['energy'][joules]:.3f}", right, f"{equal['equal']} of {equal['cases']}"]))
 
 
 def answers(model: dict[str, Any]) -> list[str]:
@@ -108,7 +114,7 @@ def read(paths: Iterable[str]) -> dict[str, Any]:
             for form in model.get("engines", {}).get("decoder", {}).values():
                 for engine in form.values():
                     engine["mark"] = record.get("mark", "")
-            merge(models.setdefault(name, {}), model)
+            merge(models.setdefault(name, {}), model | {"device": record.get("device", "h100")})
     return models
 
 
@@ -155,9 +161,14 @@ def row(model: dict[str, Any], part: str, form: str, key: str) -> list[Cell]:
 def shares(model: dict[str, Any], cells: list[Cell]) -> list[str]:
     kv = model["kv"]
     cache = 2 * kv["layers"] * kv["kv_heads"] * kv["capacity"] * kv["head_dim"] * 2
-    limits = [(model["parameters"]["decoder"] * size + cache) / BANDWIDTH * 1000 for size in (2, 1)]
+    limits = [(model["parameters"]["decoder"] * size + cache) / bandwidth(model["device"]) * 1000 for size in (2, 1)]
     pairs = zip(limits, cells[-2:], strict=True)
     return [", ".join(MISSING if ms is None else f"{100 * limit / ms:.0f} %" for limit, (ms, _) in pairs)]
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second, by the maker's data sheet."""
+    return float(tomllib.loads((DEVICES / f"{device}.toml").read_text())["dram_gb_per_s"]) * 1e9
 
 
 def shown(cell: Cell) -> str:

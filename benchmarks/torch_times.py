@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_steps import DEVICE
 from vlmc.artifact import Artifact
 from vlmc.calibration.cuda_baseline import GpuDecoder, GpuRunner
 from vlmc.calibration.fake_quant import apply_plan
@@ -31,7 +32,7 @@ from vlmc.profiles import nvidia
 from vlmc.runtime import backends
 from vlmc.runtime.tensorrt_engine import APART
 
-DEVICE, ENGINE, LOOKUP = "h100", "onnxruntime_gpu-fp16", "numpy-fp32"
+ENGINE, LOOKUP = "onnxruntime_gpu-fp16", "numpy-fp32"
 SECONDS = 2.0  # of runs, to see their energy
 
 
