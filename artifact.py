@@ -171,12 +171,17 @@ class KvContract:
     dtype: str = "float32"
 
 
+ASKED = " (asked)"
+ASKED_MEANS = "what the graph asks for, in a region that TensorRT fused and shows no kernels of"
+
+
 @dataclass(frozen=True)
 class BuildReport:
     """What building and trying an engine showed. `products`: matrix products by the precision they really run in,
-    read from the optimised graph. `latency_ms`: measured median on the golden inputs, empty where the device is not
-    this machine. `agreement`: cosine with the golden outputs. `work`: operations and bytes of one golden run.
-    `timed_on`: the machine of `latency_ms`, which is of the device's kind and may not be the very device."""
+    read from the optimised graph; where that shows none, the kind ends in ASKED. `latency_ms`: measured median on the
+    golden inputs, empty where the device is not this machine. `agreement`: cosine with the golden outputs. `work`:
+    operations and bytes of one golden run. `timed_on`: the machine of `latency_ms`, which is of the device's kind and
+    may not be the very device."""
 
     seconds: float
     peak_memory_bytes: int

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .. import console
-from ..artifact import Artifact, BuildSpec
+from ..artifact import ASKED, ASKED_MEANS, Artifact, BuildSpec
 from ..calibration import recipes
 
 
@@ -92,6 +92,8 @@ def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> No
             "[bold]kept[/bold]" if row["kept"] else "",
         )
     output.print(table)
+    if any(kind.endswith(ASKED) for row in rows for kind in row["products"]):
+        output.print(f"{ASKED.strip()}: {ASKED_MEANS}.")
     for component, choice in record.choices.items():
         output.print(f"[bold]{component}[/bold]: {escape(f'{choice.engine}, {choice.reason}.')}")
     if record.answers:

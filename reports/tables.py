@@ -5,9 +5,10 @@ A cell whose number could not be had reads "n/a [1]", and note 1 under the table
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..artifact import ASKED, ASKED_MEANS
 from . import words
 from .document import ABSENT, Number, Report, Roofline, Score, Statistics, Variant, look
 
@@ -38,10 +39,13 @@ class Table:
         """The number as text, or a mark that leads to the note with the reason why there is none."""
         if isinstance(value, (int, float)):
             return text(value)
-        reason = value or ABSENT
-        if reason not in self.notes:
-            self.notes.append(reason)
-        return f"n/a [{self.notes.index(reason) + 1}]"
+        return f"n/a {self.mark(value or ABSENT)}"
+
+    def mark(self, note: str) -> str:
+        """What leads to the note, which stands below the table once."""
+        if note not in self.notes:
+            self.notes.append(note)
+        return f"[{self.notes.index(note) + 1}]"
 
     def add(self, row: list[str], *, kept: bool = False) -> None:
         if kept:
@@ -162,13 +166,17 @@ def _products(variant: Variant, table: Table) -> str:
         return table.cell(variant.products)
     texts = []
     for name, counts in variant.products.items():
-        told = table.cell(counts) if isinstance(counts, str) else _counts(counts.items())
+        told = table.cell(counts) if isinstance(counts, str) else _counts(counts, table)
         texts.append(f"{words.component(name)}: {told}")
     return "; ".join(texts)
 
 
-def _counts(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in counts) or "none"
+def _counts(counts: Mapping[str, int], table: Table) -> str:
+    texts = []
+    for kind, count in counts.items():
+        asked = f" {table.mark(ASKED_MEANS)}" if kind.endswith(ASKED) else ""
+        texts.append(f"{count} {kind.removesuffix(ASKED)}{asked}")
+    return ", ".join(texts) or "none"
 
 
 def rooflines(report: Report) -> Table:

@@ -20,7 +20,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...artifact import FLOATS, KvContract
+from ...artifact import ASKED, FLOATS, KvContract
 from ...calibration import recipes
 from ...files import write_bytes
 from ...profiles.device import Device
@@ -56,7 +56,6 @@ CONVOLUTIONS = 8  # from so many on a network is convolutional
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST = 8  # tiles or texts at once; more run in parts
 STATES = ("past_key_values.", "present.")
-REGION = "(asked; in a fused region, where TensorRT shows no kernel)"
 PRODUCTS = (
     "CaskConvolution",
     "Convolution",
@@ -240,7 +239,7 @@ def executed(layers: Sequence[Any], asked: Mapping[str, int], weak: bool) -> dic
     a `weak` network's floats may be either width."""
     if any("ForeignNode" in str(layer) for layer in layers):
         floats = "float16 or float32" if weak else "float32"
-        return {f"{kind.replace('float32', floats)} {REGION}": count for kind, count in asked.items()}
+        return {kind.replace("float32", floats) + ASKED: count for kind, count in asked.items()}
     counts: dict[str, int] = {}
     for layer in layers:
         if isinstance(layer, dict) and layer.get("LayerType") in PRODUCTS:

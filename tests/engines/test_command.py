@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from vlmc.artifact import Artifact
+from vlmc.artifact import ASKED_MEANS, Artifact
+from vlmc.engines import build as engines_build
 from vlmc.engines.command import build
 from vlmc.engines.trial import ANSWER
 from vlmc.errors import VlmcError
@@ -29,6 +30,20 @@ def test_it_prints_what_was_built_and_why_it_was_kept(built_copy: Path, in_proce
     assert "vision_encoder: " in said
     assert "ms" in said
     assert "Unchanged since an earlier build: vision_encoder onnxruntime-fp32" in said
+
+
+def test_products_that_were_only_asked_for_are_explained_once(
+    built_copy: Path, in_process: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = engines_build.results
+
+    def results(*given: Any) -> list[dict[str, Any]]:
+        return [row | {"products": {"int8 (asked)": 9}} for row in usual(*given)]
+
+    monkeypatch.setattr(engines_build, "results", results)
+    said = " ".join(run(built_copy, "--int8").output.split())
+    assert "9 int8 (asked)" in said
+    assert said.count(f"(asked): {ASKED_MEANS}.") == 1
 
 
 def test_json_is_clean_even_where_it_has_to_calibrate_first(

@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+from vlmc.artifact import ASKED_MEANS
 from vlmc.reports import tables
 from vlmc.reports.document import parse
 
@@ -33,6 +34,15 @@ def test_a_reason_is_noted_once_and_a_true_0_is_a_number(sample: dict[str, Any])
     table = tables.headline(parse(sample))
     assert column(table, "J/picture") == ["0", "0", "n/a [1]", "n/a [1]", "n/a [1]"]
     assert len(table.notes) == 1
+
+
+def test_products_that_were_only_asked_for_are_marked_and_the_note_stands_once(sample: dict[str, Any]) -> None:
+    for variant in sample["variants"][2:]:
+        variant["products"] = {"decoder": {"int8 (asked)": 9, "float16": 1, "float16 attention (asked)": 2}}
+    table = tables.footprint(parse(sample))
+    mark = f"[{table.notes.index(ASKED_MEANS) + 1}]"
+    assert column(table, "matrix products")[-1] == f"decoder: 9 int8 {mark}, 1 float16, 2 float16 attention {mark}"
+    assert table.notes.count(ASKED_MEANS) == 1
 
 
 def test_only_the_kept_variants_rows_are_marked(sample: dict[str, Any]) -> None:
