@@ -5,7 +5,7 @@ A run matches one golden picture with its prompt. For the accuracy every picture
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def sentences(report: Group, choices: Group) -> list[str]:
     speedups = [entry for entry in report["speedups"] if entry["of"] == kept["name"]]
     return [
         _speed(kept, speedups),
-        *_parts(speedups, variants),
+        *verdict.parts(speedups, variants, ("vision", "text")),
         *verdict.accuracy(kept, others),
         *verdict.beaten(kept, report, choices),
         verdict.memory(kept, others),
@@ -66,17 +66,6 @@ def _speed(kept: Group, speedups: Sequence[Group]) -> str:
         f"{verdict.figure(vision)} ms of them for the picture and {verdict.figure(text)} ms for the text"
     )
     return said + "".join(f"{', ' if i else ': '}{verdict.ratio(entry)}" for i, entry in enumerate(speedups)) + "."
-
-
-def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str]:
-    """Where the float engine loses and where it wins."""
-    names = {variant["name"] for variant in variants if variant["kind"] == "engine"}
-    for entry in speedups:
-        if entry["over"] in names:
-            slower = [part for part in ("vision", "text") if entry[part] < 0.98]
-            but = f"; its {' and '.join(slower)} got slower" if slower else ""
-            told = f"vision {entry['vision']:.2f}, text {entry['text']:.2f}"
-            yield f"Against {entry['over']} the parts are faster by these factors: {told}{but}."
 
 
 def _energy(kept: Group, source: Group) -> str:

@@ -33,7 +33,7 @@ def sentences(report: Group, choices: Group) -> list[str]:
     speedups = [entry for entry in report["speedups"] if entry["of"] == kept["name"]]
     return [
         _speed(kept, speedups),
-        *_parts(speedups, variants),
+        *parts(speedups, variants, ("vision", "prefill", "decode")),
         *beaten(kept, report, choices),
         *accuracy(kept, others),
         memory(kept, others),
@@ -59,23 +59,33 @@ def _speed(kept: Group, speedups: Sequence[Group]) -> str:
 
 def ratio(entry: Group) -> str:
     """A ratio and how far it moved between turns; where turns disagree on who is faster, that is what they show."""
-    low, high = entry.get("low", entry["end_to_end"]), entry.get("high", entry["end_to_end"])
-    if low < 1 < high:
-        return f"no clear difference to {entry['over']} ({low:.2f} to {high:.2f} times over {entry['turns']} turns)"
-    spread = f" ({low:.2f} to {high:.2f} over {entry['turns']} turns)" if entry.get("turns", 1) > 1 else ""
+    if not _clear(entry):
+        spread = f"{entry['low']:.2f} to {entry['high']:.2f} times over {entry['turns']} turns"
+        return f"no clear difference to {entry['over']} ({spread})"
+    spread = f" ({entry['low']:.2f} to {entry['high']:.2f} over {entry['turns']} turns)" if _turns(entry) else ""
     return f"{entry['end_to_end']:.2f} times as fast as {entry['over']}{spread}"
 
 
-def _parts(speedups: Sequence[Group], variants: Sequence[Group]) -> Iterator[str]:
-    """Where the float engine loses and where it wins; a part that got slower is said plainly."""
-    names = {variant["name"] for variant in variants if variant["kind"] == "engine"}
+def _turns(entry: Group) -> bool:
+    """Whether there are several that could disagree."""
+    several: bool = entry.get("turns", 1) > 1
+    return several
+
+
+def _clear(entry: Group) -> bool:
+    return not _turns(entry) or not entry["low"] < 1 < entry["high"]
+
+
+def parts(speedups: Sequence[Group], variants: Sequence[Group], names: Sequence[str]) -> Iterator[str]:
+    """Where the float engine loses and where it wins; a part that got slower is said plainly, but not where turns
+    disagree on the whole."""
+    engines = {variant["name"] for variant in variants if variant["kind"] == "engine"}
     for entry in speedups:
-        if entry["over"] in names:
-            parts = {part: entry[part] for part in ("vision", "prefill", "decode")}
-            told = ", ".join(f"{part} {ratio:.2f}" for part, ratio in parts.items())
-            slower = [part for part, ratio in parts.items() if ratio < 0.98]
+        if entry["over"] in engines:
+            told = ", ".join(f"{name} {entry[name]:.2f}" for name in names)
+            slower = [name for name in names if _clear(entry) and entry[name] < 0.98]
             but = f"; its {' and '.join(slower)} got slower" if slower else ""
-            yield f"Against {entry['over']} the parts are faster by these factors: {told}{but}."
+            yield f"Part by part against {entry['over']}, times as fast: {told}{but}."
 
 
 def beaten(kept: Group, report: Group, choices: Group) -> Iterator[str]:

@@ -211,7 +211,7 @@ def test_profile_measures_reports_and_judges(measurable: Artifact, label_set: Pa
     told = " ".join(done.stdout.split())
     assert "Int8 matches a picture with a text in" in told
     assert "2 ms of them for the picture and 4 ms for the text" in told
-    assert "the parts are faster by these factors: vision 2.00, text 1.00" in told
+    assert "times as fast: vision 2.00, text 1.00." in told
     assert "PyTorch eager was not measured: no torch." in told
     report = document.read(measurable.root / "profile" / "cpu")
     assert report.kept is not None and report.kept.name == "Int8"

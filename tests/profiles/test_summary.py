@@ -223,7 +223,7 @@ def test_the_verdict_is_on_the_kept_variant_in_plain_words(folder: Path) -> None
         "Int8 takes 55 ms from the picture to 4 tokens, 25 ms of them to the first, then 100 tokens/s: 2.36 times as "
         "fast as Float (2.20 to 2.50 over 2 turns), 8.09 times as fast as Eager (8.00 to 8.17 over 2 turns)."
     )
-    assert "Against Float the parts are faster by these factors: vision 4.00, prefill 1.00, decode 2.00." in said
+    assert "Part by part against Float, times as fast: vision 4.00, prefill 1.00, decode 2.00." in said
     assert any(line.startswith("It scores 50.0 %") and "Float 100.0 %" in line for line in said)
     assert any(
         "costs 2 J and each further token 1 J" in line and "1.7 and 0.9 J without 3 W of idle power" in line

@@ -63,6 +63,9 @@ def test_a_part_that_got_slower_is_said_plainly() -> None:
     entry = speedup("Float", vision=0.75, decode=2.0, end_to_end=1.1)
     said = sentences(report(variant("Int8"), variant("Float"), speedups=[entry]), CHOICES)
     assert any(line.endswith("vision 0.75, prefill 1.00, decode 2.00; its vision got slower.") for line in said)
+    unsure = entry | {"low": 0.9, "high": 1.2, "turns": 4}
+    said = sentences(report(variant("Int8"), variant("Float"), speedups=[unsure]), CHOICES)
+    assert any(line.endswith("vision 0.75, prefill 1.00, decode 2.00.") for line in said)
 
 
 def test_an_engine_that_was_faster_than_what_was_kept_in_every_turn_is_told() -> None:
