@@ -21,8 +21,8 @@ from ..errors import VlmcError, mended_by, reason
 from ..files import read_json, sha256_of
 from .family import Family, family_for
 from .inspection import AGAIN, check_sizes, making
+from .nearest import PRESETS
 
-PRESETS = Path(__file__).parent / "presets"
 DEMO = Path(__file__).parent.parent / "demo" / "model"
 # What a checkpoint may hold that is worth downloading; pickled weights and code are not.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -192,6 +192,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise VlmcError(f"{folder / 'config.json'} names no model_type", fix="use a transformers checkpoint")
-    family_for(config["model_type"], str(folder))
+    family_for(config["model_type"], str(folder), config)
     check_sizes(config, folder / "config.json")
     return config

@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..artifact import GRAPH_FILES, KvSpec
 from ..errors import VlmcError
 from . import families, onnx_ops
+from .nearest import nearest
 from .onnx_ops import IMPLEMENTATION
 
 
@@ -295,15 +296,18 @@ def all_families() -> dict[str, Family]:
     return found
 
 
-def family_for(model_type: str, where: str) -> Family:
-    """The family of a checkpoint's `model_type`; an unknown one is answered with the nearest names."""
+def family_for(model_type: str, where: str, config: Mapping[str, Any] | None = None) -> Family:
+    """The family of a checkpoint's `model_type`. An unknown one is answered with the family that its config.json is
+    nearest to, or else with the nearest names."""
     known = all_families()
     if model_type not in known:
-        near = difflib.get_close_matches(model_type, known, n=3, cutoff=0.4)
-        near = near or difflib.get_close_matches(model_type, known, n=1, cutoff=0)
+        alike = nearest(config or {})
+        spelt = difflib.get_close_matches(model_type, known, n=1, cutoff=0.8 if alike else 0)
+        near = f"; its config.json is nearest to those of exporter/families/{alike}.py" if alike else ""
+        meant = f"did you mean {spelt[0]}? Otherwise " if spelt else ""
         raise VlmcError(
             f"{where} is of the model type {model_type!r}, which no family knows",
             expected="one of " + ", ".join(sorted(known)),
-            fix=f"did you mean {' or '.join(near)}? Otherwise add a file to exporter/families/ (docs/add-a-model.md)",
+            fix=f"{meant}add a file to exporter/families/ (docs/add-a-model.md){near}",
         )
     return known[model_type]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, golden, parity
@@ -120,7 +121,6 @@ def test_a_family_is_found_by_its_model_type() -> None:
     ("model_type", "says"),
     [
         ("smolvlm2", "'smolvlm2', which no family knows.*idefics3.*did you mean smolvlm"),
-        ("idefics2", "did you mean idefics3"),
         ("florence2", r"did you mean \w+\? Otherwise add a file to exporter/families/ \(docs/add-a-model.md\)"),
         ("zz9", r"did you mean \w+\? Otherwise add a file to exporter/families/"),
     ],
@@ -128,3 +128,12 @@ def test_a_family_is_found_by_its_model_type() -> None:
 def test_an_unknown_model_type_is_answered_with_the_nearest(model_type: str, says: str) -> None:
     with pytest.raises(VlmcError, match=says):
         family_for(model_type, "the checkpoint")
+
+
+def test_one_whose_config_is_like_a_familys_is_answered_with_that_family() -> None:
+    config = AutoConfig.for_model("aya_vision").to_diff_dict()
+    says = r"add a file .*add-a-model.md\); its config.json is nearest to those of exporter/families/llava.py"
+    with pytest.raises(VlmcError, match=f"To mend it: {says}"):
+        family_for("aya_vision", "the checkpoint", config)
+    with pytest.raises(VlmcError, match=f"did you mean smolvlm\\? Otherwise {says}"):
+        family_for("smolvlm2", "the checkpoint", config)
