@@ -16,6 +16,7 @@ from PIL import Image
 from vlmc.errors import VlmcError
 from vlmc.files import write_json
 from vlmc.profiles import samples, summarize
+from vlmc.profiles.summary import spread
 from vlmc.reports import document
 
 GOLD = "two dogs"
@@ -183,6 +184,11 @@ def test_speedups_are_ratios_of_medians_with_their_range_over_turns(folder: Path
             "turns": 2,
         }
     )
+
+
+def test_a_ratio_lies_within_its_own_range_whatever_the_machine_does() -> None:
+    assert spread([9.0, 500.0], 5.7) == {"low": 5.7, "high": 500.0, "turns": 2}
+    assert spread([], 2.0) == {}
 
 
 def test_roofline_shares_are_limit_over_measured(folder: Path) -> None:
