@@ -168,7 +168,9 @@ def limits(kept: Group) -> Iterator[str]:
         what = "cache bandwidth" if line["in_cache"] else "memory bandwidth"
         of = "arithmetic" if line["bound"] == "compute" else what
         told.append(f"{names.get(phase, phase)} {share(line['share'])} of its limit ({of})")
-    yield f"Distance to this machine's limits: {', '.join(told)}."
+    over = any(line["share"] > 1 for line in kept["roofline"].values())
+    doubt = " Nothing passes its limit: above 100 % that was measured while the machine was busier." if over else ""
+    yield f"Distance to this machine's limits: {', '.join(told)}.{doubt}"
 
 
 def _budgets(kept: Group, report: Group) -> Iterator[str]:

@@ -129,3 +129,6 @@ def test_the_distance_to_the_limits_names_what_bounds() -> None:
         "Distance to this machine's limits: vision 41 % of its limit (arithmetic), a decode step 60 % of its limit "
         "(memory bandwidth), prefill 2.3 % of its limit (cache bandwidth)."
     ) in said
+    lines["vision_encoder"]["share"] = 1.44
+    said = sentences(report(variant("Int8", roofline=lines)), CHOICES)
+    assert any("vision 144 % of" in line and "Nothing passes its limit" in line for line in said)
