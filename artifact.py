@@ -81,12 +81,14 @@ class KvSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """The chat template, rendered for one question: `{image}` (once a picture) and `{text}` are replaced."""
+    """The chat template, rendered for one question: `{image}` (once a picture) and `{text}` are replaced. `trim`: the
+    question without the white space around it, as templates with Jinja's filter of that name write it."""
 
     with_image: str
     text_only: str
     image_token: str
     eos_token_ids: tuple[int, ...]
+    trim: bool = False
 
 
 @dataclass(frozen=True)

@@ -243,17 +243,36 @@ def _prompt(folder: Path, tokenizer: Any, template: Any, image_token: str) -> tu
         unit, rest = with_image[start : start + length], with_image[start + length :]
         before, hole, after = unit.partition("{image}")
         if hole and with_two == with_image[:start] + 2 * unit + rest:
-            spec = PromptSpec(with_image[:start] + "{image}" + rest, text_only, image_token, ())
+            trim = _trims(tokenizer, template, folder)
+            spec = PromptSpec(with_image[:start] + "{image}" + rest, text_only, image_token, (), trim)
             return spec, {"before_image": before, "after_image": after}
     raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
 
 
+def _trims(tokenizer: Any, template: Any, folder: Path) -> bool:
+    """Whether the chat template leaves out the white space around a question."""
+    padded, found = f"\n {_QUESTION} \n", set()
+    for pictures in range(2):
+        plain, rendered = (_filled(tokenizer, template, pictures, text) for text in (_QUESTION, padded))
+        found.add({plain: True, plain.replace(_QUESTION, padded): False}.get(rendered))
+    trims = found.pop()
+    if found or trims is None:
+        raise VlmcError(f"The chat template in {folder} changes the question", found=repr(rendered))
+    return trims
+
+
 def _render(tokenizer: Any, template: Any, image_token: str, pictures: int) -> str:
-    content = [{"type": "image"}] * pictures + [{"type": "text", "text": _QUESTION}]
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], chat_template=template, tokenize=False, add_generation_prompt=True
+    rendered = _filled(tokenizer, template, pictures, _QUESTION)
+    return _bos(tokenizer, rendered) + rendered.replace(image_token, "{image}").replace(_QUESTION, "{text}")
+
+
+def _filled(tokenizer: Any, template: Any, pictures: int, question: str) -> str:
+    content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, tokenize=False, add_generation_prompt=True
+        )
     )
-    return _bos(tokenizer, rendered) + str(rendered).replace(image_token, "{image}").replace(_QUESTION, "{text}")
 
 
 def _bos(tokenizer: Any, rendered: str) -> str:

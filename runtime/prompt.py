@@ -21,8 +21,8 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how bytes of a character that is no
 def render(prompt: PromptSpec, text: str, image_texts: Sequence[str]) -> str:
     """The chat template filled in: the pictures' texts one after the other where `{image}` stands, and the question.
 
-    The question is inserted as it is, whatever braces it has. One that contains the picture's own token is refused,
-    for then there would be more image tokens than image features.
+    The question is inserted as it is, whatever braces it has, or without the white space around it. One that contains
+    the picture's own token is refused, for then there would be more image tokens than image features.
     """
     if prompt.image_token in text:
         raise VlmcError(
@@ -31,7 +31,7 @@ def render(prompt: PromptSpec, text: str, image_texts: Sequence[str]) -> str:
             fix="leave it out; pictures are given apart from the question",
         )
     template = prompt.with_image if image_texts else prompt.text_only
-    filled = {"{image}": "".join(image_texts), "{text}": text}
+    filled = {"{image}": "".join(image_texts), "{text}": text.strip() if prompt.trim else text}
     return "".join(filled.get(part, part) for part in re.split(r"(\{image\}|\{text\})", template))
 
 

@@ -37,7 +37,7 @@ _SYSTEM = (  # conversation.py's "llava_llama_3_1"
 )
 _MESSAGES = (  # before the checkpoint's own template: the system's words, and pictures and question in one piece
     "{%% set parts = messages[0]['content'] %%}{%% set pictures = %r * (parts | length - 1) %%}"
-    "{%% set words = pictures + ('\n' if pictures else '') + parts[-1]['text'] %%}"
+    "{%% set words = pictures + ('\n' if pictures else '') + parts[-1]['text'] | trim %%}"
     "{%% set messages = [{'role': 'system', 'content': %r}, {'role': 'user', 'content': words}] %%}"
 )
 
@@ -158,9 +158,10 @@ class LlavaMini(Llava):
         )
 
     def own_processor(self, folder: Path) -> OwnProcessor:
-        """As in training: one token that begins the text, where the reference's example has two, and the beginning of
-        the answer, which that leaves to the model. No token is to spare for pictures (the reference puts them between
-        its parts), so the last of those that are reserved holds their places; a text is parted at it as there."""
+        """As in training: one token that begins the text, where the reference's example has two, no white space around
+        the question, where the example leaves it before one behind a picture, and the beginning of the answer, which
+        that leaves to the model. No token is to spare for pictures (the reference puts them between its parts), so the
+        last of those that are reserved holds their places; a text is parted at it as there."""
         from transformers import PreTrainedTokenizerFast
 
         config = read_json(folder / "config.json")

@@ -3,8 +3,8 @@
 The tiles' patches are put together to one grid without the overlaps, which is averaged down to as many cells as a tile
 has patches. Both are linear, so one matrix, `pooling`, says it all, and the vision encoder only multiplies with it.
 
-As in vikhyat/moondream's image_crops.py where pyvips is not installed (its Lanczos filter rounds otherwise than
-Pillow's). Values are not rounded to bfloat16 on the way, as they are there.
+Equal to the last bit to vikhyat/moondream's image_crops.py where pyvips is not installed (its Lanczos filter rounds
+otherwise than Pillow's), but that values are not rounded to bfloat16 on the way, as they are there.
 """
 
 from __future__ import annotations

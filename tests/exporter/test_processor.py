@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer
 from vlmc.errors import VlmcError
 from vlmc.exporter.processor import describe, save_tokenizer
-from vlmc.runtime.prompt import Tokenizer
+from vlmc.runtime.prompt import Tokenizer, render
 
 
 @pytest.fixture
@@ -53,6 +53,18 @@ def test_the_prompt_is_the_chat_template_with_holes(processor_folder: Path) -> N
     assert prompt.image_token == "<image>"
     tokenizer = AutoTokenizer.from_pretrained(processor_folder, local_files_only=True)
     assert prompt.eos_token_ids == (tokenizer.eos_token_id,)
+
+
+@pytest.mark.parametrize("trims", [True, False])
+def test_white_space_around_a_question_is_left_out_where_the_template_does_so(trims: bool, folder: Path) -> None:
+    template, question = folder / "chat_template.jinja", " \n\u3000Why?\t\n"
+    template.write_text(template.read_text().replace("line['text']", f"line['text']{' | trim' * trims}"))
+    _, prompt = describe(folder)
+    reference = AutoTokenizer.from_pretrained(folder, local_files_only=True).apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": question}]}], add_generation_prompt=True, tokenize=False
+    )
+    assert prompt.trim is trims
+    assert render(prompt, question, ()) == reference
 
 
 def test_smolvlms_own_processor_is_read_without_its_video_part(folder: Path) -> None:
@@ -153,6 +165,16 @@ def test_what_is_missing_or_broken_is_named(folder: Path, tmp_path: Path) -> Non
             "{% for line in messages[0]['content'] %}{% if line['type'] == 'image' %}{{loop.index}}<image>"
             "{% else %}{{line['text']}}{% endif %}{% endfor %}",
             "several pictures",
+        ),
+        (
+            "{% for line in messages[0]['content'] %}{% if line['type'] == 'image' %}<image>"
+            "{% else %}{{line['text'].lstrip()}}{% endif %}{% endfor %}",
+            "changes the question",
+        ),
+        (
+            "{% for line in messages[0]['content'] %}{% if line['type'] == 'image' %}<image>"
+            "{% else %}{{line['text'] | trim if loop.first else line['text']}}{% endif %}{% endfor %}",
+            "changes the question",
         ),
     ],
 )

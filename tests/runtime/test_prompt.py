@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,12 @@ def test_the_template_is_filled_with_pictures_and_question() -> None:
 def test_a_question_is_inserted_as_it_is(text: str) -> None:
     assert render(SPEC, text, ["A"]) == "<s>User:A" + text + "</s>"
     assert render(SPEC, "q", ["{text}"]) == "<s>User:{text}q</s>"
+
+
+def test_white_space_around_a_question_is_left_out_where_the_template_does_so() -> None:
+    trimming = replace(SPEC, trim=True)
+    assert render(trimming, "\n\u3000 what  is\nit? \t", ["A\n"]) == "<s>User:A\nwhat  is\nit?</s>"
+    assert render(trimming, " \n", []) == "<s>User: </s>"
 
 
 @pytest.mark.parametrize("pictures", [[], ["A"]])

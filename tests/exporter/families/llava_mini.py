@@ -155,9 +155,9 @@ class Published(Equations):
         return x + self.linear(f"{name}.mlp.down_proj", functional.silu(gate) * up)
 
     def ids(self, pictures: int, question: str) -> Tensor:
-        """-200 stands for the pictures, as in tokenizer_image_token."""
+        """-200 stands for the pictures, as in tokenizer_image_token. train.py leaves out white space around words."""
         header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-        content = ("<image>\n" if pictures else "") + question
+        content = ("<image>\n" if pictures else "") + question.strip()
         text = SPECIAL[0] + header.format("system") + SYSTEM + "<|eot_id|>" + header.format("user") + content
         text += "<|eot_id|>" + header.format("assistant")
         pieces = [self.tokenizer.encode(piece, add_special_tokens=False).ids for piece in text.split("<image>")]

@@ -204,7 +204,7 @@ def test_the_decoder_is_written_in_standard_operators(whole: Whole) -> None:
 def test_pictures_and_question_become_transformers_arrays(count: int, whole: Whole, make_picture: Any) -> None:
     folder, _, _, processor = whole
     pictures: list[Image.Image] = [make_picture(90, 31), make_picture(17, 60), make_picture(64, 64)][:count]
-    question = "How many {red} boats are on the water? 42 €"
+    question = "\n How many {red} boats are on the water? 42 € "  # without the white space around it in the template
     content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     reference = processor(text=text, images=pictures or None, return_tensors="np", add_special_tokens=False)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -21,8 +23,10 @@ from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, parity
 from vlmc.exporter.families.llava_mini import Compressor
-from vlmc.exporter.processor import describe
+from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime import preprocessing
+from vlmc.runtime.prompt import Tokenizer as Saved
+from vlmc.runtime.prompt import render
 
 from .conftest import change
 from .llava_mini import ENDS, IMAGE, PREFIX, SIDE, SPECIAL, SYSTEM, VISION, VISION_LAYERS, Published, config, tensors
@@ -151,6 +155,28 @@ def test_the_prompt_is_the_one_of_training(folder: Path) -> None:
     assert prompt.image_token == "<|reserved_special_token_1|>"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert prompt.eos_token_ids == tuple(tokenizer.token_to_id(token) for token in ENDS)
+
+
+PARTS = ["How", " many ", "boats", "   ", "\n", "\t", "!", "<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>"]
+PARTS += ["42", " <|eom_id|> ", "<|reserved_special_token_0|>", "<image", "{image}", "{text}", "€", "é", "😀", "'s"]
+
+
+def test_any_question_becomes_the_ids_of_training(folder: Path, tmp_path: Path) -> None:
+    """One of white space alone is left out, with which the reference leaves out the line break behind a picture."""
+    described, prompt = describe(folder)
+    save_tokenizer(folder, tmp_path / "tokenizer.json")
+    tokenizer, reference = Saved(tmp_path / "tokenizer.json"), Published(folder)
+    place = tokenizer.token_id(prompt.image_token)
+    picture = prompt.image_token * SIDE**2 + described["after_image"]
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=8).map("".join).filter(str.strip), st.integers(0, 2))
+    def check(question: str, pictures: int) -> None:
+        ids = reference.ids(pictures, question).tolist()
+        expected = [found for id in ids for found in ([place] * SIDE**2 * pictures if id == -200 else [id])]
+        assert tokenizer.encode(render(prompt, question, [picture] * pictures)).tolist() == expected
+
+    check()
 
 
 @pytest.mark.parametrize("ratio", ["square", "pad"])

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,7 +23,8 @@ from torch.nn import functional
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, parity
-from vlmc.exporter.processor import describe
+from vlmc.exporter.processor import describe, save_tokenizer
+from vlmc.runtime.prompt import Tokenizer as Saved
 from vlmc.runtime.prompt import render
 
 QUESTION = "How many {red} boats are on the water? 42 €"
@@ -261,6 +264,28 @@ def test_the_prompt_is_that_of_query(folder: Path) -> None:
     assert {name: described[name] for name in wanted} == wanted
     with pytest.raises(VlmcError, match="stands for a picture"):
         render(prompt, "Where is <|md_reserved_4|>?", ())
+
+
+PARTS = ["How", " many ", "boats", "   ", "\n", "query", "<|endoftext|>", "<|md_reserved_0|>", " <|md_reserved_2|> "]
+PARTS += ["<|md_reserved_", "{image}", "{text}", "42", "€", "é", "😀", "'s", ""]
+
+
+def test_any_question_becomes_the_ids_of_query(folder: Path, tmp_path: Path) -> None:
+    """`query` of moondream.py puts the question, encoded by itself as the tokenizer's file says, between the ids of its
+    template; a picture stands behind the token that begins the text."""
+    _, prompt = describe(folder)
+    save_tokenizer(folder, tmp_path / "tokenizer.json")
+    tokenizer = Saved(tmp_path / "tokenizer.json")
+    encode = Tokenizer.from_file(str(folder / "tokenizer.json")).encode
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.lists(st.sampled_from(PARTS), max_size=8).map("".join), st.integers(0, 1))
+    def check(question: str, pictures: int) -> None:
+        expected = [0, *[5] * 49 * pictures, 1, *encode("query").ids, 2, *encode(question).ids, 3, 3]
+        rendered = render(prompt, question, ["<|md_reserved_4|>" * 49] * pictures)
+        assert tokenizer.encode(rendered).tolist() == expected
+
+    check()
 
 
 def test_several_pictures_are_refused(artifact: Artifact, make_picture: Any) -> None:

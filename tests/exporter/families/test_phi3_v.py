@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
 from torch.nn import functional
+from transformers.tokenization_utils_base import generate_merges
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, parity
-from vlmc.exporter.processor import describe
+from vlmc.exporter.processor import describe, save_tokenizer
+from vlmc.runtime import preprocessing
+from vlmc.runtime.prompt import Tokenizer as Saved
+from vlmc.runtime.prompt import render
 
 from .conftest import change
-from .reference import Equations, Weights, turned
+from .reference import Equations, SlowTokenizer, Weights, turned
 
 QUESTION = "How many {red} boats are on the water? 42 €"
 WIDTH, HEADS, KV_HEADS, INNER, LAYERS = 32, 2, 1, 48, 2
@@ -34,7 +41,8 @@ TOWER |= {"num_attention_heads": HEADS, "image_size": IMAGE, "patch_size": PATCH
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SHORT = [1.08, 1.1, 1.13, 1.28, 1.31, 1.45, 1.45, 1.95]  # of Phi-3.5-Vision, the first of 48
 LONG = [1.08, 1.11, 1.14, 1.34, 1.59, 1.6, 1.62, 2.62]
-ROLES = ["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|image|>"]
+# Microsoft's added tokens, and whether they swallow the white space behind them, as Llama's "</s>" does there.
+ADDED = {"<|endoftext|>": False, "<|assistant|>": True, "<|end|>": False, "<|user|>": False, "<|image|>": True}
 VISION_PREFIX = "model.vision_embed_tokens.img_processor.vision_model"
 
 
@@ -154,20 +162,16 @@ class Published(Equations):
         hidden = self.linear("model.vision_embed_tokens.img_projection.0", torch.cat(parts))
         return self.linear("model.vision_embed_tokens.img_projection.2", functional.gelu(hidden))
 
-    def text(self, text: str) -> list[int]:
-        return [1, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+    def chunks(self, pictures: int, question: str) -> list[str]:
+        """The model card's prompt as processing_phi3_v.py parts it: before, between and behind the pictures."""
+        tags = "".join(f"<|image_{index}|>\n" for index in range(1, pictures + 1))
+        return re.split(r"<\|image_\d+\|>", f"<|user|>\n{tags}{question}<|end|>\n<|assistant|>\n")
 
     def prompt(self, images: list[Image.Image], question: str) -> Tensor:
-        """(length, WIDTH). processing_phi3_v.py: the text around `<|image_1|>`, `<|image_2|>`, … is tokenised piece by
-        piece, each with the token that begins a text, and the pictures' embeddings stand between them."""
-        content = "<|user|>\n" + "".join(f"<|image_{index}|>\n" for index, _ in enumerate(images, 1)) + question
-        pieces = [content + "<|end|>\n<|assistant|>\n"]
-        for index, _ in enumerate(images, 1):
-            pieces[-1:] = pieces[-1].split(f"<|image_{index}|>")
-        embeds = [self.embed(self.text(pieces[0]))]
-        for image, piece in zip(images, pieces[1:], strict=True):
-            embeds += [self.picture(image), self.embed(self.text(piece))]
-        return torch.cat(embeds)
+        """(length, WIDTH). Each chunk begins with the token that begins a text; pictures stand between them."""
+        texts = [self.embed([1, *self.tokenizer.encode(chunk).ids]) for chunk in self.chunks(len(images), question)]
+        parts = [part for image, text in zip(images, texts[1:], strict=True) for part in (self.picture(image), text)]
+        return torch.cat((texts[0], *parts))
 
     def embed(self, ids: list[int]) -> Tensor:
         return self.weights["model.embed_tokens.weight"][ids]
@@ -199,16 +203,18 @@ class Published(Equations):
 
 @pytest.fixture(scope="module")
 def folder(vocabulary: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as Microsoft saves it: Llama's tokenizer, whose tokens for roles swallow the line break behind."""
+    """A checkpoint as Microsoft saves it: Llama's tokenizer, whose "</s>" is no special token."""
     target = tmp_path_factory.mktemp("phi3_v") / "checkpoint"
     target.mkdir()
-    vocab, merges = vocabulary(["<unk>", "<s>", "</s>"])
+    vocab, _ = vocabulary(["<unk>", "<s>", "</s>"])
+    merges = generate_merges(vocab, skip_tokens=list(vocab)[:259])
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
-    tokenizer.add_special_tokens([AddedToken(token, rstrip=True, normalized=False) for token in ROLES])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>")])
+    tokenizer.add_tokens([AddedToken("</s>", rstrip=True, normalized=False)])
+    tokenizer.add_special_tokens([AddedToken(token, rstrip=b, normalized=False) for token, b in ADDED.items()])
     tokenizer.save(str(target / "tokenizer.json"))
     settings = {"add_bos_token": True, "tokenizer_class": "LlamaTokenizer", "eos_token": "<|endoftext|>"}
     (target / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -271,6 +277,37 @@ def test_the_prompt_is_the_model_cards(folder: Path) -> None:
     assert prompt.eos_token_ids == tuple(tokenizer.token_to_id(token) for token in ("<|end|>", "<|endoftext|>"))
     wanted = {"max_tiles": 4, "tile": IMAGE, "side": 2, "end_token": "<s>", "after_image": "\n"}
     assert {name: described[name] for name in wanted} == wanted
+
+
+PARTS = ["How", " many ", "boats", "   ", "\n", "<|end|>", "<|user|>\n", "<|assistant|>", "</s>", "<s>", "<unk>", "42"]
+PARTS += ["<|endoftext|>", "<|image", "<image>", "{image}", "{text}", "€", "😀", "▁", "<0x0A>"]
+
+
+def test_any_question_becomes_the_ids_of_the_published_processor(
+    folder: Path, sentence_piece: Any, make_picture: Any, tmp_path: Path
+) -> None:
+    """Each chunk begins with the token that begins a text; a space comes before every stretch between added tokens."""
+    described, prompt = describe(folder)
+    save_tokenizer(folder, tmp_path / "tokenizer.json")
+    tokenizer, reference = Saved(tmp_path / "tokenizer.json"), Published(folder)
+    ids = {token: reference.tokenizer.token_to_id(token) for token in (*ADDED, "<unk>", "<s>", "</s>")}
+    vocab = sorted(reference.tokenizer.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+    pieces = [(piece, {0: 2, 1: 3, 2: 3}.get(id, 6 if id < 259 else 1)) for piece, id in vocab]
+    slow = SlowTokenizer(sentence_piece(pieces, True), ids)
+    images = [make_picture(90, 31), make_picture(7, 24)]
+    texts = preprocessing.load(described)(images).image_texts
+    counts = [(rows * columns + 1) * 4 + 1 + (rows + 1) * 2 for _, rows, columns in map(reference.crops_of, images)]
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=8).map("".join), st.integers(0, 2))
+    def check(question: str, pictures: int) -> None:
+        chunks = (re.sub(r"(<\|assistant\|>|</s>)\s+", r"\1", c) for c in reference.chunks(pictures, question))
+        first, *others = [[1, *slow(chunk)] for chunk in chunks]
+        for count, chunk in zip(counts, others, strict=False):
+            first += [ids["<|image|>"]] * count + chunk
+        assert tokenizer.encode(render(prompt, question, texts[:pictures])).tolist() == first
+
+    check()
 
 
 def test_a_tokenizer_that_begins_no_text_puts_nothing_behind_pictures(folder: Path, tmp_path: Path) -> None:
