@@ -25,6 +25,7 @@ from vlmc.exporter.export import Options, export
 from vlmc.profiles.device import load_device
 from vlmc.runtime import tensorrt_engine
 from vlmc.runtime.backends.tensorrt import TensorrtRunner
+from vlmc.runtime.session import Session
 from vlmc.runtime.tensorrt_engine import Engine
 
 from ...runtime.backends.fake_tensorrt import FakeEngine, FakeGpu, Made, fake_trt, spec
@@ -192,6 +193,25 @@ def as_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ar
         return runner
 
     return load
+
+
+def assert_answers(
+    session: Session,
+    inputs: Any,
+    prompt: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    embed: Callable[[Tensor], Tensor],
+) -> None:
+    """The session's logits of the prompt and its five greedy tokens are the reference's, which has no cache: `prompt`
+    are its embeddings of the whole prompt (length, hidden), `logits` gives (length, vocabulary) of such, `embed` the
+    embeddings of ids."""
+    list(session.generate(inputs, 1, ignore_eos=True))
+    np.testing.assert_allclose(session.decoder.logits(), logits(prompt)[-1].numpy(), atol=5e-4, rtol=5e-4)
+    tokens, wanted = list(session.generate(inputs, 5, ignore_eos=True)), []
+    for _ in range(5):
+        wanted.append(int(logits(prompt)[-1].argmax()))
+        prompt = torch.cat((prompt, embed(torch.tensor(wanted[-1:]))))
+    assert tokens == wanted
 
 
 def change(folder: Path, target: Path, **changes: Any) -> Path:

@@ -28,7 +28,7 @@ from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer as Saved
 from vlmc.runtime.prompt import render
 
-from .conftest import change
+from .conftest import assert_answers, change
 from .llava_mini import ENDS, IMAGE, PREFIX, SIDE, SPECIAL, SYSTEM, VISION, VISION_LAYERS, Published, config, tensors
 
 QUESTION = "How many {red} boats are on the water! 42 €!"
@@ -76,15 +76,7 @@ def test_pictures_and_a_question_become_the_published_logits_and_tokens(
     for pictures in ([], [wide], [tall], [wide, tall]):
         inputs = session.prepare(pictures, QUESTION)
         pixels = torch.from_numpy(inputs.vision["pixel_values"]) if pictures else None
-        embeds = reference.prompt(pixels, QUESTION)
-        tokens = list(session.generate(inputs, 1, ignore_eos=True))
-        expected = reference.logits(embeds)[-1].numpy()
-        np.testing.assert_allclose(session.decoder.logits(), expected, atol=5e-4, rtol=5e-4)
-        tokens, wanted = list(session.generate(inputs, 5, ignore_eos=True)), []
-        for _ in range(5):
-            wanted.append(int(reference.logits(embeds)[-1].argmax()))
-            embeds = torch.cat((embeds, reference.embed(torch.tensor(wanted[-1:]))))
-        assert tokens == wanted
+        assert_answers(session, inputs, reference.prompt(pixels, QUESTION), reference.logits, reference.embed)
 
 
 @torch.inference_mode()

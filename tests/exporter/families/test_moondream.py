@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from vlmc.exporter import checkpoint, parity
 from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime.prompt import Tokenizer as Saved
 from vlmc.runtime.prompt import render
+
+from .conftest import assert_answers
 
 QUESTION = "How many {red} boats are on the water? 42 €"
 SPECIAL = ["<|endoftext|>", *(f"<|md_reserved_{index}|>" for index in range(7))]
@@ -154,7 +157,7 @@ class Published:
         pooled = functional.adaptive_avg_pool2d(grid.permute(2, 0, 1), (SIDE, SIDE)).permute(1, 2, 0).reshape(49, -1)
         return self.mlp("vision.proj_mlp", torch.cat((features[0], pooled), dim=-1))
 
-    def embed(self, ids: list[int]) -> Tensor:
+    def embed(self, ids: Tensor | list[int]) -> Tensor:
         return self.weights["text.wte"][ids]
 
     def prompt(self, images: list[Image.Image], question: str) -> tuple[Tensor, int]:
@@ -219,15 +222,8 @@ def test_a_picture_and_a_question_become_the_published_logits_and_tokens(
     reference, session = Published(folder), parity.canonical_session(artifact)
     for pictures in ([], [make_picture(14, 14)], [make_picture(90, 31)], [make_picture(17, 60)]):
         embeds, prefix = reference.prompt(pictures, QUESTION)
-        inputs = session.prepare(pictures, QUESTION)
-        list(session.generate(inputs, 1, ignore_eos=True))
-        expected = reference.logits(embeds, prefix)[-1].numpy()
-        np.testing.assert_allclose(session.decoder.logits(), expected, atol=5e-4, rtol=5e-4)
-        tokens, wanted = list(session.generate(inputs, 5, ignore_eos=True)), []
-        for _ in range(5):
-            wanted.append(int(reference.logits(embeds, prefix)[-1].argmax()))
-            embeds = torch.cat((embeds, reference.embed(wanted[-1:])))
-        assert tokens == wanted
+        logits = partial(reference.logits, prefix=prefix)
+        assert_answers(session, session.prepare(pictures, QUESTION), embeds, logits, reference.embed)
 
 
 @torch.inference_mode()
