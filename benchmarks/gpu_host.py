@@ -44,10 +44,7 @@ from vlmc.engines.candidate import Candidate, build
 build(Artifact(Path(sys.argv[1])), Candidate(*sys.argv[2:]))"""  # as `vlmc build` makes it
 HALF, AGAIN = 20, 50  # later than what was never measured: what was in one precision, and in a form that is marked
 TIMING = 45  # seconds before the end when no engine is built any more, so that those that are there are timed
-EXPORT, DISK = (
-    1.5,
-    1.7,
-)  # what an export takes of its float32 weights' bytes, in memory and, with what builds write, on disk
+EXPORT, DISK = 1.5, 1.7  # memory of an export, and disk for it and for what builds write, over its float32 weights
 BUILDER = 5.5e9  # bytes that a build takes at its peak, and what it takes of a decoder's float32 weights, and another's
 SPACE = {"fp16": (2.3, 5.5), "int8": (5.6, 10.0)}
 
@@ -84,15 +81,10 @@ class Model:
         """Brings the weights and asks for all that is to be built and timed."""
         run, name = self.run, self.name
         with run.writing():
-            try:
-                if (self.folder / "skeleton.json").is_file():
-                    with run.filling:
-                        if not run.step(
-                            f"{name}-fill", None, TORCH, "benchmarks/skeleton.py", "fill", str(self.folder)
-                        ):
-                            return
-            finally:
-                self.filled.set()
+            whole = self.fill()
+            self.filled.set()
+            if not whole:
+                return
             if name in WHOLE:
                 run.timings.put(0 if name == DEMO else 25 + self.place, self.whole)
                 return
@@ -104,6 +96,14 @@ class Model:
                 self.others()
             threading.Thread(target=self.torch).start()
             time.sleep(1)  # by then it is a writer
+
+    def fill(self) -> bool:
+        """Gives a skeleton its weights; whether all are there."""
+        if not (self.folder / "skeleton.json").is_file():
+            return True
+        with self.run.filling:
+            given = ("benchmarks/skeleton.py", "fill", str(self.folder))
+            return self.run.step(f"{self.name}-fill", None, TORCH, *given)
 
     def group(self, part: str, form: str) -> None:
         """Asks for the component's engines in that form, and for their times once all are there: those that nobody has
@@ -176,7 +176,7 @@ class Model:
         run, loaded = self.run, self.folder / "loaded"
         if not self.modes:
             return
-        copies = 2.5 if "fake-quant" in self.modes else 1.7
+        copies = 2.5 if "fake-quant" in self.modes else 1.7  # float32 and half, and fake-quant's own
         with run.timings.writing(), run.loading, run.room.taken(copies * sum(map(self.bytes, self.parts))):
             done = threading.Event()
             step = run.start(f"{self.name}-torch", 0, TORCH, "benchmarks/torch_times.py", str(self.folder), *self.modes)
@@ -221,7 +221,7 @@ def export(run: Run, name: str, models: list[Model], earlier: dict[str, Any], ag
     size = 4 * preset["published_parameters"]
     with run.writing():
         for model in models:
-            model.filled.wait()
+            model.filled.wait(max(run.end - time.monotonic(), 0))
         while shutil.disk_usage(DATA).free < DISK * size and time.monotonic() < run.end:
             time.sleep(1)
         with run.room.taken(EXPORT * size):

@@ -13,8 +13,8 @@ from ..errors import VlmcError
 from ..profiles.process import command
 
 MEMORY = (  # docs/experiments.md has the measurements
-    "end other programs or add swap, and run the command again, which keeps what is built; TensorRT 8.6 took 4 times a "
-    "decoder's float32 weights in FP16 and 8 times in int8, ONNX Runtime and TensorRT-RTX less than twice"
+    "end other programs or add swap, and run the command again, which keeps what is built; TensorRT 8.6 took up to 4 "
+    "times a decoder's float32 weights in FP16 and 8 in int8, ONNX Runtime and TensorRT-RTX less than twice"
 )
 REFUSED = 3  # the exit code with which the step's VlmcError is on stdout
 

@@ -100,7 +100,7 @@ def record(session: Session, folder: Path, cases: Sequence[Case], options: dict[
             for name, array in detail(session, folder / case.image, case.prompt, tokens).items():
                 arrays[f"{index}.{name}"] = array
         yield index + 1
-    np.savez(folder / "golden" / "golden.npz", **arrays)  # type: ignore[arg-type]
+    np.savez(folder / "golden" / "golden.npz", **arrays)  # type: ignore[arg-type]  # numpy types `allow_pickle` alone
     write_json(folder / "golden" / "golden.json", {"made_from": options, "cases": rows})
 
 

@@ -98,7 +98,7 @@ def making(what: str, folder: Path) -> Iterator[None]:
         yield
     except VlmcError:
         raise
-    except Exception as error:
+    except Exception as error:  # of any library, as said above
         raise VlmcError(
             f"No model can be made of the {what} in {folder}",
             found=reason(error),

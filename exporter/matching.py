@@ -71,7 +71,7 @@ class MatchingFamily(Family):
         """The manifest's `preprocessing` for the checkpoint in `folder`; here of CLIP's picture processor."""
         return describe_pictures(folder)
 
-    def split(self, model: nn.Module) -> Encoders:  # type: ignore[override]
+    def split(self, model: nn.Module) -> Encoders:  # type: ignore[override]  # the other kind of parts
         return self.encoders(model)
 
     def kv(self, model: nn.Module, capacity: int) -> KvSpec:
@@ -188,7 +188,7 @@ def record(matcher: Matcher, cases: Sequence[golden.Case], options: dict[str, An
     arrays["cosines"] = np.concatenate(features) @ matcher.text_features([case.prompt for case in cases]).T
     if not np.isfinite(arrays["cosines"]).all():
         raise VlmcError("The model's features are not finite numbers", fix="check the checkpoint's weights")
-    np.savez(folder / "golden" / "golden.npz", **arrays)  # type: ignore[arg-type]
+    np.savez(folder / "golden" / "golden.npz", **arrays)  # type: ignore[arg-type]  # numpy types `allow_pickle` alone
     rows = [{"image": case.image, "prompt": case.prompt, "task": case.task} for case in cases]
     write_json(folder / "golden" / "golden.json", {"made_from": options, "cases": rows})
 

@@ -104,7 +104,7 @@ def fixed_shapes(past: Tensor) -> bool:
     return exporting() or past.is_cuda
 
 
-class StaticLayer(CacheLayerMixin):  # type: ignore[misc]
+class StaticLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not followed
     """One layer of a KV cache of fixed capacity, as transformers' decoders ask for it."""
 
     def __init__(self, key: Tensor, value: Tensor, write_index: Tensor, length: int) -> None:

@@ -25,7 +25,7 @@ APART = ("tiles", "texts")  # free sizes of things that have nothing to do with 
 def logger(trt: Any) -> Any:
     """Keeps what TensorRT would print: `errors` and `warnings`, the newest last, which are replaced to begin anew."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc]  # chosen at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
