@@ -40,6 +40,13 @@ def logger(trt: Any) -> Any:
     return Logger()
 
 
+def scratch_bytes(engine: Any) -> int:
+    """Device memory that an ICudaEngine needs while it runs. Its name has changed: 8.6 knows the older one alone,
+    TensorRT 11 and TensorRT-RTX the newer one alone."""
+    newer = hasattr(engine, "device_memory_size_v2")
+    return int(engine.device_memory_size_v2 if newer else engine.device_memory_size)
+
+
 def batch(shapes: Sequence[Sequence[int | str]]) -> str:
     """The name of the size that is the first axis of all inputs and outputs of a component, these being their shapes,
     and counts things that are apart: the inputs can then be run in parts. Empty where there is none."""
@@ -71,7 +78,8 @@ class Engine:
         self.outputs = [name for name in names if modes[name] != trt.TensorIOMode.INPUT]
         self.dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
         self.profiles = [self._largest_shapes(index) for index in range(self._engine.num_optimization_profiles)]
-        self._scratch = gpu.allocate(int(self._engine.device_memory_size))
+        self._scratch_bytes = scratch_bytes(self._engine)
+        self._scratch = gpu.allocate(self._scratch_bytes)
 
     def _check(self, spec: EngineSpec, path: Path) -> None:
         """Refuses an engine of another TensorRT or another kind of GPU by name: loading it would fail without one."""
@@ -105,7 +113,10 @@ class Engine:
             made = self._engine.create_execution_context(strategy)
         else:
             made = self._engine.create_execution_context_without_device_memory()
-        made.device_memory = self._scratch
+        if hasattr(made, "set_device_memory"):  # 10.1 on
+            made.set_device_memory(self._scratch, self._scratch_bytes)
+        else:
+            made.device_memory = self._scratch
         return Context(made, self.gpu.stream)
 
     def output_shapes(self, context: Context) -> dict[str, tuple[int, ...]]:

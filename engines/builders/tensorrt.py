@@ -26,7 +26,7 @@ from ...files import write_bytes
 from ...profiles.device import Device
 from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
-from ...runtime.tensorrt_engine import ENGINE, logger
+from ...runtime.tensorrt_engine import ENGINE, logger, scratch_bytes
 from .. import tensorrt_calibrator, tensorrt_network
 from ..passes import (
     float_outputs,
@@ -229,7 +229,7 @@ def _inspected(trt: Any, parsed: Parsed, engine: Any, weak: bool) -> dict[str, A
     layers = json.loads(text, strict=False).get("Layers", [])  # its strings may hold raw control characters
     return {
         "products": executed(layers, tensorrt_network.products(parsed), weak),
-        "scratch_bytes": int(loaded.device_memory_size),
+        "scratch_bytes": scratch_bytes(loaded),
         "layers": len(layers),
     }
 

@@ -59,6 +59,7 @@ def build(model: ir.Model, job: Job) -> Built:
     def configure(config: Any) -> None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job.device.sm}"), 0)
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # what allocates while it runs may not be captured
 
     engine = tensorrt_network.serialise(parsed, profiles(model, job), configure)
     (job.folder / ENGINE).write_bytes(engine)

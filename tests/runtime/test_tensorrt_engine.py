@@ -1,9 +1,48 @@
-"""What of an engine's inputs can be run in parts follows from the names of its sizes."""
+"""What of an engine's inputs can be run in parts follows from the names of its sizes; which names bindings have."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import tensorrt_rtx
+from vlmc.artifact import Artifact
+from vlmc.exporter import golden
+from vlmc.runtime import tensorrt_engine
 from vlmc.runtime.tensorrt_engine import batch
+
+from .backends.fake_tensorrt import Bound, Made
+
+CLASSES = ("Runtime", "ICudaEngine", "IExecutionContext")
+TODAY = {kind: set(dir(getattr(tensorrt_rtx, kind))) for kind in CLASSES}  # 1.7's; TensorRT 11.4 has what is used of it
+OLD = {  # TensorRT 8.6, less what came later; seen in its wheel and in that of 10.0.1
+    **TODAY,
+    "ICudaEngine": TODAY["ICudaEngine"] - {"device_memory_size_v2", "create_execution_context"}
+    | {"device_memory_size", "create_execution_context_without_device_memory"},
+    "IExecutionContext": TODAY["IExecutionContext"] - {"set_device_memory"},
+}
+
+
+@pytest.mark.parametrize(("names", "strategies"), [(TODAY, True), (OLD, False)], ids=["RTX 1.7", "8.6"])
+def test_of_tensorrts_api_only_names_that_the_bindings_have_are_used(
+    names: dict[str, set[str]],
+    strategies: bool,
+    planned: Artifact,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tensorrt_engine, "architecture", lambda: 90)
+    made = Made(planned, "decoder", "fp16", tmp_path)
+    runtime = made.trt.Runtime
+    made.trt.Runtime = lambda logger: Bound(runtime(logger), names, "Runtime")
+    if strategies:
+        made.trt.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
+    decoder = made.decoder()
+    cases, arrays = golden.read(planned)
+    assert [decoder.prefill(arrays["0.inputs_embeds"]), *decoder.decode(2)] == cases[0]["tokens"][:3]
+    assert np.isfinite(decoder.logits()).all()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ the addresses, and the two kernels are done in NumPy.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -81,10 +81,32 @@ class FakeGpu:
         numbers[1, 0], numbers[2, 0] = token, kept + 1
 
 
+class Bound:
+    """A fake as bindings show it that have these names, by class of TensorRT's API, and no others."""
+
+    def __init__(self, fake: object, names: Mapping[str, set[str]], kind: str) -> None:
+        vars(self).update(_fake=fake, _names=names, _kind=kind)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names[self._kind]:
+            raise AttributeError(f"{self._kind} has no {name}")
+        value = getattr(self._fake, name)
+        if name.startswith("create_execution_context"):
+            return lambda *given: Bound(value(*given), self._names, "IExecutionContext")
+        if name == "deserialize_cuda_engine":
+            return lambda *given: Bound(value(*given), self._names, "ICudaEngine")
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in self._names[self._kind]:
+            raise AttributeError(f"{self._kind} has no {name}")
+        setattr(self._fake, name, value)
+
+
 class FakeEngine:
     """TensorRT's ICudaEngine over an ONNX file; KV caches are float16 outside, as the builder makes them."""
 
-    device_memory_size = 1024
+    device_memory_size = device_memory_size_v2 = 1024
 
     def __init__(self, gpu: FakeGpu, path: Path, profiles: list[Any]) -> None:
         self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -112,6 +134,10 @@ class FakeEngine:
     def create_execution_context_without_device_memory(self) -> FakeContext:
         return FakeContext(self, self._gpu)
 
+    def create_execution_context(self, strategy: str) -> FakeContext:
+        assert strategy == "user managed"
+        return FakeContext(self, self._gpu)
+
 
 class FakeContext:
     device_memory = 0
@@ -121,6 +147,10 @@ class FakeContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._profile = -1
+
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= FakeEngine.device_memory_size
+        self.device_memory = memory
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         assert stream == self._gpu.stream
@@ -148,6 +178,7 @@ class FakeContext:
         return tuple(d if isinstance(d, int) else free[d] for d in self._engine.values[name].shape)
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert self.device_memory
         engine = self._engine
         names = [value.name for value in engine.session.get_inputs()]
         feeds = {n: self._gpu.view(self._addresses[n], self._shapes[n], engine.get_tensor_dtype(n)) for n in names}
