@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from ...errors import VlmcError
 from ..cuda import Gpu, architecture
 from ..runner import Array, Decoder, Runner
 from ..tensorrt_decoder import TensorrtDecoder
-from ..tensorrt_engine import Engine, batch
+from ..tensorrt_engine import Context, Engine, batch
 
 Shape = tuple[int, ...]
+GRAPHS = 32  # shapes of inputs that a component keeps a CUDA graph and a context for
 
 
 def unavailable() -> str:
@@ -39,9 +40,9 @@ def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> D
     return decoder(tensorrt, spec, path)
 
 
-def runner(trt: Any, spec: EngineSpec, path: Path) -> TensorrtRunner:
+def runner(trt: Any, spec: EngineSpec, path: Path, graphs: int = GRAPHS) -> TensorrtRunner:
     """`trt` is the module `tensorrt`, or one with its API."""
-    return TensorrtRunner(Engine(trt, Gpu(), spec, path), spec)
+    return TensorrtRunner(Engine(trt, Gpu(), spec, path), spec, graphs)
 
 
 def decoder(trt: Any, spec: EngineSpec, path: Path) -> TensorrtDecoder:
@@ -51,12 +52,19 @@ def decoder(trt: Any, spec: EngineSpec, path: Path) -> TensorrtDecoder:
 
 class TensorrtRunner:
     """A component without state. Where its inputs are a batch of things that are apart, more of them than a profile
-    holds run in parts."""
+    holds run in parts.
 
-    def __init__(self, engine: Engine, spec: EngineSpec) -> None:
+    Shapes that come again run as one CUDA graph, for a small encoder is over before the host has queued its kernels.
+    A graph has a context of its own, since one whose shapes change may not be captured from (TensorRT's Developer
+    Guide, "CUDA Graphs"); `graphs` of them are kept, and further shapes run kernel by kernel.
+    """
+
+    def __init__(self, engine: Engine, spec: EngineSpec, graphs: int = GRAPHS) -> None:
         self._engine, self._context = engine, engine.context()
         self._addresses = engine.allocate(self._context)
         self._context.bind(self._addresses)
+        self._graphs, self._seen = graphs, set[object]()
+        self._captured: dict[object, tuple[Callable[[], None], Context]] = {}
         self._batched = bool(batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)]))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -97,16 +105,33 @@ class TensorrtRunner:
 
     def _run(self, arrays: Mapping[str, Array], profile: int) -> dict[str, Array]:
         gpu = self._engine.gpu
-        self._context.use_profile(profile, {name: array.shape for name, array in arrays.items()})
         for name, array in arrays.items():
             gpu.upload(self._addresses[name], array)
-        self._context.enqueue()
-        shapes = self._engine.output_shapes(self._context)
+        shapes = self._enqueue(profile, {name: array.shape for name, array in arrays.items()})
         results = {name: np.empty(shape, self._engine.dtypes[name]) for name, shape in shapes.items()}
         for name, result in results.items():
             gpu.download(result, self._addresses[name])
         gpu.wait()
         return results
+
+    def _enqueue(self, profile: int, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Queues a run and returns the shapes of what it makes."""
+        key = (profile, *shapes.items())
+        if key in self._captured:
+            launch, context = self._captured[key]
+            launch()
+            return self._engine.output_shapes(context)
+        again = key in self._seen and len(self._captured) < self._graphs
+        context = self._engine.context() if again else self._context
+        if again:
+            context.bind(self._addresses)
+        context.use_profile(profile, shapes)
+        context.enqueue()
+        self._seen.add(key)
+        if again:  # TensorRT has set the context up in the run just queued, which must not be captured
+            self._engine.gpu.wait()
+            self._captured[key] = self._engine.gpu.capture(context.enqueue), context
+        return self._engine.output_shapes(context)
 
 
 def _within(smallest: Shape, shape: Shape, largest: Shape) -> bool:

@@ -25,7 +25,9 @@ def unavailable() -> str:
 def load_runner(spec: EngineSpec, path: Path, threads: int) -> Runner:
     import tensorrt_rtx
 
-    return tensorrt.runner(tensorrt_rtx, spec, path)
+    # Its kernels for a shape are compiled behind the first runs (its documentation, "dynamic shapes"): a graph captured
+    # then would keep the general ones.
+    return tensorrt.runner(tensorrt_rtx, spec, path, graphs=0)
 
 
 def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> Decoder:
