@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..exporter.onnx_ops import is_rms_norm
 
@@ -59,9 +60,8 @@ class Trace(TorchFunctionMode):
         linears = [(path, m) for path, m in modules.items() if isinstance(m, nn.Linear)]
         uses = Counter(id(m.weight) for _, m in linears)
         self._linears = {id(m.weight): path for path, m in linears if uses[id(m.weight)] == 1}
-        # id of a tensor → the tensor (kept, so that the id stays its own), its producer, and for every element the
-        # producer's channel that it comes from
-        self._known: dict[int, tuple[Tensor, str, Tensor]] = {}
+        # tensor → its producer, and for every element the producer's channel that it comes from
+        self._known: MutableMapping[Tensor, tuple[str, Tensor]] = WeakTensorKeyDictionary()
         self._channels: dict[str, int] = {}
         self._consumed: dict[str, tuple[str, NDArray[np.int64]]] = {}
         self._refused: set[str] = set()
@@ -95,17 +95,17 @@ class Trace(TorchFunctionMode):
             self._consume(self._linears[id(args[1])], args[0])
             self._produce(self._linears[id(args[1])], result)
             return result
-        known = [self._known[id(t)] for t in _tensors((args, kwargs)) if id(t) in self._known]
+        known = [self._known[t] for t in _tensors((args, kwargs)) if t in self._known]
         if not known or isinstance(result, METADATA):
             return result
-        _, producer, channels = known[0]
-        if name in MOVES and id(args[0]) in self._known:
+        producer, channels = known[0]
+        if name in MOVES and args[0] in self._known:
             name = "reshape" if name == "view" else name  # an expanded tensor has no such view
-            self._known[id(result)] = (result, producer, getattr(channels, name)(*args[1:], **kwargs))
+            self._known[result] = (producer, getattr(channels, name)(*args[1:], **kwargs))
         elif name == "mul" and len(known) == 1:
-            self._known[id(result)] = (result, producer, channels.expand(result.shape))
+            self._known[result] = (producer, channels.expand(result.shape))
         else:
-            self._refused.update(producer for _, producer, _ in known)
+            self._refused.update(producer for producer, _ in known)
         return result
 
     def _norm_hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -113,12 +113,12 @@ class Trace(TorchFunctionMode):
 
     def _produce(self, path: str, output: Tensor) -> None:
         self._channels[path] = output.shape[-1]
-        self._known[id(output)] = (output, path, torch.arange(output.shape[-1]).expand(output.shape))
+        self._known[output] = (path, torch.arange(output.shape[-1]).expand(output.shape))
 
     def _consume(self, path: str, values: Tensor) -> None:
         producer, channels = "", np.empty(0, np.int64)
-        if id(values) in self._known:
-            _, producer, every = self._known[id(values)]
+        if values in self._known:
+            producer, every = self._known[values]
             rows = every.flatten(0, -2)
             channels = rows[0].numpy()
             if not bool((rows == rows[0]).all()):
@@ -129,7 +129,7 @@ class Trace(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """What a component gives out is used by who knows whom."""
-        self._refused.update(self._known[id(t)][1] for t in _tensors(output) if id(t) in self._known)
+        self._refused.update(self._known[t][0] for t in _tensors(output) if t in self._known)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

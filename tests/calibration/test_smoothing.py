@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -66,6 +67,20 @@ def test_channels_are_followed_through_reshapes_and_slices() -> None:
 
     (group,) = traced(Toy(shuffled))
     assert group.consumers["toy/a"].tolist() == [0, 3, 1, 4, 2, 5]
+
+
+def test_what_the_run_lets_go_is_not_kept() -> None:
+    """Of a large model's first question that would be gigabytes."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def forward(m: Toy, x: Tensor) -> Tensor:
+        h = m.norm(x)
+        made.append(weakref.ref(h))
+        h = functional.gelu(m.a(h))
+        assert made[0]() is None
+        return h
+
+    assert found(Toy(forward)) == {"toy/norm": {"toy/a"}}
 
 
 @pytest.mark.parametrize(
