@@ -28,7 +28,7 @@ def measure(artifact: Artifact, component: str, engine: str) -> dict[str, Any]:
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         inputs = {name.name: file[f"0.{name.name}"] for name in artifact.manifest.components[component].inputs}
     spec, path = artifact.engine(DEVICE, component, engine)
-    ways = {"kernels": runner(tensorrt, spec, path, graphs=0), "graph": runner(tensorrt, spec, path)}
+    ways = {"kernels": runner(tensorrt, spec, path, graphs=False), "graph": runner(tensorrt, spec, path)}
     found: dict[str, Any] = {"shapes": {name: list(array.shape) for name, array in inputs.items()}}
     results = {}
     for way, made in ways.items():
@@ -53,7 +53,7 @@ def mean(run: Any) -> float:
 
 
 def alone(made: TensorrtRunner) -> float:
-    ((launch, _),) = made._captured.values()
+    launch: Any = made._launch
 
     def run() -> None:
         launch()

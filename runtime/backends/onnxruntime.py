@@ -46,13 +46,13 @@ def session(path: Path, settings: Mapping[str, Any], threads: int = 0, optimised
     # A model is several sessions, each with threads that spin after a run: on few cores they starve the next session,
     # which halved decoding (docs/experiments.md).
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    for key, value in settings.get("session_config", {}).items():
-        options.add_session_config_entry(key, value)
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
+        for key, value in settings.get("session_config", {}).items():
+            options.add_session_config_entry(key, value)
         return ort.InferenceSession(
             str(path),
             options,
@@ -63,7 +63,7 @@ def session(path: Path, settings: Mapping[str, Any], threads: int = 0, optimised
         raise VlmcError(
             f"ONNX Runtime {ort.__version__} cannot load {path}",
             found=reason(error),
-            fix="build the engine again with this version of ONNX Runtime",
+            fix="build the engine again with this version of ONNX Runtime, its folder removed first",
         ) from None
 
 
@@ -77,6 +77,9 @@ class OnnxRunner:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         values = self._session.run(self._outputs, dict(inputs))
         return dict(zip(self._outputs, values, strict=True))
+
+
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)"}
 
 
 class OnnxDecoder(HostDecoder):
@@ -98,7 +101,10 @@ class OnnxDecoder(HostDecoder):
             self._binding.bind_ortvalue_output(f"present.{name}", state)
             self._states.append(state)
         self._binding.bind_output("logits", "cpu")
-        self._wanted = {value.name for value in session.get_inputs()}
+        types = {value.name: value.type for value in session.get_inputs()}
+        self._wanted = types.keys()
+        if types.get("past_key_values.0.key") != _TYPES[kv.dtype]:
+            raise VlmcError(f"The decoder's KV cache is not of {kv.dtype}", fix="remove the engine and build it again")
 
     def forward(self, inputs_embeds: NDArray[np.float32], start: int, **further: Array) -> NDArray[np.float32]:
         length = inputs_embeds.shape[1]

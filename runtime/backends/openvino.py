@@ -21,15 +21,16 @@ def unavailable() -> str:
 
 
 def load_runner(spec: EngineSpec, path: Path, threads: int) -> OpenvinoRunner:
-    return OpenvinoRunner(compile_model(path, spec.settings, threads))
+    return OpenvinoRunner(compile_model(path, threads))
 
 
 def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> Decoder:
     raise VlmcError("The OpenVINO backend has no decoder", fix="build the decoder for onnxruntime")
 
 
-def compile_model(path: Path, settings: Mapping[str, Any], threads: int = 0) -> Any:
-    """The model compiled for this CPU. Float32 stays float32: what is measured is what was asked for."""
+def compile_model(path: Path, threads: int = 0) -> Any:
+    """The model compiled for this CPU. Float32 stays float32: what is measured is what was asked for. Nothing is taken
+    from the engine's record, where a setting could name a folder to write to."""
     import openvino
 
     config = {
@@ -40,7 +41,7 @@ def compile_model(path: Path, settings: Mapping[str, Any], threads: int = 0) -> 
         "ENABLE_CPU_PINNING": False,
     }
     try:
-        return openvino.Core().compile_model(str(path), "CPU", config | dict(settings))
+        return openvino.Core().compile_model(str(path), "CPU", config)
     except RuntimeError as error:
         raise VlmcError(
             f"OpenVINO {openvino.__version__} cannot compile {path}",

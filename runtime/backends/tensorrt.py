@@ -13,10 +13,9 @@ from ...errors import VlmcError
 from ..cuda import Gpu, architecture
 from ..runner import Array, Decoder, Runner
 from ..tensorrt_decoder import TensorrtDecoder
-from ..tensorrt_engine import Context, Engine, batch
+from ..tensorrt_engine import Engine, batch
 
 Shape = tuple[int, ...]
-GRAPHS = 32  # shapes of inputs that a component keeps a CUDA graph and a context for
 
 
 def unavailable() -> str:
@@ -40,7 +39,7 @@ def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> D
     return decoder(tensorrt, spec, path)
 
 
-def runner(trt: Any, spec: EngineSpec, path: Path, graphs: int = GRAPHS) -> TensorrtRunner:
+def runner(trt: Any, spec: EngineSpec, path: Path, graphs: bool = True) -> TensorrtRunner:
     """`trt` is the module `tensorrt`, or one with its API."""
     return TensorrtRunner(Engine(trt, Gpu(), spec, path), spec, graphs)
 
@@ -54,25 +53,27 @@ class TensorrtRunner:
     """A component without state. Where its inputs are a batch of things that are apart, more of them than a profile
     holds run in parts.
 
-    Shapes that come again run as one CUDA graph, for a small encoder is over before the host has queued its kernels.
-    A graph has a context of its own, since one whose shapes change may not be captured from (TensorRT's Developer
-    Guide, "CUDA Graphs"); `graphs` of them are kept, and further shapes run kernel by kernel.
+    Inputs of the same shapes as before run as one CUDA graph, for a small encoder is over before the host has queued
+    its kernels. A graph holds while its context keeps its shapes (TensorRT's Developer Guide, "CUDA Graphs"); a context
+    for each shape would need profiles that are shared, which 8.6 has as a preview that breaks CLIP's text encoder.
     """
 
-    def __init__(self, engine: Engine, spec: EngineSpec, graphs: int = GRAPHS) -> None:
-        self._engine, self._context = engine, engine.context()
+    def __init__(self, engine: Engine, spec: EngineSpec, graphs: bool = True) -> None:
+        self._engine, self._context, self._graphs = engine, engine.context(), graphs
         self._addresses = engine.allocate(self._context)
         self._context.bind(self._addresses)
-        self._graphs, self._seen = graphs, set[object]()
-        self._captured: dict[object, tuple[Callable[[], None], Context]] = {}
         self._batched = bool(batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)]))
+        self._ready: object = None  # the profile and shapes that the context has
+        self._launch: Callable[[], None] | None = None  # the graph of these
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         dtypes = self._engine.dtypes
         arrays = {name: np.ascontiguousarray(inputs[name], dtypes[name]) for name in self._engine.inputs}
-        if not self._batched:
-            return self._run(arrays, self._fitting(arrays)[1])
-        start, total = 0, min(map(len, arrays.values()))
+        count, profile = self._fitting(arrays)
+        total = min(map(len, arrays.values())) if self._batched else count
+        if count == total:
+            return self._run(arrays, profile, alone=True)
+        start = 0
         parts: list[dict[str, Array]] = []
         while start < total:
             rest = {name: array[start:] for name, array in arrays.items()}
@@ -103,35 +104,24 @@ class TensorrtRunner:
         count, index = max(found)
         return count, -index
 
-    def _run(self, arrays: Mapping[str, Array], profile: int) -> dict[str, Array]:
-        gpu = self._engine.gpu
+    def _run(self, arrays: Mapping[str, Array], profile: int, alone: bool = False) -> dict[str, Array]:
+        """`alone`: no part of a batch, whose shapes would change from part to part."""
+        gpu, shapes = self._engine.gpu, {name: array.shape for name, array in arrays.items()}
         for name, array in arrays.items():
             gpu.upload(self._addresses[name], array)
-        shapes = self._enqueue(profile, {name: array.shape for name, array in arrays.items()})
-        results = {name: np.empty(shape, self._engine.dtypes[name]) for name, shape in shapes.items()}
+        again = self._ready == (profile, shapes)
+        if not again:
+            self._context.use_profile(profile, shapes)
+            self._ready, self._launch = (profile, shapes), None
+        elif alone and self._graphs and self._launch is None:
+            self._launch = gpu.capture(self._context.enqueue)
+        (self._launch or self._context.enqueue)()
+        found = self._engine.output_shapes(self._context)
+        results = {name: np.empty(shape, self._engine.dtypes[name]) for name, shape in found.items()}
         for name, result in results.items():
             gpu.download(result, self._addresses[name])
         gpu.wait()
         return results
-
-    def _enqueue(self, profile: int, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Queues a run and returns the shapes of what it makes."""
-        key = (profile, *shapes.items())
-        if key in self._captured:
-            launch, context = self._captured[key]
-            launch()
-            return self._engine.output_shapes(context)
-        again = key in self._seen and len(self._captured) < self._graphs
-        context = self._engine.context() if again else self._context
-        if again:
-            context.bind(self._addresses)
-        context.use_profile(profile, shapes)
-        context.enqueue()
-        self._seen.add(key)
-        if again:  # TensorRT has set the context up in the run just queued, which must not be captured
-            self._engine.gpu.wait()
-            self._captured[key] = self._engine.gpu.capture(context.enqueue), context
-        return self._engine.output_shapes(context)
 
 
 def _within(smallest: Shape, shape: Shape, largest: Shape) -> bool:

@@ -27,7 +27,7 @@ def load_runner(spec: EngineSpec, path: Path, threads: int) -> Runner:
 
     # Its kernels for a shape are compiled behind the first runs (its documentation, "dynamic shapes"): a graph captured
     # then would keep the general ones.
-    return tensorrt.runner(tensorrt_rtx, spec, path, graphs=0)
+    return tensorrt.runner(tensorrt_rtx, spec, path, graphs=False)
 
 
 def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> Decoder:

@@ -46,20 +46,33 @@ def test_pictures_run_in_parts_that_fit_the_profiles(make: Callable[..., Made], 
         np.testing.assert_allclose(row, wanted[index % len(pixels)], rtol=1e-3, atol=1e-4)
 
 
-def test_shapes_that_come_again_are_captured_once_and_keep_their_own_results(
+def test_shapes_that_come_again_run_as_a_graph_until_others_come(
     make: Callable[..., Made], planned: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrays, captured = golden.read(planned)[1], list[object]()
     pixels, wanted = arrays["0.pixel_values"], arrays["0.image_features"]
     engine, spec = make("vision_encoder", "fp16").engine(), planned.manifest.components["vision_encoder"]
-    monkeypatch.setattr(engine.gpu, "capture", lambda enqueue: captured.append(enqueue) or enqueue)
-    runner = TensorrtRunner(engine, spec, graphs=2)
-    assert len(pixels) > 2
-    for turn in range(4):
-        for count in (1, 2, 3):  # the third has no graph left
-            found = runner.run({"pixel_values": pixels[-count:]})["image_features"]
-            np.testing.assert_allclose(found, wanted[-count:], rtol=1e-3, atol=1e-4)
-        assert len(captured) == (2 if turn else 0)
+
+    def capture(enqueue: Callable[[], None]) -> Callable[[], None]:
+        captured.append(enqueue)
+        return enqueue
+
+    monkeypatch.setattr(engine.gpu, "capture", capture)
+
+    def captures(runner: TensorrtRunner, *counts: int) -> int:
+        captured.clear()
+        for count in counts:
+            found = runner.run({"pixel_values": np.concatenate([pixels] * 4)[:count]})["image_features"]
+            np.testing.assert_allclose(found[-1], wanted[(count - 1) % len(pixels)], rtol=1e-3, atol=1e-4)
+        return len(captured)
+
+    runner = TensorrtRunner(engine, spec)
+    assert captures(runner, 1) == 0
+    assert captures(runner, 1, 1, 1) == 1
+    assert captures(runner, 2, 1, 2) == 0
+    assert captures(runner, 2, 1, 1) == 2
+    assert captures(runner, 2 * builder.MOST, 2 * builder.MOST) == 0  # parts: others may follow
+    assert captures(TensorrtRunner(engine, spec, graphs=False), 1, 1, 1) == 0
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8"])
