@@ -47,6 +47,24 @@ def scratch_bytes(engine: Any) -> int:
     return int(engine.device_memory_size_v2 if newer else engine.device_memory_size)
 
 
+def new_context(trt: Any, engine: Any) -> Any:
+    """An IExecutionContext that is still to be given its scratch memory."""
+    log = logger(trt)
+    log.errors = []
+    if hasattr(trt, "ExecutionContextAllocationStrategy"):  # TensorRT 10 on
+        made = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    else:
+        made = engine.create_execution_context_without_device_memory()
+    if made is None:  # 8.6 and one of several engines of CLIP's text encoder: "Myelin internal error"
+        raise VlmcError(
+            f"{TITLES[trt.__name__]} {trt.__version__} cannot run an engine that it has built",
+            found="; ".join(log.errors[-2:]) or "no message",
+            fix="delete timing.cache in the folder of the device's engines and build again; it then times its kernels"
+            " anew and may take others",
+        )
+    return made
+
+
 def batch(shapes: Sequence[Sequence[int | str]]) -> str:
     """The name of the size that is the first axis of all inputs and outputs of a component, these being their shapes,
     and counts things that are apart: the inputs can then be run in parts. Empty where there is none."""
@@ -108,11 +126,7 @@ class Engine:
 
     def context(self) -> Context:
         """An execution context. All use the same scratch memory, so only one may run at a time."""
-        if hasattr(self._trt, "ExecutionContextAllocationStrategy"):  # TensorRT 10 on
-            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-            made = self._engine.create_execution_context(strategy)
-        else:
-            made = self._engine.create_execution_context_without_device_memory()
+        made = new_context(self._trt, self._engine)
         if hasattr(made, "set_device_memory"):  # 10.1 on
             made.set_device_memory(self._scratch, self._scratch_bytes)
         else:

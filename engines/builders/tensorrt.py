@@ -26,7 +26,7 @@ from ...files import write_bytes
 from ...profiles.device import Device
 from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
-from ...runtime.tensorrt_engine import ENGINE, logger, scratch_bytes
+from ...runtime.tensorrt_engine import ENGINE, logger, new_context, scratch_bytes
 from .. import tensorrt_calibrator, tensorrt_network
 from ..passes import (
     float_outputs,
@@ -225,6 +225,7 @@ def _inspected(trt: Any, parsed: Parsed, engine: Any, weak: bool) -> dict[str, A
     """`products`, from the inspector where it shows layers; a region that Myelin fused shows none, so there what was
     asked for is counted and the key says so. `scratch_bytes`: device memory that the engine needs while it runs."""
     loaded = trt.Runtime(logger(trt)).deserialize_cuda_engine(engine)
+    new_context(trt, loaded)  # an engine that cannot run is no engine
     text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     layers = json.loads(text, strict=False).get("Layers", [])  # its strings may hold raw control characters
     return {

@@ -54,8 +54,8 @@ class TensorrtRunner:
     holds run in parts.
 
     Inputs of the same shapes as before run as one CUDA graph, for a small encoder is over before the host has queued
-    its kernels. A graph holds while its context keeps its shapes (TensorRT's Developer Guide, "CUDA Graphs"); a context
-    for each shape would need profiles that are shared, which 8.6 has as a preview that breaks CLIP's text encoder.
+    its kernels. A graph holds while its context keeps its shapes (TensorRT's Developer Guide, "CUDA Graphs"). Contexts
+    for several shapes would have to share a profile, which 8.6 answers with a crash.
     """
 
     def __init__(self, engine: Engine, spec: EngineSpec, graphs: bool = True) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tensorrt_rtx
 from vlmc.artifact import Artifact
+from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.runtime import tensorrt_engine
-from vlmc.runtime.tensorrt_engine import batch
+from vlmc.runtime.tensorrt_engine import batch, new_context
 
-from .backends.fake_tensorrt import Bound, Made
+from .backends.fake_tensorrt import Bound, Made, fake_trt
 
 CLASSES = ("Runtime", "ICudaEngine", "IExecutionContext")
 TODAY = {kind: set(dir(getattr(tensorrt_rtx, kind))) for kind in CLASSES}  # 1.7's; TensorRT 11.4 has what is used of it
@@ -43,6 +44,18 @@ def test_of_tensorrts_api_only_names_that_the_bindings_have_are_used(
     cases, arrays = golden.read(planned)
     assert [decoder.prefill(arrays["0.inputs_embeds"]), *decoder.decode(2)] == cases[0]["tokens"][:3]
     assert np.isfinite(decoder.logits()).all()
+
+
+def test_an_engine_that_can_have_no_context_is_refused_in_a_sentence() -> None:
+    """TensorRT 8.6 builds CLIP's text encoder so at times."""
+    trt = fake_trt(lambda data: None)
+
+    class NoContext:
+        def create_execution_context_without_device_memory(self) -> None:
+            tensorrt_engine.logger(trt).log(1, "Myelin internal error")
+
+    with pytest.raises(VlmcError, match=r"cannot run an engine.*Found: Myelin internal error.*timing\.cache"):
+        new_context(trt, NoContext())
 
 
 @pytest.mark.parametrize(
