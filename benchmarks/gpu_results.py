@@ -54,7 +54,7 @@ def model(folder: Path) -> dict[str, Any]:
         engine = json.loads(path.read_text())
         report = engine["report"] | {"scratch_bytes": engine["settings"].get("scratch_bytes")}
         found.setdefault("built", {}).setdefault(engine["component"], {})[path.parent.name] = report
-    for name in ("torch", "overhead"):
+    for name in ("torch", "overhead", "graph-times"):
         if (folder / f"{name}.json").is_file():
             found[name] = json.loads((folder / f"{name}.json").read_text())
     for path in sorted(folder.glob("times/*.json")):
