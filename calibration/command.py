@@ -35,6 +35,8 @@ def calibrate(
     """
     opened = Artifact(artefact)
     chosen = recipes.load(recipe)
+    if not chosen.needs_data and (set_file or observer or limit):
+        raise click.UsageError(f"The recipe {recipe} observes nothing; leave --set, --observer and --limit out.")
     if observer:
         chosen = replace(chosen, observer=observer)
     plan = make_plan(opened, chosen, set_file, limit or 0)

@@ -32,9 +32,12 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
     if int8 and recipe not in ("", "int8"):
         raise click.UsageError("--int8 and --recipe contradict each other.")
     recipe = recipe or ("int8" if int8 else "fp32")
+    chosen = recipes.load(recipe)
+    if set_file and not chosen.needs_data:
+        raise click.UsageError(f"The recipe {recipe} observes nothing; leave --set out.")
     opened, target = Artifact(artefact), load_device(device)
-    require_precision(target, recipes.load(recipe).name)
-    _ensure_plan(opened, recipe, set_file)
+    require_precision(target, chosen.name)
+    _ensure_plan(opened, chosen, set_file, target.own_set)
     with console.progress() as bar:
         task = bar.add_task("building", total=None)
         record, hits = run(
@@ -48,18 +51,21 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
         _print(record, rows, hits)
 
 
-def _ensure_plan(artifact: Artifact, recipe: str, set_file: Path | None) -> None:
-    """Calibrates where the recipe has no plan for these weights yet, or where a set is named."""
-    from ..calibration import recipes
-    from ..calibration.plan import plan_path, write_plan
-
-    chosen = recipes.load(recipe)
-    if recipe == "fp32" or (plan_path(artifact, recipe).is_file() and set_file is None):
-        return
+def _ensure_plan(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | None, own_set: Path | None) -> None:
+    """Calibrates where the recipe has no plan for these weights yet, where a set is named, and where the device has a
+    set of its own and the plan is of another."""
     from ..calibration.command import make_plan
+    from ..calibration.plan import plan_path, read_plan, write_plan
+    from ..calibration.sets import load_set
 
-    console.note(f"Calibrating {recipe} first: {chosen.about}.")
-    write_plan(artifact, make_plan(artifact, chosen, set_file))
+    if not recipe.rules and not recipe.implicit:
+        return
+    if plan_path(artifact, recipe.name).is_file() and set_file is None:
+        seen = read_plan(artifact, recipe.name).calibrated_on
+        if not recipe.needs_data or own_set is None or (seen and seen.sha256 == load_set(own_set).sha256):
+            return
+    console.note(f"Calibrating {recipe.name} first: {recipe.about}.")
+    write_plan(artifact, make_plan(artifact, recipe, set_file or own_set))
 
 
 def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> None:

@@ -30,10 +30,11 @@ class Device:
 
     backends and power_sources are in order of preference. `precisions` are those that its backends build engines in,
     of recipes the first word of the name; `opset` and `typing` are the ONNX dialect: with `weak` typing a float32 graph
-    gets its precision from builder flags, with `strong` it is in the graph. Budgets: memory of the whole process, and
-    time from the picture to the first token. Peaks are dense (no sparsity), in 10^12 operations a second, a
-    multiply-add counting as two.
-    `handover` is the one sentence that says what remains to be done on the device once this machine has done its part.
+    gets its precision from builder flags, with `strong` it is in the graph. `sm` is the compute capability of an NVIDIA
+    GPU that engines run on, 87 for 8.7. `calibration_set` is `demo` or a file beside the device's. Budgets: memory of
+    the whole process, and time from the picture to the first token. Peaks are dense (no sparsity), in 10^12 operations
+    a second, a multiply-add counting as two. `handover` is the one sentence that says what remains to be done on the
+    device once this machine has done its part.
     """
 
     name: str
@@ -59,6 +60,11 @@ class Device:
     peak_fp32_tflops: float | None = None
     peak_fp16_tflops: float | None = None
     peak_int8_tops: float | None = None
+
+    @property
+    def own_set(self) -> Path | None:
+        """The file of the calibration set that the device has of its own."""
+        return None if self.calibration_set == "demo" else FOLDER / self.calibration_set
 
 
 def device_names(folder: Path = FOLDER) -> list[str]:

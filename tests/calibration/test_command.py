@@ -56,6 +56,7 @@ def test_the_demos_own_pictures_are_taken_where_no_set_is_given(folder: Path) ->
 
 
 def test_a_recipe_for_weights_alone_reads_no_set(folder: Path) -> None:
+    assert "observes nothing" in run(folder, "--recipe", "w4", "--observer", "mse").output
     result = run(folder, "--recipe", "w4")
     assert result.exit_code == 0, result.output
     assert "no calibration set was needed" in result.output

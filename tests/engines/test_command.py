@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from vlmc.engines import build as engines_build
 from vlmc.engines.command import build
 from vlmc.engines.trial import ANSWER
 from vlmc.errors import VlmcError
+from vlmc.profiles import device as profiles_device
+from vlmc.profiles.device import load_device
 
 
 def run(*arguments: Any) -> Result:
@@ -57,6 +60,19 @@ def test_json_is_clean_even_where_it_has_to_calibrate_first(
     assert Artifact(tiny_copy).build("cpu", "int8-minmax")
     assert "Calibrating int8-minmax first" in result.stderr
     assert json.loads((tiny_copy / "plans" / "int8-minmax.json").read_text())["calibrated_on"]["rows"] == 3
+
+
+def test_a_device_with_a_calibration_set_of_its_own_is_calibrated_on_it_once(
+    planned: Artifact, tmp_path: Path, picture_set: Path, in_process: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(planned.root, tmp_path / "tiny")
+    one = picture_set.with_name("ours.jsonl")
+    one.write_text(picture_set.read_text().splitlines()[0])
+    own = replace(load_device("cpu"), calibration_set=str(one.absolute()))
+    monkeypatch.setattr(profiles_device, "load_device", lambda name: own)
+    assert "Calibrating int8 first" in run(folder, "--int8", "--json").stderr
+    assert json.loads((folder / "plans" / "int8.json").read_text())["calibrated_on"]["name"] == "ours"
+    assert "Calibrating" not in run(folder, "--int8", "--json").stderr
 
 
 def test_whole_answers_are_told_where_they_were_tried(
@@ -115,4 +131,5 @@ def test_wrong_input_is_a_sentence_and_builds_nothing(arguments: list[str], says
 
 def test_contradicting_options_are_wrong_usage(tiny_copy: Path) -> None:
     assert run(tiny_copy, "--int8", "--recipe", "w4").exit_code == 2
+    assert "observes nothing" in run(tiny_copy, "--recipe", "w4", "--set", "pictures.jsonl").output
     assert run(tiny_copy, "--int8", "--recipe", "int8", "--device", "no").exit_code == 1
