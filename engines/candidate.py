@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ..calibration import samples
 from ..calibration.plan import Plan, read_plan
 from ..errors import VlmcError
 from ..files import staged_folder, write_json
+from ..profiles import machine
 from ..profiles.device import load_device
 from ..profiles.memory import peak_rss_bytes
 from ..records import to_json
@@ -153,16 +153,8 @@ def _size(files: dict[str, FileSpec]) -> int:
 
 
 def _versions(backend: str) -> dict[str, str]:
-    packages = ("onnx-ir", *builders.load(backend).PACKAGES)
-    return {"vlmc": __version__} | {name: _installed(name) for name in packages}
-
-
-def _installed(package: str) -> str:
-    """The version; empty where it is not there, which is that of no engine."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+    """Of a backend that is not here there is none, so its engines are other ones."""
+    return {"vlmc": __version__} | machine.versions(("onnx-ir", *builders.load(backend).PACKAGES))
 
 
 def main(root: str, device: str, component: str, backend: str, precision: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import operator
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -72,24 +70,7 @@ def io_bytes(model: ir.Model, sizes: Mapping[str, int]) -> float:
 
 def _dims(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:
     assert value is not None and value.shape is not None, "the exporter records every shape"
-    return [d if isinstance(d, int) else _size(ast.parse(str(d.value), mode="eval").body, sizes) for d in value.shape]
-
-
-def _size(term: ast.expr, sizes: Mapping[str, int]) -> int:
-    """A size that the exporter wrote in terms of the free ones, say 4*tokens."""
-    match term:
-        case ast.Name(id=name):
-            return sizes[name]
-        case ast.Constant(value=int(number)):
-            return number
-        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
-            return _OPERATORS[type(sign)](_size(left, sizes), _size(right, sizes))
-    raise AssertionError(f"no size: {ast.unparse(term)}")
-
-
-_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: operator.floordiv,
-}
+    found = [d if isinstance(d, int) else d.evaluate(sizes) for d in value.shape]
+    whole = [size for size in found if isinstance(size, int)]
+    assert len(whole) == len(found), f"no size: {value.shape}"
+    return whole

@@ -53,8 +53,7 @@ def built_here(device: Device) -> str:
     if not device.ahead_of_time:
         on_it = device.sm is not None and cuda.architecture() == device.sm
         return backends.unavailable(device.backends[0]) if on_it else device.ahead_of_time_why
-    missing = [name for name in device.backends if importlib.util.find_spec(name) is None]
-    if device.backends[0] in missing:
+    if importlib.util.find_spec(device.backends[0]) is None:
         return f"the package of its backend {device.backends[0]} is not installed"
     return ""
 

@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from ..runtime.backends import processors
 from . import memory, nvidia
 
 ROOT = Path("/")
-PACKAGES = ("numpy", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "torch", "transformers", "tokenizers")
+PACKAGES = (  # distributions
+    *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13"),
+    *("torch", "transformers", "tokenizers"),
+)
 
 
 def describe(threads: int, root: Path = ROOT) -> dict[str, Any]:
@@ -74,10 +77,10 @@ def waited_seconds(root: Path = ROOT) -> float | None:
     return sum(waits) / 1e9 if waits else None
 
 
-def versions() -> dict[str, str]:
-    """The installed versions of what a measurement depends on; what is not installed is not listed."""
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The versions of what a measurement depends on, or of these distributions, without those that are not here."""
     found = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

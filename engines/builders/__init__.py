@@ -1,7 +1,7 @@
 """One file a builder, found by its name: it lowers a canonical graph for one backend and writes the engine.
 
 Each module has
-- `PACKAGES`: distributions whose versions an engine depends on;
+- `PACKAGES`: distributions whose versions an engine depends on, those of them that are installed;
 - `FLOAT`: the name of its float precision, `fp32` or `fp16`, which a recipe leaves what it does not quantise;
 - `unavailable() -> str`: why it cannot build here, empty where it can;
 - `refuses(component, precision, device) -> str`: why it does not offer that, empty where it does;

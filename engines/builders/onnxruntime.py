@@ -14,7 +14,7 @@ from ...runtime.backends import onnxruntime as backend
 from ..passes import MICROSOFT, float_outputs, group_query_attention, integer_matmul, matmul_nbits, producer
 from . import MODEL, Built, Job
 
-PACKAGES = ("onnxruntime",)
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # one or the other
 FLOAT = "fp32"
 OPSET_24 = ("TensorScatter", "Swish")
 INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "QLinearConv")

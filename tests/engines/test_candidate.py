@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def test_the_key_changes_with_what_the_device_takes(
 
 def test_the_key_changes_with_the_backends_version(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(artifact, VISION)
-    version = module.metadata.version
-    monkeypatch.setattr(module.metadata, "version", lambda name: "9" if name == "onnxruntime" else version(name))
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "9" if name == "onnxruntime" else version(name))
     assert key(artifact, VISION) != before
 
 
@@ -73,14 +74,14 @@ def test_an_engine_of_a_backend_that_is_not_here_counts_as_none(
     artifact: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(artifact, VISION)
-    version = module.metadata.version
+    version = metadata.version
 
     def none_of_it(name: str) -> str:
         if name == "onnxruntime":
-            raise module.metadata.PackageNotFoundError
+            raise metadata.PackageNotFoundError
         return version(name)
 
-    monkeypatch.setattr(module.metadata, "version", none_of_it)
+    monkeypatch.setattr(metadata, "version", none_of_it)
     assert cached(artifact, VISION) is None
 
 

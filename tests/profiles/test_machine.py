@@ -90,7 +90,8 @@ def test_a_thermal_zone_that_is_switched_off_does_not_hide_the_others(tmp_path: 
 
 def test_versions_list_only_what_is_installed() -> None:
     assert set(machine.versions()) <= set(machine.PACKAGES)
-    assert "numpy" in machine.versions()
+    assert {"numpy", "tensorrt-rtx-cu13"} <= set(machine.versions())
+    assert set(machine.versions(("numpy", "no such package"))) == {"numpy"}
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path: Path) -> None:
