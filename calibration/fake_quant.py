@@ -72,16 +72,18 @@ class QuantisedConv2d(QuantisedLinear):
 
 def apply_plan(component: nn.Module, plan: Plan, name: str) -> nn.Module:
     """A copy of the component `name` with the plan's smoothing and quantised layers; what the plan does not name stays
-    float. A plan that names a module which the component lacks is a VlmcError."""
-    made = copy.deepcopy(component).requires_grad_(False)
+    float and is shared with the component. A plan that names a module which the component lacks is a VlmcError."""
+    shared: dict[int, object] = {id(tensor): tensor for tensor in (*component.parameters(), *component.buffers())}
+    made = copy.deepcopy(component, shared)
     for path, divisors in plan.absorbers.items():
         if path.startswith(f"{name}/"):
-            module = _find(made, path)
+            module = _with_own_tensors(_find(made, path))
             divide_outputs(module, _fitting(divisors, module, 0, path))
     for path, entry in plan.modules.items():
         if path.startswith(f"{name}/"):
             module = _find(made, path)
             if entry.smoothing is not None:
+                module = _with_own_tensors(module)
                 multiply_inputs(module, _fitting(entry.smoothing, module, 1, path))
             if entry.weight_bits:  # what only shares the smoothing of others stays float
                 parent, _, attribute = path.partition("/")[2].rpartition(".")
@@ -101,6 +103,13 @@ def _find(component: nn.Module, path: str) -> nn.Module:
         raise VlmcError(
             f"The plan names the module {path}, which the model does not have", fix="run `vlmc calibrate` again"
         ) from None
+
+
+def _with_own_tensors(module: nn.Module) -> nn.Module:
+    """The module, its weight and bias copied, so that they can be changed in place."""
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(module, name, nn.Parameter(parameter.clone(), requires_grad=False))
+    return module
 
 
 def _fitting(factors: Sequence[float], module: nn.Module, axis: int, path: str) -> Tensor:
