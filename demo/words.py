@@ -30,7 +30,6 @@ SIZES: Final = ("small", "big")
 PLACES: Final = ("indoor", "urban", "landscape")
 LANDSCAPES: Final = ("mountains", "sea", "forest", "desert")
 FLOORS: Final = ("wood", "tile", "carpet")
-WEATHERS: Final = ("clear", "rainy", "snowy")
 INDOOR_LIGHTS: Final = ("bright", "dim")
 OUTDOOR_LIGHTS: Final = ("daylight", "sunset", "night")
 

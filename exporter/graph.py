@@ -1,7 +1,8 @@
 """One component as a canonical ONNX graph: opset 24, standard operators, nodes named by their PyTorch modules.
 
 The name of a weight product (MatMul, Gemm, Conv) or norm is its module's path in the component, which is what the
-quantisation plan is keyed by; its constants are called PATH.weight and PATH.bias.
+quantisation plan is keyed by; its constants are called PATH.weight and PATH.bias. Where a module is called again the
+nodes are PATH#2, PATH#3, …, each with constants of its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import inspect
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,12 +161,12 @@ def canonicalise(model: ir.Model) -> ir.Model:
     """Names nodes and their constants by module path, gives each its own constants, and drops the exporter's notes."""
     graph = model.graph
     _spell_out_gemm(graph)
-    taken: set[str] = set()
+    calls = Counter[str]()
     for node in graph:
         path = _module_path(node)
         if node.op_type in NAMED and path and node.inputs[1] is not None and node.inputs[1].const_value is not None:
-            node.name = path if path not in taken else f"{path}#{len(taken)}"
-            taken.add(path)
+            calls[path] += 1
+            node.name = path if calls[path] == 1 else f"{path}#{calls[path]}"
             for position, parameter in PARAMETER_NAMES.items():
                 if len(node.inputs) > position and node.inputs[position] is not None:
                     _own_constant(graph, node, position, f"{node.name}.{parameter}")

@@ -1,4 +1,4 @@
-"""Pictures for LLaVA 1.5 and MobileVLM: one square each, as CLIP sees them.
+"""Pictures for CLIP and for LLaVA 1.5, LLaVA-Mini and MobileVLM, whose vision it is: one square each.
 
 The shorter side is resized to `shortest_edge` and the middle is cut out; with `pad` the picture is first made square
 with bars of the mean colour, and nothing is lost. Equal to the last bit to transformers' CLIPImageProcessorPil and
