@@ -64,8 +64,7 @@ class ComponentSpec:
 
 # What every decoder takes beside its cache; what another one takes further is in its ComponentSpec.
 DECODER_INPUTS = ("inputs_embeds", "position_ids", "write_index", "logits_index")
-# What a decoder with cross-attention looks at, at the prompt and at every step: the picture, or what a fusion made of
-# picture and question.
+# What a decoder with cross-attention looks at at every step: the picture, or what a fusion made of it and the question.
 CROSSED = ("image_features", "fused_image_features")
 
 
@@ -215,6 +214,16 @@ class EngineSpec:
     kv: KvContract | None = None
     settings: dict[str, Any] = field(default_factory=dict)  # what the backend is to be started with
 
+    def is_of(self, manifest: Manifest, component: str) -> bool:
+        """Whether it takes and gives what that component does, and a decoder has the artefact's KV cache."""
+        known, kv = manifest.components.get(component), self.kv
+        if known is None or (self.component, self.inputs, self.outputs) != (component, known.inputs, known.outputs):
+            return False
+        if kv is None:  # so is a decoder's graph that waits to be built
+            return component != "decoder" or self.backend == "handover"
+        sized = vars(manifest.kv).items() <= vars(kv).items()
+        return sized and kv.form in ("scatter", "shared", "append") and kv.dtype in ("float32", "float16")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -259,14 +268,16 @@ class Artifact:
     def __init__(self, root: Path) -> None:
         self.root = root
         if not (root / "manifest.json").is_file():
-            raise VlmcError(
-                f"{root} is no artefact",
-                found="no manifest.json in it",
-                fix=f"run `vlmc export MODEL -o {root}` first",
-            )
+            fix = f"run `vlmc export MODEL -o {root}` first"
+            raise VlmcError(f"{root} is no artefact", found="no manifest.json in it", fix=fix)
         refuse_links_out(root, "manifest.json", "plans", "engines", "profile")
         with mended_by(REMAKE):
             self.manifest = read_record(Manifest, root / "manifest.json")
+            kind = COMPONENTS if self.manifest.matching is None else ("vision_encoder", "text_encoder")
+            if missing := [name for name in kind if name not in self.manifest.components]:
+                raise VlmcError(f"{root / 'manifest.json'} names no graph of the {', '.join(missing)}")
+            if min(vars(self.manifest.kv).values()) < 0:
+                raise VlmcError(f"{root / 'manifest.json'} gives the KV cache a negative size")
         self._checked: set[tuple[Path, str]] = set()
 
     @property
@@ -278,8 +289,7 @@ class Artifact:
     def path_of(self, relative: str) -> Path:
         """The file's path, once its size and sha256 agree with the manifest."""
         path = inside(self.root, relative)
-        known = self.manifest.files.get(relative)
-        if known is None:
+        if (known := self.manifest.files.get(relative)) is None:
             raise VlmcError(f"{relative} is not listed in {self.root / 'manifest.json'}", fix=REMAKE)
         self._check(path, known)
         return path
@@ -291,8 +301,7 @@ class Artifact:
 
     def graph(self, component: str) -> Path:
         """The component's canonical ONNX file, checked together with its external data."""
-        spec = self.manifest.components.get(component)
-        if spec is None:
+        if (spec := self.manifest.components.get(component)) is None:
             have = ", ".join(self.manifest.components)
             raise VlmcError(f"{self.root} has no component {component!r}", found=have, fix=REMAKE)
         if spec.file + ".data" in self.manifest.files:
@@ -310,18 +319,15 @@ class Artifact:
             recipe = next((path.stem for path in folder.parents[1].glob("*.json")), "fp32")
         again = self._build_again(device, recipe)
         if not (folder / "engine.json").is_file():
-            raise VlmcError(
-                f"There is no engine {engine} of {component} for device {device!r} in {self.root}", fix=again
-            )
+            what = f"There is no engine {engine} of {component} for device {device!r} in {self.root}"
+            raise VlmcError(what, fix=again)
         with mended_by(again):
             spec = read_record(EngineSpec, folder / "engine.json")
         if spec.device != device:
-            raise VlmcError(
-                f"The engine in {folder} was built for another device",
-                found=spec.device,
-                expected=device,
-                fix=f"{again} on that device",
-            )
+            what, fix = f"The engine in {folder} was built for another device", f"{again} on that device"
+            raise VlmcError(what, found=spec.device, expected=device, fix=fix)
+        if not spec.is_of(self.manifest, component):
+            raise VlmcError(f"The engine in {folder} is another model's or was altered", fix=again)
         with mended_by(again):
             for name, known in spec.files.items():
                 self._check(inside(folder, name), known)
@@ -362,12 +368,8 @@ def read_record(kind: type[T], path: Path) -> T:
     data = read_json(path)
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
-        raise VlmcError(
-            f"{path} has a schema that this version of vlmc does not read",
-            found=str(schema),
-            expected=str(SCHEMA),
-            fix=REMAKE,
-        )
+        what = f"{path} has a schema that this version of vlmc does not read"
+        raise VlmcError(what, found=str(schema)[:99], expected=str(SCHEMA), fix=REMAKE)
     return from_json(kind, data, path.name)
 
 
@@ -380,8 +382,7 @@ def check_file(path: Path, known: FileSpec) -> None:
     """Raises where the file is missing, of another size, or of other content than recorded."""
     if not path.is_file():
         raise VlmcError(f"{path} is missing", fix=REMAKE)
-    size = path.stat().st_size
-    if size != known.bytes:
+    if (size := path.stat().st_size) != known.bytes:
         raise VlmcError(f"{path} is truncated or altered", found=f"{size} bytes", expected=f"{known.bytes}", fix=REMAKE)
     if sha256_of(path) != known.sha256:
         raise VlmcError(f"{path} was altered: its sha256 is not the recorded one", fix=REMAKE)

@@ -57,8 +57,8 @@ def vlmc() -> None:
 
 
 def main() -> None:
-    """Runs `vlmc`; a VlmcError is one sentence on stderr and exit code 1, and so are a package that is not installed
-    and what the operating system refuses; Ctrl-C is exit code 130."""
+    """Runs `vlmc`; a VlmcError is one sentence on stderr and exit code 1, and so are a package that is not installed,
+    memory that is not there and what the operating system refuses; Ctrl-C is exit code 130."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal and locale has a – or a ≥
     try:
@@ -80,6 +80,9 @@ def main() -> None:
             raise
         fix = "install vlmc with its extra `export`: `pip install 'vlm-compile[export]'`, of a wheel 'FILE.whl[export]'"
         _fail(VlmcError(f"This command needs the Python package {error.name}", found="it is not installed", fix=fix))
+    except MemoryError as error:
+        fix = "end other programs, or take a machine with more memory"
+        _fail(VlmcError("This needs more memory than there is", found=reason(error), fix=fix))
     except OSError as error:
         with contextlib.suppress(OSError, AttributeError):  # what stdout refused, Python would try again as it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import VlmcError, reason
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 MAX_JSON_BYTES = 64 * 1024 * 1024
+_AGAIN = "run the command that wrote it again, or copy it again"
 
 
 def sha256_of(path: Path) -> str:
@@ -58,22 +64,39 @@ def refuse_links_out(root: Path, *names: str) -> None:
 
 def read_json(path: Path) -> Any:
     """The parsed file; a missing, oversized, truncated or malformed one is a VlmcError that names it."""
-    again = "run the command that wrote it again, or copy it again"
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a folder, or a pipe that may never end
-            raise VlmcError(f"{path} cannot be read", found="it is no file", fix=again)
+            raise VlmcError(f"{path} cannot be read", found="it is no file", fix=_AGAIN)
         if (size := status.st_size) > MAX_JSON_BYTES:
             expected = f"at most {MAX_JSON_BYTES}"
-            raise VlmcError(f"{path} is too large", found=f"{size} bytes", expected=expected, fix=again)
+            raise VlmcError(f"{path} is too large", found=f"{size} bytes", expected=expected, fix=_AGAIN)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise VlmcError(f"{path} is missing", fix=again) from None
+        raise VlmcError(f"{path} is missing", fix=_AGAIN) from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number too long, or nested too deeply
-        raise VlmcError(f"{path} is not valid JSON", found=reason(error), fix=again) from None
+        raise VlmcError(f"{path} is not valid JSON", found=reason(error), fix=_AGAIN) from None
     except OSError as error:
         found = error.strerror or reason(error)
         raise VlmcError(f"{path} cannot be read", found=found, fix="check the path and who may read it") from None
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file, as `numpy.savez` writes it: one that cannot be read, holds anything else, or packs
+    more than it is large, is a VlmcError that names it. Nothing is unpickled."""
+    import numpy as np  # not at the top, for `vlmc --help` reads this module
+
+    try:
+        with zipfile.ZipFile(path) as packed:
+            if sum(entry.file_size for entry in packed.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed")  # and could hold any number of bytes
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{strange[0]!r} is no array")
+    except Exception as error:  # numpy and zipfile raise whatever a broken file makes them stumble over
+        raise VlmcError(f"{path} holds no arrays that vlmc reads", found=reason(error), fix=_AGAIN) from None
+    return arrays
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,6 +145,23 @@ def writing(target: Path) -> Iterator[None]:
             found=(error.strerror or reason(error)) + (f": {error.filename}" if error.filename else ""),
             fix="choose a folder you may write to",
         ) from None
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While open, no other process is here with the same folder: the second is refused. It ends with the process,
+    however that ends, and leaves nothing behind."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what = f"Another process is doing the same in {folder}"
+                raise VlmcError(what, fix="wait until it has ended, and run the same command again") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_full(error: OSError) -> bool:

@@ -12,12 +12,17 @@ The fake-quant model and the ONNX graphs are both made from it, in this order:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..artifact import Artifact, FileSpec, read_record, write_record
 from ..errors import VlmcError, mended_by
+from ..files import inside
 from .recipes import Recipe
+from .weights import LIMITS
+
+MAX_BLOCK = 4096  # input channels that share a scale; of the recipes' blocks the largest is 32
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def plan_path(artifact: Artifact, recipe: str) -> Path:
 
 def samples_path(artifact: Artifact, recipe: str, component: str, spec: FileSpec) -> Path:
     """Named by its content, so that until a new plan is there the old one has its own."""
-    return artifact.root / "plans" / f"{recipe}.{component}.{spec.sha256[:12]}.npz"
+    return inside(artifact.root, f"plans/{recipe}.{component}.{spec.sha256[:12]}.npz")
 
 
 def write_plan(artifact: Artifact, plan: Plan) -> Path:
@@ -86,6 +91,27 @@ def write_plan(artifact: Artifact, plan: Plan) -> Path:
     return path
 
 
+def _impossible(plan: Plan) -> Iterator[str]:
+    """What a layer cannot be quantised or smoothed by."""
+    smoothed = {module.absorbed_by for module in plan.modules.values() if module.smoothing is not None}
+    if smoothed != plan.absorbers.keys():
+        yield "layers that are smoothed without the module that absorbs it, or the other way round"
+    for path, module in plan.modules.items():
+        if module.weight_bits not in (0, *LIMITS) or not 0 <= module.block <= MAX_BLOCK:
+            yield f"{path} in {module.weight_bits} bits and blocks of {module.block}"
+        scales = [scale for scale in (module.activation_scale, module.output_scale) if scale is not None]
+        if not _positive(scales) or not _positive(module.smoothing or ()):
+            yield f"a scale or factor of {path} that is no positive number"
+    for path, divisors in plan.absorbers.items():
+        if not _positive(divisors):
+            yield f"a divisor of {path} that is no positive number"
+
+
+def _positive(numbers: Iterable[float]) -> bool:
+    """Whether each is above 0 and finite, as float32 too."""
+    return all(2.0**-149 <= number < 2.0**128 for number in numbers)
+
+
 def read_plan(artifact: Artifact, recipe: str) -> Plan:
     """The recipe's plan. A missing one, or one for other weights than the artefact's, is a VlmcError."""
     path = plan_path(artifact, recipe)
@@ -94,6 +120,10 @@ def read_plan(artifact: Artifact, recipe: str) -> Plan:
         raise VlmcError(f"{artifact.root} has no plan for the recipe {recipe!r}", fix=again)
     with mended_by(again):
         plan = read_record(Plan, path)
+        if plan.recipe.name != recipe:
+            raise VlmcError(f"The plan {path} is another recipe's", found=plan.recipe.name)
+        if wrong := next(_impossible(plan), ""):
+            raise VlmcError(f"The plan {path} holds what no calibration finds", found=wrong)
     source = artifact.manifest.source.sha256
     if plan.source_sha256 != source:
         raise VlmcError(

@@ -7,6 +7,7 @@ and no calibration set.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 
 from ..artifact import Artifact, FileSpec, check_file
 from ..errors import VlmcError
-from ..files import write_bytes
+from ..files import read_arrays, write_bytes
 from ..runtime.images import open_image
 from ..runtime.matching import Matcher
+from ..runtime.runner import require_fit
 from ..runtime.session import Session
 from .plan import Plan, samples_path
 from .sets import CalibrationSet
@@ -58,7 +60,9 @@ def read(artifact: Artifact, plan: Plan, component: str) -> list[Sample]:
     spec = plan.samples[component]
     path = samples_path(artifact, plan.recipe.name, component, spec)
     check_file(path, spec)
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name].astype(np.float32) for name in file.files}
-    count = min(len(array) for array in arrays.values())
-    return [{name: array[row : row + 1] for name, array in arrays.items()} for row in range(count)]
+    arrays, inputs = read_arrays(path), artifact.manifest.components[component].inputs
+    for tensor in inputs:
+        require_fit(replace(tensor, dtype="float16"), arrays.get(tensor.name), f"The array {tensor.name} in {path}")
+    samples = {tensor.name: arrays[tensor.name].astype(np.float32) for tensor in inputs}
+    count = min(len(array) for array in samples.values())
+    return [{name: array[row : row + 1] for name, array in samples.items()} for row in range(count)]

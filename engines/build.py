@@ -33,6 +33,7 @@ from ..artifact import (
 from ..calibration import recipes
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
+from ..evaluation import goldens
 from ..files import remove_leftovers
 from ..profiles import machine
 from ..profiles.device import Device
@@ -181,7 +182,9 @@ def _try(
     artifact: Artifact, device: Device, component: str, own: dict[Candidate, EngineSpec], embed: str
 ) -> dict[str, BuildReport]:
     """Trials, unless every engine was tried before; each engine's report gets its numbers and its work."""
-    if not all(spec.report.latency_ms for spec in own.values()):
+    timed = {"prefill", "decode"} if component == "decoder" else {"run"}
+    known = [spec.report.latency_ms for spec in own.values()]
+    if not all(times.keys() == timed and min(times.values()) > 0 for times in known):
         what, engines = f"Trying {component} on this machine", [c.engine for c in own]
         trials = json.loads(child.run("trial", what, str(artifact.root), device.name, component, embed, *engines))
         for candidate, spec in own.items():
@@ -201,7 +204,7 @@ def _answers(
 
     Each mix has a process of its own, as it will have in use, and its turns: in one process with others a mix was
     found faster that was slower by itself (docs/experiments.md)."""
-    known = {answer.key: answer for answer in earlier}
+    known = {answer.key: answer for answer in earlier if answer.engines in mixes and answer.milliseconds > 0}
     names = {}
     for mix in mixes:
         made_of = " ".join(keys[part, mix[part]] for part in artifact.components)
@@ -239,8 +242,8 @@ def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[st
     if plan is not None and candidate.component in plan.samples:
         quantised, width = None, 1
     component = artifact.manifest.components[candidate.component]
-    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
-        case = {t.name: golden[f"0.{t.name}"] for t in component.inputs if f"0.{t.name}" in golden.files}
+    golden = goldens.arrays(artifact)
+    case = {t.name: golden[f"0.{t.name}"] for t in component.inputs if f"0.{t.name}" in golden}
 
     weights = {"weight_bytes": work.weight_bytes(model, bits, width)}
 

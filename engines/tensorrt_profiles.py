@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 
 from ..artifact import Artifact
+from ..evaluation import goldens
 from ..runtime.matching import TEXTS
 from ..runtime.tensorrt_engine import batch
 
@@ -34,8 +34,7 @@ def ranges(artifact: Artifact, component: str) -> dict[str, Range]:
     these do not show it) to what one picture and the KV cache allow. A size that nothing is known of ends where the
     golden inputs do."""
     usual: dict[str, int] = {}
-    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as golden:
-        shapes = {name.partition(".")[::2]: golden[name].shape for name in golden.files}
+    shapes = {name.partition(".")[::2]: array.shape for name, array in goldens.arrays(artifact).items()}
     cases = sorted({case for case, name in shapes if name})
     for tensor in artifact.manifest.components[component].inputs:
         found = [shapes[case, tensor.name] for case in cases if (case, tensor.name) in shapes]

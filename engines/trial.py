@@ -17,12 +17,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact import Artifact
+from ..evaluation import goldens
 from ..evaluation.agreement import cosine
-from ..files import read_json
 from ..runtime import backends
 from ..runtime.images import open_image
 from ..runtime.runner import Runner
@@ -40,8 +39,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 def try_component(artifact: Artifact, device: str, component: str, engines: list[str], embed: str) -> dict[str, Any]:
     """For each engine {"latency_ms": medians, "agreement": cosine with the golden outputs}."""
-    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
-        golden = {name: file[name] for name in file.files}
+    golden = goldens.arrays(artifact)
     samples: dict[str, dict[str, list[float]]] = {engine: {} for engine in engines}
     agreement = dict.fromkeys(engines, 0.0)
     for _ in range(1 if component == WHOLE else ROUNDS):  # a mix has its turns instead
@@ -64,7 +62,7 @@ Outcome = tuple[float, dict[str, list[float]]]
 
 def _runner_trial(a: Artifact, device: str, component: str, engine: str, embed: str, golden: Arrays) -> Outcome:
     runner, spec = backends.load_runner(a, device, component, engine, threads=0), a.manifest.components[component]
-    cases = [name.split(".")[0] for name in golden if name.endswith(".image_features")]
+    cases = [name.split(".")[0] for name in golden if name.endswith(".image_features")] or ["0"]
     inputs = {case: {tensor.name: golden[f"{case}.{tensor.name}"] for tensor in spec.inputs} for case in cases}
     near = 1.0
     for case in cases:
@@ -105,7 +103,7 @@ def _answer_trial(a: Artifact, device: str, component: str, mix: str, embed: str
     """Golden case 0 from the picture to ANSWER tokens, or to a full cache; the end of text is ignored, so that every
     mix does the same work."""
     session = open_session(a, device, dict(zip(a.components, mix.split("+"), strict=True)))
-    case = read_json(a.path_of("golden/golden.json"))["cases"][0]
+    case = goldens.cases(a)[0]
     image = open_image(a.path_of(case["image"]))
     image.load()  # decoding the file is not what is timed
 

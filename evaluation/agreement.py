@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 
 def cosine(left: NDArray[Any], right: NDArray[Any]) -> float:
-    """Of the flattened arrays; 0 where one of them is all zero or not finite."""
+    """Of the flattened arrays; 0 where one of them is all zero or not finite, or they are not of one size."""
     a, b = left.ravel().astype(np.float64), right.ravel().astype(np.float64)
+    if a.size != b.size:
+        return 0.0
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norms if np.isfinite(norms) and norms else 0.0
 

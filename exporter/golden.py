@@ -18,6 +18,7 @@ from PIL import Image
 from ..artifact import Artifact
 from ..demo import scenes
 from ..errors import VlmcError, reason
+from ..evaluation import goldens
 from ..files import read_json, write_json
 from ..runtime.images import open_image
 from ..runtime.runner import Array, HostDecoder
@@ -136,14 +137,12 @@ def detail(session: Session, image: Path, prompt: str, tokens: Sequence[int]) ->
     }
 
 
-def made_from(artifact: Artifact) -> dict[str, Any]:
+def made_from(artifact: Artifact) -> Any:
     """The options that the artefact's goldens were recorded with."""
-    options: dict[str, Any] = read_json(artifact.path_of("golden/golden.json")).get("made_from", {})
-    return options
+    found = read_json(artifact.path_of("golden/golden.json"))
+    return found.get("made_from") if isinstance(found, dict) else None
 
 
 def read(artifact: Artifact) -> tuple[list[dict[str, Any]], dict[str, np.ndarray[Any, Any]]]:
     """The artefact's golden cases and arrays."""
-    cases = read_json(artifact.path_of("golden/golden.json"))["cases"]
-    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as arrays:
-        return cases, {name: arrays[name] for name in arrays.files}
+    return goldens.cases(artifact), goldens.arrays(artifact)

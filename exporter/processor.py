@@ -17,9 +17,11 @@ from ..artifact import PromptSpec
 from ..errors import VlmcError, reason
 from ..files import read_json, write_text
 from ..runtime import preprocessing
+from .bounded import bounded
 from .family import OwnProcessor, all_families
 from .inspection import AGAIN, read_settings
 
+MOST_TOKENS = 10_000_000
 _QUESTION = "vlmc-question"  # stands for the question while the chat template is rendered
 
 
@@ -115,6 +117,8 @@ def read_tokenizer(folder: Path) -> Any:
             found=type(tokenizer).__name__,
             fix="convert it with transformers and save it beside the weights",
         )
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) > MOST_TOKENS:  # what writes it counts up to there
+        raise VlmcError(f"The tokenizer in {folder} numbers a token {largest}", expected=f"at most {MOST_TOKENS}")
     return tokenizer
 
 
@@ -268,9 +272,10 @@ def _render(tokenizer: Any, template: Any, image_token: str, pictures: int) -> s
 
 def _filled(tokenizer: Any, template: Any, pictures: int, question: str) -> str:
     content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], chat_template=template, tokenize=False, add_generation_prompt=True
+    messages = [{"role": "user", "content": content}]
+    return bounded(
+        lambda: tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
     )
 
@@ -305,6 +310,9 @@ def _eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
         found = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     if found is None:
         found = tokenizer.eos_token_id
-    if found is None:
-        raise VlmcError(f"{folder} does not say which token ends an answer", fix="give eos_token_id in its config")
-    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    ids = tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    whole = all(type(id) is int and id >= 0 for id in ids)
+    if not whole or not any(id < len(tokenizer) for id in ids):
+        fix = "give eos_token_id in its generation_config.json"
+        raise VlmcError(f"{folder} does not say which token ends an answer", found=str(found)[:99], fix=fix)
+    return ids

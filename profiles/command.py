@@ -12,7 +12,7 @@ import click
 from .. import console
 from ..artifact import Artifact
 from ..errors import VlmcError
-from ..files import write_json
+from ..files import alone, write_json
 from .device import device_names, load_device
 from .questions import Question
 
@@ -60,8 +60,8 @@ def profile(
     opened = Artifact(artefact)
     build, target = choose_build(opened, device, recipe)
     settings = Settings(runs, seconds, tokens, ANSWER_TOKENS, threads)
-    asked = _questions(opened, build.recipe, set_file, samples)
-    with console.progress() as bar:
+    with alone(opened.root), console.progress() as bar:
+        asked = _questions(opened, build.recipe, set_file, samples)
         task = bar.add_task("measuring", total=None)
         folder = run(
             opened,

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..artifact import SCHEMA, Artifact, BuildSpec, EngineSpec
 from ..errors import VlmcError
-from ..files import read_json, writing
+from ..evaluation import goldens
+from ..files import writing
 from ..runtime import backends
 from ..runtime.images import open_image
 from . import harness, limits, machine, power, questions
@@ -66,7 +67,7 @@ def profile(
         variants=found.measured,
         settings=settings,
         questions=asked if isinstance(asked, list) else [],
-        cases=len(read_json(artifact.path_of("golden/golden.json"))["cases"]),
+        cases=len(goldens.cases(artifact)),
         power_source=power.choose(device.power_sources, where),
         power_rails=device.power_rails,
         device_memory="none" if device.sm is None else "unified" if device.unified_memory else "nvml",

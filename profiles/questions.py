@@ -12,10 +12,10 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..errors import VlmcError
-from ..files import read_json
 from ..runtime.images import open_image, picture_hash
 from ..runtime.matching import Matcher
 from ..runtime.session import Session
+from . import plans
 
 MAX_LINE = 1 << 20  # characters
 _FORM = 'one {"image": …, "prompt": …, "answer": …, "task": …} a line'
@@ -136,9 +136,8 @@ def refuse_unaskable(artifact: Artifact, questions: Sequence[Question], checked:
 
 def refuse_calibrated(artifact: Artifact, recipe: str, questions: Sequence[Question]) -> None:
     """Raises where a picture is one that the recipe's plan was calibrated on, found by its pixels in any format."""
-    path = artifact.root / "plans" / f"{recipe}.json"
-    plan = read_json(path) if path.is_file() else {}
-    calibrated_on = set((plan.get("calibrated_on") or {}).get("pictures", ()))
+    plan = plans.read(artifact, recipe)
+    calibrated_on = set(plan.calibrated_on.pictures) if plan and plan.calibrated_on else set()
     images = dict.fromkeys(question.image for question in questions) if calibrated_on else ()
     common = [image for image in images if picture_hash(open_image(image)) in calibrated_on]
     if common:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..artifact import FLOATS, Artifact, BuildSpec, EngineSpec, read_record
-from ..files import read_json, sha256_of
+from ..files import sha256_of
 from ..runtime import backends
+from . import plans
 from .device import load_device
 
 TITLES = {
@@ -145,6 +146,7 @@ def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, thread
     """PyTorch with the float weights, and with the plan that the quantised engines were made from."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     plan = artifact.root / "plans" / f"{build.recipe}.json"
+    known = plans.read(artifact, build.recipe)
     on_gpu = load_device(build.device).sm is not None
     opener = f"vlmc.calibration.{'cuda_baseline' if on_gpu else 'baseline'}:open_session"
     wanted = [(name, "fp32", {"mode": mode}) for mode, name in GPU_FLOATS.items()] if on_gpu else [(EAGER, "fp32", {})]
@@ -155,7 +157,7 @@ def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, thread
             found.skipped[name] = f"{' and '.join(missing)} not installed (`pip install vlm-compile[export]`)"
         elif recipe != "fp32" and not plan.is_file():
             found.skipped[name] = f"no plan {plan} (`vlmc calibrate {artifact.root} --recipe {recipe}`)"
-        elif recipe != "fp32" and read_json(plan).get("samples"):
+        elif recipe != "fp32" and known and known.samples:
             found.skipped[name] = "the plan has no scales: TensorRT found them itself"
         else:
             identity = artifact.manifest.source.sha256 + (sha256_of(plan) if recipe != "fp32" else "")

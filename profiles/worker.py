@@ -18,11 +18,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, TextIO
 
-import numpy as np
 from PIL import Image
 
 from ..artifact import Artifact
 from ..errors import VlmcError
+from ..evaluation import goldens
 from ..files import read_json
 from ..runtime.images import open_image
 from . import machine, memory, power, samples
@@ -67,7 +67,7 @@ class Worker:
         opener = getattr(importlib.import_module(module), function)
         self.session: Any = opener(artifact, **job["arguments"])  # a Session; for a MatchWorker a Matcher
         self._write(kind="open", load_s=perf_counter() - start)
-        self.cases = read_json(artifact.path_of("golden/golden.json"))["cases"]
+        self.cases = goldens.cases(artifact)
         self.images = [_opened(artifact.path_of(case["image"])) for case in self.cases]
         self.meter = _meter(job["power_source"], tuple(job["power_rails"]))
         self.run(0)  # caches, lazy allocations and kernel choices happen once, unrecorded
@@ -197,8 +197,7 @@ class MatchWorker(Worker):
     def agree(self, cases: list[int]) -> Iterator[str]:
         """Which of the golden prompts is nearest to each picture, and which is by PyTorch."""
         artifact: Artifact = self.session.artifact
-        with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as arrays:
-            golden = arrays["cosines"].argmax(axis=1)
+        golden = goldens.arrays(artifact)["cosines"].argmax(axis=1)
         prompts = [case["prompt"] for case in self.cases]
         for index in cases:
             nearest = self.session.match([self.images[index]], prompts).cosines.argmax()

@@ -18,7 +18,7 @@ from PIL import Image
 from ..artifact import Artifact
 from ..errors import VlmcError
 from . import backends, preprocessing, prompt
-from .runner import Runner
+from .runner import Runner, require_inputs
 
 TEXTS = 32  # that are read at once: enough for a long list to be fast, few enough to fit a small board
 
@@ -81,6 +81,7 @@ class Matcher:
         for image in images:
             start = perf_counter()
             inputs = self.preprocess([image]).vision
+            require_inputs(self.artifact.manifest.components["vision_encoder"], inputs)
             between = perf_counter()
             features.append(self.vision.run(inputs)["image_features"])
             self.timings.preprocess += between - start

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact import CROSSED
+from ..artifact import CROSSED, ComponentSpec, TensorSpec
+from ..errors import VlmcError
+from ..records import REMAKE
 
 Array = NDArray[Any]
 
@@ -43,6 +45,23 @@ class Decoder(Protocol):
 
     def logits(self) -> NDArray[np.float32]:
         """Logits (vocabulary,) of the last chosen token, for comparing engines."""
+
+
+def require_fit(tensor: TensorSpec, array: Array | None, what: str) -> None:
+    """Raises where an array is not of the tensor's type and of a shape that it can have; `what` names it."""
+    shape = () if array is None else array.shape
+    axes = [size == length or isinstance(size, str) for size, length in zip(tensor.shape, shape, strict=False)]
+    fits = array is not None and str(array.dtype) == tensor.dtype and len(shape) == len(tensor.shape)
+    if not fits or 0 in shape or not all(axes):
+        found = "none" if array is None else f"{array.dtype} {array.shape}"
+        expected = f"{tensor.dtype} ({', '.join(map(str, tensor.shape))})"
+        raise VlmcError(f"{what} is not what the model takes", found=found, expected=expected, fix=REMAKE)
+
+
+def require_inputs(spec: ComponentSpec, inputs: Mapping[str, Array]) -> None:
+    """`require_fit` of all that the component takes."""
+    for tensor in spec.inputs:
+        require_fit(tensor, inputs.get(tensor.name), f"The input {tensor.name}")
 
 
 class HostDecoder(ABC):

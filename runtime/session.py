@@ -16,7 +16,7 @@ from PIL import Image
 from ..artifact import CROSSED, Artifact
 from ..errors import VlmcError
 from . import backends, preprocessing, prompt
-from .runner import Array, Decoder, Runner
+from .runner import Array, Decoder, Runner, require_inputs
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Session:
         """What the engines take for RGB pictures and a question; timed as `preprocess`."""
         start = perf_counter()
         prepared = self.preprocess(images) if images else None
+        if prepared:
+            require_inputs(self.artifact.manifest.components["vision_encoder"], prepared.vision)
         image_texts = prepared.image_texts if prepared else ()
         ids = self.tokenizer.encode(prompt.render(self.artifact.manifest.prompt, text, image_texts))
         places, further = ids == self._image_token_id, dict[str, Array]()

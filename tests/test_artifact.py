@@ -347,3 +347,15 @@ def test_a_link_out_of_the_artefact_is_refused_before_anything_is_read_or_writte
         outside.rename(root / "here")
         inner.symlink_to(root / "here")
         Artifact(root)
+
+
+def test_a_manifest_without_a_graph_or_with_a_cache_below_nothing_is_refused(root: Path) -> None:
+    whole = json.loads((root / "manifest.json").read_text())
+    short = {**whole, "components": {name: whole["components"][name] for name in ("vision_encoder", "decoder")}}
+    for changed, says in (
+        (short, "no graph of the embed_tokens"),
+        (whole | {"kv": whole["kv"] | {"layers": -1}}, "negative"),
+    ):
+        (root / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(VlmcError, match=f"{says}.*vlmc export"):
+            Artifact(root)

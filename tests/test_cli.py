@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from vlmc.cli import COMMANDS, vlmc
+from vlmc.cli import COMMANDS, main, vlmc
 
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "matplotlib")
 
@@ -147,3 +147,12 @@ def test_the_shell_completes_commands_and_options() -> None:
 
     assert completed("pro") == ["profile"]
     assert completed("build", "--dev") == ["--device"]
+
+
+def test_memory_that_is_not_there_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(vlmc, "main", lambda **_: bytearray(1 << 62))
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err.startswith("Error: This needs more memory than there is. Found: ")

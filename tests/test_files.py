@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlmc import files
 from vlmc.errors import VlmcError
-from vlmc.files import inside, read_json, sha256_of, staged_folder, write_json, write_text, writing
+from vlmc.files import alone, inside, read_json, sha256_of, staged_folder, write_json, write_text, writing
 
 DEAD = 2**22 + 1  # above Linux' largest process number
 NAMES = st.text(st.characters(codec=None), max_size=12)  # lone surrogates and NUL included
@@ -376,3 +376,15 @@ def test_a_write_that_the_system_cuts_short_keeps_the_old_files(tmp_path: Path) 
     assert [line.startswith("No space is left on the disk for") for line in said] == [True, True]
     assert (tmp_path / "target" / "content").read_text() == (tmp_path / "file").read_text() == "old"
     assert leftovers(tmp_path) == []
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
+    code = f"import pathlib, vlmc.files as f\nwith f.alone(pathlib.Path({str(tmp_path)!r})): print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(VlmcError, match="Another process"), alone(tmp_path):
+            pass
+        other.kill()
+    with alone(tmp_path):
+        assert list(tmp_path.iterdir()) == []

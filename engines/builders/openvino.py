@@ -40,7 +40,7 @@ def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
     """Counted in the runtime model, where every layer names the precision that it runs in. Attention is one layer for
     two products; where its queries and keys are int8, scores by values are float32, for no recipe rounds values."""
     counts: Counter[str] = Counter()
-    for layer in backend.compile_model(path, settings).get_runtime_model().get_ordered_ops():
+    for layer in backend.compile_model(path).get_runtime_model().get_ordered_ops():
         info = layer.get_rt_info()
         layer_type, width, fused = (str(info[key].astype(str)) for key in KEYS)
         kind = WIDTHS.get(width, width)

@@ -39,12 +39,27 @@ def apply(model: ir.Model, plan: Plan, component: str) -> int:
             fix="calibrate and export with the same version of vlmc; in a family of your own, a module that the graph "
             "has as arithmetic, or under another name, cannot be quantised",
         )
+    for path in absorbers.keys() | modules.keys():
+        _require_channels(nodes[path], absorbers.get(path), modules.get(path))
     for path, divisor in absorbers.items():
         _absorb(model.graph, nodes[path], divisor)
     for path, module in modules.items():
         _quantize(model.graph, nodes[path], module)
     prune(model)
     return len(modules)
+
+
+def _require_channels(node: ir.Node, divisor: NDArray[np.float32] | None, module: ModulePlan | None) -> None:
+    """Raises where the node has no weight, or another number of channels than the plan has divisors or factors."""
+    takes = makes = 0
+    if node.op_type.endswith("Normalization"):
+        makes = array_of(node.inputs[1]).size
+    elif (weight := weight_of(node)) is not None:
+        takes, makes = (weight.shape[1], weight.shape[0]) if node.op_type == "Conv" else weight.shape
+    smoothing = module.smoothing if module else None
+    fits = smoothing is None or len(smoothing) == takes
+    if not fits or (divisor is not None and len(divisor) != makes) or (module is not None and not takes):
+        raise VlmcError(f"The plan does not fit the layer {node.name} of the graph", fix="run `vlmc calibrate` again")
 
 
 def _absorb(graph: ir.Graph, node: ir.Node, divisor: NDArray[np.float32]) -> None:

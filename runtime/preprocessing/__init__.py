@@ -61,8 +61,11 @@ class Normalise:
     def __init__(self, rescale_factor: float, mean: Sequence[float], std: Sequence[float]) -> None:
         if len(mean) != 3 or len(std) != 3 or 0.0 in std:
             raise VlmcError("preprocessing.mean and .std must be three numbers each, and std not 0")
-        scaled = (np.arange(256) * rescale_factor).astype(np.float32)
-        self._tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
+        with np.errstate(all="ignore"):  # what is not finite is refused below
+            scaled = (np.arange(256) * rescale_factor).astype(np.float32)
+            self._tables = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
+        if not np.isfinite(self._tables).all():
+            raise VlmcError("preprocessing.rescale_factor, .mean and .std do not make finite numbers of pixels")
 
     def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(tiles, height, width, 3) in 0…255 to float32 (tiles, 3, height, width)."""

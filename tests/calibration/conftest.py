@@ -74,8 +74,9 @@ def artifact(model: SmolVLMForConditionalGeneration, tmp_path_factory: pytest.Te
         family="smolvlm",
         source=Source("folder", "tiny", "1" * 64),
         components={
-            "vision_encoder": _spec("pixel_values", "image_features"),
-            "embed_tokens": _spec("input_ids", "inputs_embeds"),
+            "vision_encoder": _spec("pixel_values", "image_features", "float32", "tiles", 3, 128, 128),
+            "embed_tokens": _spec("input_ids", "inputs_embeds", "int64", 1, "length"),
+            "decoder": _spec("inputs_embeds", "logits", "float32", 1, "length", 32),
         },
         kv=SmolVlm().kv(model, 128),
         hidden_size=32,
@@ -91,8 +92,8 @@ def artifact(model: SmolVLMForConditionalGeneration, tmp_path_factory: pytest.Te
     return Artifact(root)
 
 
-def _spec(taken: str, made: str) -> ComponentSpec:
-    return ComponentSpec("none", (TensorSpec(taken, "", ()),), (TensorSpec(made, "", ()),), 0)
+def _spec(taken: str, made: str, dtype: str, *shape: int | str) -> ComponentSpec:
+    return ComponentSpec("none", (TensorSpec(taken, dtype, shape),), (TensorSpec(made, "", ()),), 0)
 
 
 @pytest.fixture

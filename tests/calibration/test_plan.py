@@ -6,6 +6,7 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -94,3 +95,32 @@ def test_a_damaged_plan_is_a_sentence(here: Artifact, data: st.DataObject) -> No
     plan_path(here, "int8").write_bytes(text[:start] + data.draw(st.binary(max_size=8)) + text[end:])
     with contextlib.suppress(VlmcError):
         assert read_plan(here, "int8").modules is not None
+
+
+IMPOSSIBLE = {
+    "a scale of 0": {"activation_scale": 0.0},
+    "one below": {"output_scale": -0.1},
+    "one that float32 does not hold": {"activation_scale": 1e300},
+    "a factor of 0": {"smoothing": (0.0, 2.0)},
+    "bits": {"weight_bits": 5},
+    "a block below 0": {"block": -1},
+    "a huge block": {"block": 10**9},
+    "smoothing that nothing absorbs": {"absorbed_by": "decoder/o"},
+}
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_numbers_that_no_calibration_finds_are_refused(changes: dict[str, Any], here: Artifact) -> None:
+    modules = PLAN.modules | {"decoder/a": replace(PLAN.modules["decoder/a"], **changes)}
+    write_plan(here, replace(PLAN, modules=modules))
+    with pytest.raises(VlmcError, match=r"holds what no calibration finds.*run `vlmc calibrate .* --recipe int8`"):
+        read_plan(here, "int8")
+
+
+def test_divisors_of_0_and_another_recipes_plan_are_refused(here: Artifact) -> None:
+    write_plan(here, replace(PLAN, absorbers={"decoder/n": (1.5, 0.0)}))
+    with pytest.raises(VlmcError, match="a divisor of decoder/n"):
+        read_plan(here, "int8")
+    plan_path(here, "w4").write_bytes(write_plan(here, PLAN).read_bytes())
+    with pytest.raises(VlmcError, match=r"another recipe's. Found: int8.*--recipe w4"):
+        read_plan(here, "w4")

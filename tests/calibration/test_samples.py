@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vlmc.artifact import Artifact, TensorSpec
+from vlmc.artifact import Artifact, FileSpec, TensorSpec
 from vlmc.calibration import recipes, samples
 from vlmc.calibration.calibrate import plan_for
 from vlmc.calibration.plan import Plan, read_plan, write_plan
 from vlmc.calibration.sets import CalibrationSet, load_set
 from vlmc.errors import VlmcError
+from vlmc.files import sha256_of
 from vlmc.runtime.images import open_image
 
 
@@ -128,3 +129,15 @@ def test_inputs_of_several_sizes_are_refused(
     monkeypatch.setitem(artifact.manifest.components, "vision_encoder", spec)
     with pytest.raises(VlmcError, match=r"vision_encoder are no tiles of one size.*calibrate the recipe int8,"):
         planned()
+
+
+def test_samples_of_another_form_are_refused(planned: Any, artifact: Artifact) -> None:
+    plan = planned()
+    path = artifact.root / "plans" / files(artifact)[-1]
+    for array in (np.zeros((3, 3, 8, 8), np.float16), np.float16(1), np.array(["x"])):
+        np.savez(path, pixel_values=array)
+        spec = FileSpec(sha256_of(path), path.stat().st_size)
+        named = Path(path.with_name(f"int8-implicit.vision_encoder.{spec.sha256[:12]}.npz"))
+        named.write_bytes(path.read_bytes())
+        with pytest.raises(VlmcError, match=r"The array pixel_values in .* is not what the model takes"):
+            samples.read(artifact, replace(plan, samples={"vision_encoder": spec}), "vision_encoder")

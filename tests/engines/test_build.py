@@ -18,6 +18,7 @@ from vlmc.engines import build as module
 from vlmc.engines import builders, trial, work
 from vlmc.engines.build import TURNS, build, candidates, reason_not_here, results
 from vlmc.errors import VlmcError
+from vlmc.files import read_json
 from vlmc.profiles import machine
 from vlmc.profiles.device import device_names, load_device
 
@@ -379,3 +380,14 @@ def test_an_engine_for_a_gb10_is_made_on_a_machine_without_a_gpu(
     assert record.choices["decoder"].engine == "tensorrt_rtx-int8"
     assert (spec.settings["sm"], path.name) == (121, "engine.trt")
     assert spec.report.products["int8"] > 0
+
+
+@pytest.mark.parametrize("times", [{"later": 1.0}, {"run": 0.0}])
+def test_times_that_no_trial_finds_are_found_again(
+    times: dict[str, float], built_copy: Path, in_process: list[tuple[str, ...]]
+) -> None:
+    path = built_copy / "engines/cpu/vision_encoder/openvino-int8/engine.json"
+    record = read_json(path)
+    path.write_text(json.dumps(record | {"report": record["report"] | {"latency_ms": times}}))
+    run(Artifact(built_copy), "cpu", "int8")
+    assert in_process[0][:3] == ("trial", "cpu", "vision_encoder")

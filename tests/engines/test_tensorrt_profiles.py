@@ -32,9 +32,14 @@ QWEN = {"min_pixels": 16, "max_pixels": 40 * 16, "patch": 2, "frames": 1, "merge
 def artifact(folder: Path, inputs: dict[str, tuple[int | str, ...]], matching: Any = None, **shapes: Any) -> Artifact:
     """One whose component `part` takes these inputs, with golden arrays of these shapes, two cases of each."""
     folder.mkdir(exist_ok=True)
-    arrays = {f"{case}.{name}": np.zeros(shape) for name, both in shapes.items() for case, shape in enumerate(both)}
-    np.savez(folder / "golden.npz", cosines=np.zeros((2, 2)), **arrays)
-    part = SimpleNamespace(inputs=tuple(TensorSpec(name, "float32", shape) for name, shape in inputs.items()))
+    arrays = {
+        f"{case}.{name}": np.zeros(shape, np.float32)
+        for name, both in shapes.items()
+        for case, shape in enumerate(both)
+    }
+    np.savez(folder / "golden.npz", cosines=np.zeros((2, 2), np.float32), **arrays)
+    taken = tuple(TensorSpec(name, "float32", shape) for name, shape in inputs.items())
+    part = SimpleNamespace(inputs=taken, outputs=())
     manifest = SimpleNamespace(
         components={"part": part},
         kv=SimpleNamespace(capacity=64),

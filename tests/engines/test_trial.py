@@ -66,7 +66,11 @@ def test_an_answer_that_ended_at_once_and_a_prompt_that_fills_the_cache_are_trie
     made = golden_with(
         built,
         tmp_path,
-        **{"0.inputs_embeds": full, "0.step_tokens": np.empty(0, np.int64), "0.step_logits": np.empty((0, 336))},
+        **{
+            "0.inputs_embeds": full,
+            "0.step_tokens": np.empty(0, np.int64),
+            "0.step_logits": np.empty((0, 336), np.float32),
+        },
     )
     found = try_component(made, "cpu", "decoder", ["onnxruntime-fp32"], "onnxruntime-fp32")
     assert found["onnxruntime-fp32"]["latency_ms"]["decode"] > 0

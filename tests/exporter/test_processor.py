@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor, AutoTokenizer
 from vlmc.errors import VlmcError
+from vlmc.exporter import bounded
 from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime.prompt import Tokenizer, render
 
@@ -85,6 +86,27 @@ def test_the_older_layout_of_the_files_is_read_too(folder: Path, processor_folde
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
     template.unlink()
     assert describe(folder) == describe(processor_folder)
+
+
+@pytest.mark.parametrize("ends", [[], ["a"], [None], [[2]], -1, 2.5, True, "abc", 10**30, 99_999])
+def test_ends_of_an_answer_that_are_no_tokens_are_refused(ends: Any, folder: Path) -> None:
+    change(folder / "generation_config.json", lambda data: data.update(eos_token_id=ends))
+    with pytest.raises(VlmcError, match=r"which token ends an answer.*generation_config\.json"):
+        describe(folder)
+
+
+def test_a_token_of_a_huge_number_is_refused(folder: Path, tmp_path: Path) -> None:
+    change(folder / "tokenizer.json", lambda data: data["model"]["vocab"].update(zebra=4_000_000_000))
+    with pytest.raises(VlmcError, match="numbers a token 4000000000"):
+        save_tokenizer(folder, tmp_path / "tokenizer.json")
+
+
+def test_a_chat_template_without_end_is_one_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    endless = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}"
+    (folder / "chat_template.jinja").write_text(endless)
+    with pytest.raises(VlmcError, match="takes too much time, memory or text"):
+        describe(folder)
 
 
 def test_several_ends_of_an_answer_and_none(folder: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from vlmc.artifact import Artifact, BuildSpec, describe_files
+from vlmc.artifact import COMPONENTS, Artifact, BuildSpec, describe_files
 from vlmc.errors import VlmcError
 from vlmc.profiles import experiment, limits, samples
 from vlmc.profiles.command import profile
@@ -124,6 +124,7 @@ def test_the_worker_is_chosen_by_what_the_model_does(job: dict[str, Any]) -> Non
 
 def test_the_other_worker_is_for_models_that_answer(artifact: Artifact, sessions: str, job: dict[str, Any]) -> None:
     manifest = json.loads((artifact.root / "manifest.json").read_text()) | {"matching": None}
+    manifest["components"] |= dict.fromkeys(COMPONENTS, manifest["components"]["vision_encoder"])
     (artifact.root / "manifest.json").write_text(json.dumps(manifest))
     assert type(open_worker(job | {"opener": sessions})) is Worker
 

@@ -125,3 +125,13 @@ def test_a_picture_that_was_calibrated_on_is_refused_however_it_was_saved(tmp_pa
         refuse_calibrated(artifact, "int8", [other, again])  # type: ignore[arg-type]
     for recipe, asked in (("int8", [other]), ("w4", [again]), ("fp32", [again])):
         refuse_calibrated(artifact, recipe, asked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plan", [[], {"calibrated_on": [1]}, {"calibrated_on": {"pictures": [{}]}}, {"samples": []}])
+def test_a_plan_of_another_form_is_one_sentence(plan: object, artifact: Artifact, question_set: Path) -> None:
+    (artifact.root / "plans").mkdir()
+    (artifact.root / "plans/int8.json").write_text(json.dumps(plan))
+    with pytest.raises(VlmcError, match=r"int8\.json.*run `vlmc calibrate .* --recipe int8`"):
+        refuse_calibrated(artifact, "int8", read_set(question_set, 1))
+    with pytest.raises(VlmcError, match="leaves the folder"):
+        refuse_calibrated(artifact, "../../int8", read_set(question_set, 1))

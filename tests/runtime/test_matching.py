@@ -42,6 +42,9 @@ def artifact(tiny: Artifact, tmp_path: Path) -> Artifact:
     """`tiny`'s tokenizer with a manifest that matches."""
     manifest = json.loads((tiny.root / "manifest.json").read_text())
     manifest["matching"] = SPEC
+    vision = manifest["components"]["vision_encoder"]
+    vision["inputs"][0]["shape"] = ["pictures", 3, 4, 4]
+    manifest["components"] = {"vision_encoder": vision, "text_encoder": vision}
     manifest["preprocessing"] = {"kind": "clip", "shortest_edge": 4, "tile": 4, "pad": False, "resample": 3}
     manifest["preprocessing"] |= {"rescale_factor": 1.0, "mean": [0.0] * 3, "std": [1.0] * 3}
     manifest["preprocessing"] |= {"image_seq_len": 1, "image_token": ""}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -232,3 +233,36 @@ def test_an_artefact_whose_tokenizer_lacks_the_image_token_is_refused(session: S
     other.manifest = replace(other.manifest, prompt=replace(other.manifest.prompt, image_token="<picture>"))
     with pytest.raises(VlmcError, match="no token '<picture>'"):
         Session(other, session.vision, session.embed, session.decoder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kv": None}, "another model's or was altered.*vlmc build"),
+        ({"kv": {"layers": 0}}, "another model's or was altered"),
+        ({"kv": {"capacity": 10**15}}, "another model's or was altered"),
+        ({"kv": {"form": "ring"}}, "another model's or was altered"),
+        ({"kv": {"dtype": "object"}}, "another model's or was altered"),
+        ({"kv": {"dtype": "float16"}}, "cache is not of float16"),
+        ({"component": "vision_encoder"}, "another model's or was altered"),
+        ({"inputs": []}, "another model's or was altered"),
+        ({"settings": {"session_config": [1]}}, "cannot load"),
+        ({"settings": {"session_config": {"a": 1}}}, "cannot load"),
+    ],
+)
+def test_an_altered_record_of_an_engine_is_refused(changes: dict[str, Any], says: str, built_copy: Path) -> None:
+    path = built_copy / "engines" / "cpu" / "decoder" / "onnxruntime-fp32" / "engine.json"
+    record = json.loads(path.read_text())
+    for name, value in changes.items():
+        record[name] = record[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(record))
+    with pytest.raises(VlmcError, match=says):
+        open_session(Artifact(built_copy), "cpu", FLOAT)
+
+
+def test_a_picture_that_is_prepared_for_another_model_is_refused(session: Session, built: Artifact) -> None:
+    other = Artifact(built.root)
+    other.manifest = replace(other.manifest, preprocessing=other.manifest.preprocessing | {"tile": 64})
+    asked = Session(other, session.vision, session.embed, session.decoder)
+    with pytest.raises(VlmcError, match=r"pixel_values is not what the model takes.*64, 64\)\. Expected: .*32, 32\)"):
+        asked.prepare([Image.new("RGB", (32, 32))], "What is it?")

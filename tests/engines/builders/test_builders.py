@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_openvino_sees_what_pytorch_sees(recipe: str, planned: Artifact, tmp_pat
     """Float: float32 sums in another order. int8: OpenVINO keeps sums in int32 where the fake-quant model has floats
     and may leave products float; what it gives is as near to PyTorch as the Q/DQ graph itself."""
     built = build(planned, "openvino", "vision_encoder", recipe, tmp_path)
-    runner = OpenvinoRunner(compile_model(tmp_path / built.file, built.settings))
+    runner = OpenvinoRunner(compile_model(tmp_path / built.file))
     arrays = golden.read(planned)[1]
     for case in ("0", "1"):  # 5 tiles, then 9: the number is free
         exact = arrays[f"{case}.image_features"]
@@ -183,3 +184,11 @@ def test_a_device_names_the_precisions_that_its_builders_offer(name: str) -> Non
         ):
             offered.add(recipe.partition("-")[0])
     assert set(device.precisions) == offered
+
+
+def test_an_engines_record_names_openvino_no_folder_to_write_to(built_copy: Path, tmp_path: Path) -> None:
+    path = built_copy / "engines/cpu/vision_encoder/openvino-fp32/engine.json"
+    record = json.loads(path.read_text()) | {"settings": {"CACHE_DIR": str(tmp_path / "outside")}}
+    path.write_text(json.dumps(record))
+    backends.load_runner(Artifact(built_copy), "cpu", "vision_encoder", "openvino-fp32", 1)
+    assert not (tmp_path / "outside").exists()

@@ -267,3 +267,21 @@ def outputs(vision: Runner, decoder: HostDecoder, arrays: dict[str, np.ndarray])
         decoder.feed(int(token))
         logits.append(decoder.logits())
     return vision.run({"pixel_values": arrays["1.pixel_values"]})["image_features"], np.stack(logits)
+
+
+@pytest.mark.parametrize(
+    ("path", "divisors", "module"),
+    [
+        ("fc", None, ModulePlan(8, 0, smoothing=(2.0,))),  # which would be stretched over all channels
+        ("fc", None, ModulePlan(8, 0, smoothing=(2.0,) * 39)),
+        ("fc", (2.0,), None),
+        ("add", None, ModulePlan(8, 0)),
+        ("add", (2.0,) * 24, None),
+    ],
+)
+def test_a_plan_for_another_layer_is_refused(
+    path: str, divisors: tuple[float, ...] | None, module: ModulePlan | None, linear: Any, plan_of: Any
+) -> None:
+    plan = plan_of({path: divisors} if divisors else {}, **({path: module} if module else {}))
+    with pytest.raises(VlmcError, match=f"does not fit the layer {path} of the graph.*vlmc calibrate"):
+        quantize.apply(linear(WEIGHT, BIAS), plan, "part")

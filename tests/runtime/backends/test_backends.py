@@ -62,7 +62,7 @@ def test_a_file_that_is_no_graph_is_one_sentence(content: bytes, tmp_path: Path)
     ):
         onnxruntime.session(path, {})
     with pytest.raises(VlmcError, match=r"OpenVINO .* cannot compile .*model\.onnx"):
-        openvino.compile_model(path, {})
+        openvino.compile_model(path)
 
 
 def test_threads_are_those_that_were_asked_for(built: Artifact) -> None:

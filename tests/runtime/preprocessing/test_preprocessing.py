@@ -31,3 +31,10 @@ def test_neither_torch_nor_transformers_is_loaded() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'onnx')))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+@pytest.mark.parametrize(("factor", "mean", "std"), [(1e300, 0.5, 0.5), (0.1, 1e300, 0.5), (0.1, 0.5, 1e-300)])
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_make_no_finite_pixels_are_refused(factor: float, mean: float, std: float) -> None:
+    with pytest.raises(VlmcError, match="do not make finite numbers"):
+        preprocessing.Normalise(factor, (mean,) * 3, (std,) * 3)
