@@ -72,7 +72,7 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
             preferred = [candidate.engine for candidate in own if candidate.backend == first]
             choices[component] = verdict.unmeasured(preferred[-1], here + refused, [c.engine for c in own])
         else:
-            if len(own) > 1:
+            if component != "embed_tokens":
                 report(f"trying {component}", len(todo), len(todo))
             embed = next((c.engine for c in todo if c.component == "embed_tokens"), "")
             choice = _verdict(artifact, device, component, own, embed)
@@ -166,7 +166,7 @@ def _verdict(
     """The choice among those that this interpreter can run; of the others it says why they were not tried."""
     elsewhere = {candidate: why for candidate in own if (why := backends.unavailable(candidate.backend))}
     tried = {candidate: spec for candidate, spec in own.items() if candidate not in elsewhere}
-    if len(tried) == 1:
+    if component == "embed_tokens" and len(tried) == 1:  # a look-up, which cannot be wrong by degrees
         choice = Choice(next(iter(tried)).engine, "nothing else is offered for it", {})
     else:
         reports = _try(artifact, device, component, tried, embed)

@@ -47,7 +47,9 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
     kept, baseline = _fastest(costs), _fastest(_floats(costs))
     what = f"{costs[kept]:.2f} ms" + (f" for prompt and {ANSWER} tokens" if component == "decoder" else "")
     others = ", ".join(f"{e} {ms:.2f}" for e, ms in sorted(costs.items(), key=lambda item: item[1]) if e != kept)
-    if not others:
+    if len(reports) == 1:
+        why = f"nothing else is offered for it: {what}"
+    elif not others:
         why = f"the only one that computes what PyTorch does: {what}{wrong}"
     elif kept == baseline:
         why = f"float is as fast or faster: {what} against {others}{wrong}"

@@ -171,7 +171,11 @@ def test_progress_is_told(artifact: Artifact, recorded: Callable[..., None]) -> 
     told: list[tuple[str, int, int]] = []
     build(artifact, load_device("cpu"), "fp32", lambda *step: told.append(step))
     assert told[0] == ("building vision_encoder onnxruntime-fp32", 0, 4)
-    assert told[4:] == [("trying vision_encoder", 4, 4), ("trying whole answers", 4, 4)]
+    assert [what for what, done, total in told[4:]] == [
+        "trying vision_encoder",
+        "trying decoder",
+        "trying whole answers",
+    ]
 
 
 def test_an_engine_for_another_interpreter_is_built_and_named_and_not_tried(
@@ -182,9 +186,8 @@ def test_an_engine_for_another_interpreter_is_built_and_named_and_not_tried(
     vision = record.choices["vision_encoder"]
     assert vision.engine == "onnxruntime-fp32"
     assert vision.candidates["onnxruntime_gpu-fp16"] == {}
-    says = (
-        r"^nothing else is offered for it; onnxruntime_gpu-fp16 was not tried here: this onnxruntime [\d.]+ has no CUDA"
-    )
+    assert vision.candidates["onnxruntime-fp32"]["agreement"] > 0.999  # an engine alone is held against the goldens too
+    says = r"^nothing else is offered for it: .* ms.*; onnxruntime_gpu-fp16 was not tried here: this onnxruntime [\d.]+"
     assert re.search(says, vision.reason)
     report = artifact.engine("cpu", "decoder", "onnxruntime_gpu-fp16")[0].report
     assert report.latency_ms == {}
