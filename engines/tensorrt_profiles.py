@@ -8,12 +8,13 @@ How far a size can go follows from the artefact: its golden inputs, KV cache and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from ..artifact import Artifact
 from ..evaluation import goldens
+from ..runtime import preprocessing
 from ..runtime.matching import TEXTS
 from ..runtime.tensorrt_engine import batch
 
@@ -50,25 +51,12 @@ def ranges(artifact: Artifact, component: str) -> dict[str, Range]:
 def _limits(artifact: Artifact) -> dict[str, int]:
     """The largest that each size can be, by its name in the families' graphs."""
     manifest = artifact.manifest
-    pictures, capacity = manifest.preprocessing, manifest.kv.capacity
-    limits = {"tiles": _tiles(pictures)} | dict.fromkeys(
-        ("length", "text_length", "question_length", "image_tokens", "capacity"), capacity
-    )
-    if "max_pixels" in pictures:  # pictures in nearly their own size, each token a square of patches
-        side = pictures["patch"] * pictures["merge"]
-        limits["tokens"] = min(pictures["max_pixels"] // side**2, capacity)
-        limits["windows"] = -(-limits["tokens"] // (pictures["window"] // side))  # of a strip, which makes the most
+    capacity = manifest.kv.capacity
+    limits = preprocessing.load(manifest.preprocessing).largest(capacity)
+    limits |= dict.fromkeys(("length", "text_length", "question_length", "image_tokens", "capacity"), capacity)
     if manifest.matching is not None:
         limits |= {"length": manifest.matching.text_length, "texts": TEXTS}
     return limits
-
-
-def _tiles(pictures: Mapping[str, Any]) -> int:
-    """Of one picture, the one of the whole included."""
-    if pictures.get("split"):
-        side = -(-int(pictures["longest_edge"]) // int(pictures["tile"]))
-        return side**2 + 1
-    return int(pictures.get("max_tiles", 0)) + 1
 
 
 def profile(model: ir.Model, sizes: Mapping[str, tuple[int, int, int]]) -> Profile:

@@ -36,6 +36,10 @@ class Preprocessor(Protocol):
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         """The pictures (any number, any size) prepared."""
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        """What each free size of `Prepared.vision` can be at most, by its name in the graph, for one picture whose
+        tokens fit a KV cache of that many places. An engine is built for no more."""
+
 
 @runtime_checkable
 class Positions(Protocol):

@@ -44,6 +44,9 @@ class Blip:
         self.config = config
         self._normalise = Normalise(config.rescale_factor, config.mean, config.std)
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        return {"tiles": 1}
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         if len(images) != 1:
             raise VlmcError("BLIP looks at one picture", found=f"{len(images)} pictures", fix="ask about each apart")

@@ -61,6 +61,9 @@ class Clip:
         self._normalise = Normalise(config.rescale_factor, config.mean, config.std)
         self._bars = tuple(int(value * 255) for value in config.mean)
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        return {"tiles": 1}
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         config = self.config
         pixels = np.empty((len(images), config.tile, config.tile, 3), np.uint8)

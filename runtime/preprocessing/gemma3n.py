@@ -48,6 +48,9 @@ class Gemma3n:
         self.config = config
         self._normalise = Normalise(config.rescale_factor, (0.0,) * 3, (1.0,) * 3)
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        return {"tiles": 1}
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         config = self.config
         pixels = stretched(images, config.tile, config.resample)

@@ -63,6 +63,10 @@ class Idefics3:
         self.config = config
         self._normalise = Normalise(config.rescale_factor, config.mean, config.std)
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        side = -(-self.config.longest_edge // self.config.tile)
+        return {"tiles": side**2 + 1 if self.config.split else 1}
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         tile = self.config.tile
         pixels = [np.empty((0, tile, tile, 3), np.uint8)]

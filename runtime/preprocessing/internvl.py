@@ -68,6 +68,9 @@ class InternVl:
         grids = [(c, r) for c in tiles for r in tiles if config.min_tiles <= c * r <= config.max_tiles]
         self._grids = sorted(grids, key=lambda grid: grid[0] * grid[1])
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        return {"tiles": self.config.max_tiles + self.config.thumbnail}
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         config = self.config
         pixels = [np.empty((0, config.tile, config.tile, 3), np.uint8)]

@@ -60,6 +60,9 @@ class Moondream:
         self.side = config.tile // config.patch
         self._normalise = Normalise(config.rescale_factor, config.mean, config.std)
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        return {"tiles": self.config.max_tiles + 1}  # a long strip that makes more is refused by such an engine
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         config, cells = self.config, self.side**2
         if len(images) > 1:

@@ -46,6 +46,9 @@ class PaliGemma:
         self.config = config
         self._normalise = Normalise(config.rescale_factor, config.mean, config.std)
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        return {"tiles": 1}
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         config = self.config
         pixels = stretched(images, config.tile, config.resample)

@@ -62,6 +62,9 @@ class Phi3V:
         self.config = config
         self._normalise = Normalise(config.rescale_factor, config.mean, config.std)
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        return {"tiles": self.config.max_tiles + 1}
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         config, tile = self.config, self.config.tile
         tiles = [np.empty((0, 3, tile, tile), np.float32)]

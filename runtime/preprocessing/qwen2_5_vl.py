@@ -66,6 +66,11 @@ class Qwen25Vl:
         self.config = config
         self._normalise = Normalise(config.rescale_factor, config.mean, config.std)
 
+    def largest(self, capacity: int) -> dict[str, int]:
+        side = self.config.patch * self.config.merge
+        tokens = min(self.config.max_pixels // side**2, capacity)
+        return {"tokens": tokens, "windows": -(-tokens // (self.config.window // side))}  # of a strip, which has most
+
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
         """`vision` as `VisionEncoder.forward` of exporter/families/qwen2_5_vl.py says, tokens row by row."""
         config = self.config

@@ -43,7 +43,7 @@ def artifact(folder: Path, inputs: dict[str, tuple[int | str, ...]], matching: A
     manifest = SimpleNamespace(
         components={"part": part},
         kv=SimpleNamespace(capacity=64),
-        preprocessing={"kind": "clip", "max_tiles": 6},
+        preprocessing={"kind": "internvl"} | LOOKS | TILES["internvl"],
         matching=matching,
     )
     made: Any = SimpleNamespace(manifest=manifest, path_of=lambda name: folder / "golden.npz")
@@ -113,7 +113,7 @@ def test_no_picture_makes_more_tokens_and_windows(width: int, height: int, windo
 
 
 def test_tokens_have_to_fit_the_cache() -> None:
-    found = limits(LOOKS | QWEN, capacity=21)
+    found = limits({"kind": "qwen2_5_vl"} | LOOKS | QWEN, capacity=21)
     assert (found["tokens"], found["windows"]) == (21, 11)
 
 
