@@ -157,9 +157,10 @@ def _versions(backend: str) -> dict[str, str]:
     return {"vlmc": __version__} | machine.versions(("onnx-ir", *builders.load(backend).PACKAGES))
 
 
-def main(root: str, device: str, component: str, backend: str, precision: str) -> None:
-    """`child.run("candidate", …, ARTEFACT, DEVICE, COMPONENT, BACKEND, PRECISION)`."""
+def main(root: str, device: str, component: str, backend: str, precision: str) -> str:
+    """`child.run("candidate", …, ARTEFACT, DEVICE, COMPONENT, BACKEND, PRECISION)`; the engine is the answer."""
     build(Artifact(Path(root)), Candidate(device, component, backend, precision))
+    return ""
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -10,17 +9,17 @@ import sys
 from collections.abc import Callable
 
 from ..errors import VlmcError
-from ..profiles.process import command
+from ..profiles.process import command, replies
 
 MEMORY = (  # docs/experiments.md has the measurements
     "end other programs or add swap, and run the command again, which keeps what is built; TensorRT 8.6 took up to 4 "
     "times a decoder's float32 weights in FP16 and 8 in int8, ONNX Runtime and TensorRT-RTX less than twice"
 )
-REFUSED = 3  # the exit code with which the step's VlmcError is on stdout
+REFUSED = 3  # the exit code with which the step's VlmcError is its answer
 
 
 def run(module: str, what: str, *arguments: str) -> str:
-    """Runs the module of this room with these arguments and returns its stdout; `what` says in an error what failed.
+    """Runs the module of this room with these arguments and returns its answer; `what` says in an error what failed.
 
     The step ends with this process, however that ends: an exception here, Ctrl-C included, kills it, and so does the
     kernel once this process is gone.
@@ -48,17 +47,16 @@ def run(module: str, what: str, *arguments: str) -> str:
     raise VlmcError(f"{what} failed", found=found, fix=fix)
 
 
-def main(step: Callable[..., None]) -> None:
-    """The step's end: calls it with the arguments that `run` was given, and ends the process."""
+def main(step: Callable[..., str]) -> None:
+    """The step's end: calls it with the arguments that `run` was given, answers with what it returns, and ends the
+    process."""
     parent, *arguments = sys.argv[1:]
     code = 0
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever the terminal's encoding
-    if os.getppid() == int(parent):  # else it died before the kernel was asked
-        try:
-            step(*arguments)
-        except VlmcError as error:
-            print(error)
-            code = REFUSED
-    sys.stdout.flush()
+    with replies() as answer:
+        if os.getppid() == int(parent):  # else it died before the kernel was asked
+            try:
+                answer.write(step(*arguments))
+            except VlmcError as error:
+                answer.write(str(error))
+                code = REFUSED
     os._exit(code)  # backends' threads need not be waited for

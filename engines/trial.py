@@ -138,9 +138,9 @@ def timed(run: Callable[[], object]) -> list[float]:
     return samples
 
 
-def main(root: str, device: str, component: str, embed: str, *engines: str) -> None:
-    """`child.run("trial", …, ARTEFACT, DEVICE, COMPONENT, EMBED, ENGINE…)`: prints the outcome as JSON."""
-    print(json.dumps(try_component(Artifact(Path(root)), device, component, list(engines), embed)))
+def main(root: str, device: str, component: str, embed: str, *engines: str) -> str:
+    """`child.run("trial", …, ARTEFACT, DEVICE, COMPONENT, EMBED, ENGINE…)`: the outcome as JSON."""
+    return json.dumps(try_component(Artifact(Path(root)), device, component, list(engines), embed))
 
 
 if __name__ == "__main__":

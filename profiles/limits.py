@@ -22,7 +22,7 @@ from ..errors import VlmcError
 from ..runtime.backends import processors
 from . import memory
 from .device import Device
-from .process import command
+from .process import command, replies
 
 SECONDS = 0.6  # each limit is the best of as many tries as fit: a limit is what no try exceeds
 GIB, MIB = 1 << 30, 1 << 20
@@ -67,10 +67,10 @@ def from_data_sheet(device: Device) -> dict[str, Any]:
     }
 
 
-def main(threads: int) -> None:
+def main(threads: int) -> dict[str, Any]:
     cache, side = largest_cache(), 2048
     size = buffer_bytes(cache)
-    answer = {
+    return {
         "read_gb_per_s": read_gb_per_s(size, threads),
         "cached_read_gb_per_s": read_gb_per_s(cache // 4, threads)
         if cache >= CACHE_THAT_HOLDS_A_MODEL
@@ -82,7 +82,6 @@ def main(threads: int) -> None:
         f"maximum over {size / GIB:.2f} GiB (the largest cache is {cache / MIB:.0f} MiB) and over a quarter of the "
         f"cache; float32 product {side}×{side} in numpy; u8×s8 product of that size in ONNX Runtime",
     }
-    print(json.dumps(answer))
 
 
 def largest_cache(root: Path = Path("/")) -> int:
@@ -180,4 +179,5 @@ def _bytes(field: int, data: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    with replies() as answer:
+        json.dump(main(int(sys.argv[1])), answer)

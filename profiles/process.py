@@ -1,4 +1,5 @@
-"""The parent's end of a worker: start it, ask it, and say in words how it died."""
+"""Processes of our own: how one is started and answers, and the parent's end of a worker, which starts it, asks it, and
+says in words how it died."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..files import write_json
 
@@ -34,6 +35,14 @@ def command(python: str, module: str, *arguments: str) -> list[str]:
     """How to start the module in a process of its own, which takes no modules from the working folder, and on Linux
     outlives neither this process nor the thread that starts it."""
     return [python, "-c", _START, module, *arguments]
+
+
+def replies() -> TextIO:
+    """The stdout that this process was started with, for its answer alone: what libraries print goes to stderr from
+    here on."""
+    kept = os.fdopen(os.dup(1), "w", errors="backslashreplace")  # whatever the terminal's encoding
+    os.dup2(2, 1)
+    return kept
 
 
 class Process:

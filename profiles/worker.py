@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,23 +25,24 @@ from ..evaluation import goldens
 from ..files import read_json
 from ..runtime.images import open_image
 from . import machine, memory, power, samples
+from .process import replies
 
 ENERGY_SECONDS = 2.0  # of either measurement of energy: 20 times what the slowest meter needs to move on
 
 
 def main(job_file: Path) -> None:
-    replies = _take_stdout()
+    answers = replies()
     try:
         job = read_json(job_file)
         worker = open_worker(job)
-        _reply(replies, {"done": True})
+        _reply(answers, {"done": True})
         for line in sys.stdin:
             request = json.loads(line)
             for kind in getattr(worker, request.pop("do"))(**request):
-                _reply(replies, {"item": kind})
-            _reply(replies, {"done": True})
+                _reply(answers, {"item": kind})
+            _reply(answers, {"done": True})
     except VlmcError as error:
-        _reply(replies, {"error": str(error)})
+        _reply(answers, {"error": str(error)})
         sys.exit(1)
 
 
@@ -240,16 +240,9 @@ def _opened(path: Path) -> Image.Image:
     return image
 
 
-def _take_stdout() -> TextIO:
-    """The stdout that we were started with, for replies alone: what libraries print goes to stderr from here on."""
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return replies
-
-
-def _reply(replies: TextIO, answer: dict[str, Any]) -> None:
+def _reply(answers: TextIO, answer: dict[str, Any]) -> None:
     try:
-        print(json.dumps(answer), file=replies, flush=True)
+        print(json.dumps(answer), file=answers, flush=True)
     except BrokenPipeError:
         sys.exit(1)  # nobody listens any more
 

@@ -68,6 +68,14 @@ def test_a_step_builds_and_another_tries_what_was_built(tiny_copy: Path) -> None
     assert outcome["onnxruntime-fp32"]["latency_ms"]["run"] > 0
 
 
+def test_what_a_library_prints_is_no_part_of_the_answer() -> None:
+    """TensorRT's native code for one."""
+    step = "import os, sys; from vlmc.engines import child; sys.argv[1:] = [str(os.getppid())]; "
+    step += "child.main(lambda: str(os.write(1, b'noise')))"
+    done = subprocess.run([sys.executable, "-c", step], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("5", "noise")
+
+
 def test_its_own_sentence_is_passed_on_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(VlmcError) as error:
         child.run("candidate", "Building", str(tmp_path), *EMBED)
