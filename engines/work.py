@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ..artifact import ComponentSpec, KvSpec
-from .passes import weight_of
+from .passes import module_of, weight_of
 
 FLOAT32 = 4
 WIDTHS = {"fp32": FLOAT32, "fp16": 2}  # bytes of a number
@@ -20,11 +20,11 @@ def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collec
     """Operations of one run, a multiply-add counted as two: weight products and attention; the rest is below 2 %.
 
     sizes: the free dimensions by name (tiles, length). keys: positions attended to where a cache holds them. only:
-    the names of the products to count, all of them and attention where it is None.
+    the modules whose products to count, all of them and attention where it is None.
     """
     total = 0.0
     for node in model.graph:
-        if only is not None and node.name not in only:
+        if only is not None and module_of(node) not in only:
             continue
         if node.op_type == "Attention":
             query = _dims(node.inputs[0], sizes)
@@ -37,10 +37,11 @@ def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collec
 
 
 def weight_bytes(model: ir.Model, bits: Mapping[str, int], other: int) -> float:
-    """Bytes of the products' weights, which one run reads at least once: `bits` a number for the named products,
-    `other` bytes for the rest. An engine's file may hold more: a look-up table, weights in two layouts, scales."""
+    """Bytes of the products' weights, which one run reads at least once: `bits` a number for the products of these
+    modules, `other` bytes for the rest. An engine's file may hold more: a look-up table, weights in two layouts,
+    scales."""
     read = {
-        str(node.inputs[1].name): weight.size * (bits[name] / 8 if (name := str(node.name)) in bits else other)
+        str(node.inputs[1].name): weight.size * (bits[name] / 8 if (name := module_of(node)) in bits else other)
         for node in model.graph
         if (weight := weight_of(node)) is not None and node.inputs[1] is not None
     }

@@ -111,6 +111,11 @@ def array_of(value: ir.Value | None) -> NDArray[Any]:
     return np.asarray(value.const_value.numpy())
 
 
+def module_of(node: ir.Node) -> str:
+    """The path of the module whose call the node is: of a module that is called again they are PATH, PATH#2, …"""
+    return str(node.name or "").partition("#")[0]
+
+
 def weight_of(node: ir.Node) -> NDArray[np.float32] | None:
     """The constant weight of a MatMul (in, out), Gemm or Conv node, or None where it multiplies two activations."""
     if node.op_type not in ("MatMul", "Gemm", "Conv") or len(node.inputs) < 2 or node.inputs[1] is None:

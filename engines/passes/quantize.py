@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 from ...calibration.plan import ModulePlan, Plan
 from ...calibration.weights import quantize_weight
 from ...errors import VlmcError
-from . import array_of, constant, drop, insert, prune, weight_of
+from . import array_of, constant, drop, insert, module_of, prune, weight_of
 
 OUTPUT = "output"  # in the names of Q/DQ behind a layer
 
 
 def apply(model: ir.Model, plan: Plan, component: str) -> int:
-    """Quantises every node that the plan names; a module of the plan that the graph lacks is an error."""
+    """Quantises all calls of the modules that the plan names; a module of the plan that the graph lacks is an error."""
     prefix = f"{component}/"
-    nodes = {node.name: node for node in model.graph if node.name}
+    nodes: dict[str, list[ir.Node]] = {}  # by module: one for each time that it is called
+    for node in model.graph:
+        nodes.setdefault(module_of(node), []).append(node)
     absorbers = {
         k.removeprefix(prefix): np.array(v, np.float32) for k, v in plan.absorbers.items() if k.startswith(prefix)
     }
@@ -35,16 +37,19 @@ def apply(model: ir.Model, plan: Plan, component: str) -> int:
         raise VlmcError(
             f"The plan {plan.recipe.name!r} names modules that the graph of {component} does not have",
             found=", ".join(missing[:3]),
-            expected="one named node for each",
+            expected="a named node for each",
             fix="calibrate and export with the same version of vlmc; in a family of your own, a module that the graph "
             "has as arithmetic, or under another name, cannot be quantised",
         )
     for path in absorbers.keys() | modules.keys():
-        _require_channels(nodes[path], absorbers.get(path), modules.get(path))
+        for node in nodes[path]:
+            _require_channels(node, absorbers.get(path), modules.get(path))
     for path, divisor in absorbers.items():
-        _absorb(model.graph, nodes[path], divisor)
+        for node in nodes[path]:
+            _absorb(model.graph, node, divisor)
     for path, module in modules.items():
-        _quantize(model.graph, nodes[path], module)
+        for node in nodes[path]:
+            _quantize(model.graph, node, module)
     prune(model)
     return len(modules)
 

@@ -19,7 +19,7 @@ from vlmc.calibration.plan import ModulePlan, read_plan
 from vlmc.calibration.weights import dequantize_weight, quantize_weight
 from vlmc.engines.passes import constant, quantize
 from vlmc.errors import VlmcError
-from vlmc.exporter import golden
+from vlmc.exporter import golden, graph
 from vlmc.exporter.family import Components
 from vlmc.exporter.torch_runner import torch_session
 from vlmc.runtime.backends.onnxruntime import OnnxDecoder, OnnxRunner
@@ -49,6 +49,26 @@ def test_inputs_are_rounded_half_to_even_and_clipped_at_eight_bits(linear: Any, 
     x = np.array([0.0, 0.25, 0.26, -0.25, 0.75, -1.0, 63.5, 80.0, -64.0, -80.0], np.float32)[:, None]
     expected = [0.0, 0.0, 0.5, 0.0, 1.0, -1.0, 63.5, 63.5, -64.0, -64.0]
     np.testing.assert_allclose(run(model, x)[:, 0], expected, rtol=1e-6)
+
+
+def test_a_module_that_is_called_again_is_quantised_in_every_call(plan_of: Any, run: Any) -> None:
+    class Thrice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.tanh(self.fc(torch.tanh(self.fc(x)))))
+
+    torch.manual_seed(0)
+    part, x = Thrice().eval().requires_grad_(False), torch.randn(5, 8)
+    rows = torch.export.Dim("rows")
+    signature = graph.Signature(["x"], ["y"], (torch.zeros(3, 8),), ({0: rows},))
+    model = graph.export_component("x", part, signature)
+    assert [node.name for node in model.graph if node.op_type == "MatMul"] == ["fc", "fc#2", "fc#3"]
+    plan = plan_of(fc=ModulePlan(4, 0, activation_scale=0.02))
+    quantize.apply(model, plan, "part")
+    np.testing.assert_allclose(run(model, x.numpy()), apply_plan(part, plan, "part")(x).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [0, 8])
