@@ -15,7 +15,8 @@ from typing import Any
 import onnx_ir as ir
 
 from ..errors import VlmcError
-from ..runtime.tensorrt_engine import TITLES, logger
+from ..runtime import backends
+from ..runtime.tensorrt_engine import logger
 from .tensorrt_profiles import Profile
 
 WEIGHT_ONLY = {"INT4": "w4", "INT8": "w8"}
@@ -47,7 +48,7 @@ class Parsed:
 
 def title(trt: Any) -> str:
     """`TensorRT-RTX 1.7.1.116`."""
-    return f"{TITLES.get(trt.__name__, trt.__name__)} {trt.__version__}"
+    return f"{backends.title(trt.__name__)} {trt.__version__}"
 
 
 def fix_dimension(model: ir.Model, name: str, size: int) -> None:

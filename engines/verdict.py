@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ..artifact import FLOATS, AnswerTrial, BuildReport, Choice
 from ..errors import VlmcError
-from ..profiles.variants import TITLES
+from ..runtime import backends
 from .trial import ANSWER
 
 GAIN = 1.02  # below it a difference is noise, and float is kept
@@ -118,7 +118,7 @@ def together(choices: Mapping[str, Choice], answers: Sequence[AnswerTrial]) -> d
 def title(engines: Mapping[str, str]) -> str:
     """The backends of these engines (by component), the look-up of embeddings aside, as a person calls them."""
     used = dict.fromkeys(_backend(engine) for part, engine in engines.items() if part != "embed_tokens")
-    return " + ".join(TITLES.get(backend, backend) for backend in used)
+    return " + ".join(backends.title(backend) for backend in used)
 
 
 def _backend(engine: str) -> str:

@@ -18,15 +18,6 @@ from ..runtime import backends
 from . import plans
 from .device import load_device
 
-TITLES = {
-    "numpy": "NumPy",
-    "onnxruntime": "ONNX Runtime",
-    "onnxruntime_gpu": "ONNX Runtime CUDA",
-    "openvino": "OpenVINO",
-    "tensorrt": "TensorRT",
-    "tensorrt_rtx": "TensorRT-RTX",
-}
-
 ASK = """\
 import sys
 from vlmc.runtime import backends
@@ -117,7 +108,7 @@ def _mixes(
     kept = {component: choice.engine for component, choice in build.choices.items()}
     mixes: list[tuple[str, str, dict[str, str]]] = []
     for backend in dict.fromkeys(spec.backend for spec in specs.values()):
-        title = TITLES.get(backend, backend)
+        title = backends.title(backend)
         here = {part: _of_backend(specs, part, backend) for part in components}
         plain = {part: next((here[part][name] for name in FLOATS if name in here[part]), "") for part in components}
         if "embed_tokens" in plain:
@@ -130,7 +121,7 @@ def _mixes(
             mixes.append((f"{title} {build.recipe}", build.recipe, quantised))
     if kept and kept.items() <= specs.keys() and all(kept != engines for _, _, engines in mixes):
         used = {specs[choice].backend for choice in kept.items() if choice[0] != "embed_tokens"}
-        name = f"{TITLES[used.pop()]} mixed" if len(used) == 1 else "Mixed backends"
+        name = f"{backends.title(used.pop())} mixed" if len(used) == 1 else "Mixed backends"
         mixes.append((f"{name} ({build.recipe})", build.recipe, kept))
     return mixes
 

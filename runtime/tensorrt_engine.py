@@ -14,9 +14,9 @@ import numpy as np
 
 from ..artifact import EngineSpec
 from ..errors import VlmcError
+from . import backends
 from .cuda import Gpu, architecture
 
-TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 ENGINE = "engine.trt"  # the file of an engine in its folder
 APART = ("tiles", "texts")  # free sizes of things that have nothing to do with one another
 
@@ -57,7 +57,7 @@ def new_context(trt: Any, engine: Any) -> Any:
         made = engine.create_execution_context_without_device_memory()
     if made is None:  # 8.6 and one of several engines of CLIP's text encoder: "Myelin internal error"
         raise VlmcError(
-            f"{TITLES[trt.__name__]} {trt.__version__} cannot run an engine that it has built",
+            f"{backends.title(trt.__name__)} {trt.__version__} cannot run an engine that it has built",
             found="; ".join(log.errors[-2:]) or "no message",
             fix="delete timing.cache in the folder of the device's engines and build again; it then times its kernels"
             " anew and may take others",
@@ -78,7 +78,7 @@ class Engine:
 
     def __init__(self, trt: Any, gpu: Gpu, spec: EngineSpec, path: Path) -> None:
         self.gpu, self._trt = gpu, trt
-        title = TITLES[trt.__name__]
+        title = backends.title(trt.__name__)
         self._check(spec, path)
         log = logger(trt)
         log.errors = []
@@ -102,7 +102,10 @@ class Engine:
     def _check(self, spec: EngineSpec, path: Path) -> None:
         """Refuses an engine of another TensorRT or another kind of GPU by name: loading it would fail without one."""
         here = {"version": str(self._trt.__version__), "sm": architecture()}
-        for what, name in (("version", f"version of {TITLES[self._trt.__name__]}"), ("sm", "GPU architecture (SM)")):
+        for what, name in (
+            ("version", f"version of {backends.title(self._trt.__name__)}"),
+            ("sm", "GPU architecture (SM)"),
+        ):
             if spec.settings.get(what) != here[what]:
                 raise VlmcError(
                     f"The engine {path} was built for another {name}",

@@ -1,7 +1,7 @@
 """One file a backend, found by its name: it loads an engine and runs it.
 
-Each module has `unavailable() -> str` (empty where the backend can run here, else the reason), `load_runner(spec,
-path, threads)` and `load_decoder(spec, path, embed, threads)`.
+Each module has `TITLE` (what people call it), `unavailable() -> str` (empty where the backend can run here, else the
+reason), `load_runner(spec, path, threads)` and `load_decoder(spec, path, embed, threads)`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from ..runner import Decoder, Runner
 def names() -> list[str]:
     """Every backend that vlmc knows, whether or not it can run here."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def title(name: str) -> str:
+    """What people call the backend; its name where vlmc does not know it."""
+    return str(_module(name).TITLE) if name in names() else name
 
 
 def unavailable(name: str) -> str:

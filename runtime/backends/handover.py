@@ -7,6 +7,8 @@ from pathlib import Path
 from ...artifact import EngineSpec
 from ..runner import Decoder, Runner
 
+TITLE = "Graph to build"
+
 
 def unavailable() -> str:
     return "it is a graph that has to be built on its device first: `vlmc build` there"

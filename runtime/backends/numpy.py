@@ -11,6 +11,8 @@ from ...artifact import EngineSpec
 from ...errors import VlmcError
 from ..runner import Array, Decoder, Runner
 
+TITLE = "NumPy"
+
 
 def unavailable() -> str:
     return ""

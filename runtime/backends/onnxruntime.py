@@ -17,6 +17,8 @@ from ...errors import VlmcError, reason
 from ..runner import Array, HostDecoder, Runner
 from . import processors
 
+TITLE = "ONNX Runtime"
+
 
 def unavailable() -> str:
     try:

@@ -15,6 +15,7 @@ from ...errors import VlmcError
 from ..runner import Decoder, Runner
 from .onnxruntime import OnnxDecoder, OnnxRunner, session
 
+TITLE = "ONNX Runtime CUDA"
 PROVIDER = "CUDAExecutionProvider"
 DRIVER = "libcuda.so.1"
 

@@ -11,6 +11,8 @@ from ...errors import VlmcError
 from ..runner import Array, Decoder, Runner
 from . import processors
 
+TITLE = "OpenVINO"
+
 
 def unavailable() -> str:
     try:

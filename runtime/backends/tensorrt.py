@@ -15,6 +15,7 @@ from ..runner import Array, Decoder, Runner
 from ..tensorrt_decoder import TensorrtDecoder
 from ..tensorrt_engine import Engine, batch
 
+TITLE = "TensorRT"
 Shape = tuple[int, ...]
 
 

@@ -12,6 +12,8 @@ from ..cuda import architecture
 from ..runner import Decoder, Runner
 from . import tensorrt
 
+TITLE = "TensorRT-RTX"
+
 
 def unavailable() -> str:
     try:
