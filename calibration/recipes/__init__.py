@@ -60,6 +60,11 @@ class Recipe:
         return next((rule for pattern, rule in self.rules.items() if fnmatchcase(module, pattern)), FLOAT)
 
     @property
+    def block_bits(self) -> frozenset[int]:
+        """Bits of the weights that it keeps in blocks."""
+        return frozenset(rule.weight_bits for rule in self.rules.values() if rule.block)
+
+    @property
     def needs_data(self) -> bool:
         """Whether activations must be seen; weights alone need no calibration set."""
         return bool(self.implicit) or any(

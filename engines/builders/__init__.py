@@ -23,12 +23,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ...artifact import KvContract, KvSpec
+from ...artifact import FLOATS, KvContract, KvSpec
+from ...calibration import recipes
 from ...profiles.device import Device
 from ..tensorrt_profiles import Range
 
 MODEL = "model.onnx"  # an engine that is a graph has this name in its folder
-BLOCKS = ("w4", "w8")  # recipes whose weights are in blocks
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Built:
     file: str
     settings: dict[str, Any] = field(default_factory=dict)
     kv: KvContract | None = None
+
+
+def block_bits(precision: str) -> frozenset[int]:
+    """Bits of the weights that it keeps in blocks; of a float precision there are none."""
+    return frozenset() if precision in FLOATS else recipes.load(precision).block_bits
 
 
 def names() -> list[str]:

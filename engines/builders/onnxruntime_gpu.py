@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ...artifact import KvContract
 from ...profiles.device import Device
 from ..passes import group_query_attention, half_norms, half_precision, matmul_nbits, weight_of
-from . import BLOCKS, MODEL, Built, Job
+from . import MODEL, Built, Job, block_bits
 from .onnxruntime import ATTENTION, FLOATING, OPSET_24
 
 PACKAGES = ()  # the graph is standard: ONNX Runtime's version, and whether it is there at all, change nothing of it
@@ -27,7 +27,7 @@ def unavailable() -> str:
 def refuses(component: str, precision: str, device: Device) -> str:
     if component == "embed_tokens":
         return "a look-up needs no GPU; NumPy does it"
-    if precision not in (FLOAT, *BLOCKS):
+    if precision != FLOAT and not block_bits(precision):
         return (
             "ONNX Runtime on CUDA has no int8 product for Q/DQ: it would turn both back into floats and multiply those"
         )

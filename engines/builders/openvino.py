@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ...profiles.device import Device
 from ...runtime.backends import openvino as backend
-from . import BLOCKS, MODEL, Built, Job
+from . import MODEL, Built, Job, block_bits
 
 PACKAGES = ("openvino",)
 FLOAT = "fp32"
@@ -26,7 +26,7 @@ def unavailable() -> str:
 def refuses(component: str, precision: str, device: Device) -> str:
     if component == "decoder":
         return "OpenVINO copies a KV cache that is passed in and out, and lost to ONNX Runtime (docs/experiments.md)"
-    if precision in BLOCKS:
+    if block_bits(precision):
         return "OpenVINO 2026.4 does not read ONNX weights in blocks"
     return "a table look-up gains nothing there" if component == "embed_tokens" else ""
 

@@ -44,7 +44,7 @@ from ..passes import (
 )
 from ..tensorrt_network import Parsed
 from ..tensorrt_profiles import Profile, Range, one_and_more, profile
-from . import Built, Job
+from . import Built, Job, block_bits
 
 PACKAGES = ("tensorrt",)
 FLOAT = "fp16"
@@ -75,9 +75,10 @@ def unavailable() -> str:
 def refuses(component: str, precision: str, device: Device) -> str:
     if component == "embed_tokens":
         return "a look-up needs no engine; NumPy does it"
-    if (precision == "w4" and version(device) < INT4) or (precision == "w8" and version(device) < NATIVE):
-        need = "10.0" if precision == "w4" else "10.15"
-        return f"its weights in blocks need TensorRT {need}, and {device.title} has {device.tensorrt}"
+    bits = block_bits(precision)
+    need = INT4 if 4 in bits else NATIVE  # blocks of int8 beside those of int4 become floats where they have to
+    if bits and version(device) < need:
+        return f"its weights in blocks need TensorRT {need[0]}.{need[1]}, and {device.title} has {device.tensorrt}"
     implicit = () if precision in FLOATS else recipes.load(precision).implicit
     if implicit and component not in implicit:
         return "TensorRT's own calibration would need caches that earlier steps have filled"

@@ -192,3 +192,19 @@ def test_an_engines_record_names_openvino_no_folder_to_write_to(built_copy: Path
     path.write_text(json.dumps(record))
     backends.load_runner(Artifact(built_copy), "cpu", "vision_encoder", "openvino-fp32", 1)
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_recipe_of_another_name_is_taken_for_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = recipes.load
+    monkeypatch.setattr(recipes, "load", lambda name: usual(name.removeprefix("our-")))
+    cpu, h100, said = load_device("cpu"), load_device("h100"), {}
+    for recipe in ("our-w4", "our-w8", "our-int8"):
+        said[recipe] = [
+            builders.load("openvino").refuses("vision_encoder", recipe, cpu),
+            builders.load("onnxruntime_gpu").refuses("decoder", recipe, h100),
+            builders.load("tensorrt").refuses("decoder", recipe, h100),
+        ]
+    assert [bool(why) for why in said["our-w4"]] == [True, False, True]
+    assert "TensorRT 10.0, and" in said["our-w4"][2]
+    assert "TensorRT 10.15, and" in said["our-w8"][2]
+    assert [bool(why) for why in said["our-int8"]] == [False, True, False]
