@@ -127,7 +127,8 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class ParityLevel:
-    """One rung of the ladder that compares a graph with PyTorch float32; `passed` decides whether export goes on."""
+    """One rung of the ladder that compares a graph with PyTorch float32; `passed` decides whether export goes on. Of
+    greedy tokens `cosine` is the share of equal answers, and `tolerance` the margin of logits that counts as a tie."""
 
     level: str
     component: str

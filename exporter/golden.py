@@ -6,9 +6,9 @@ golden/golden.npz    for the first DETAILED cases the arrays between the compone
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from PIL import Image
 
 from ..artifact import Artifact
 from ..demo import scenes
-from ..errors import VlmcError, reason
+from ..errors import VlmcError
 from ..evaluation import goldens
 from ..files import read_json, write_json
+from ..profiles.questions import read_lines
 from ..runtime.images import open_image
 from ..runtime.runner import Array, HostDecoder
 from ..runtime.session import Session
@@ -65,18 +66,9 @@ def pictures(count: int, picture_set: Path | None) -> Iterator[tuple[Image.Image
             question = scene.questions[index % len(scene.questions)]  # every task in turn
             yield scene.image, question.prompt, question.task
         return
-    try:
-        lines = picture_set.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise VlmcError(f"The pictures {picture_set} cannot be read", found=reason(error), expected=_FORM) from None
-    for number, line in enumerate(lines[:count], 1):
-        try:
-            row = json.loads(line)
-            image, prompt, task = str(row["image"]), str(row["prompt"]), str(row.get("task", ""))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            what = f"{picture_set}, line {number} is no question about a picture"
-            raise VlmcError(what, found=f"{type(error).__name__}: {reason(error)}", expected=_FORM) from None
-        yield open_image(picture_set.parent / image), prompt, task
+    for line in islice(read_lines(picture_set, "set of pictures", _FORM), count):
+        task = line.text("task") if "task" in line.values else ""
+        yield open_image(line.image(picture_set.parent)), line.text("prompt"), task
 
 
 def record(session: Session, folder: Path, cases: Sequence[Case], options: dict[str, Any]) -> Iterator[int]:

@@ -36,7 +36,7 @@ class Inputs:
 @dataclass
 class Timings:
     """Seconds of the last call. `first_token` is vision and prefill, which fusion and the prompt's embeddings count to;
-    `decode` has one entry a further token."""
+    `decode` has one entry a token that was decoded after it, also behind the end of text (`Decoder.stride`)."""
 
     preprocess: float = 0.0
     vision: float = 0.0

@@ -56,7 +56,7 @@ def test_the_same_export_is_left_as_it_is(tiny_copy: Path, tiny_checkpoint: Path
 
 
 def test_a_folder_is_no_set_of_pictures(tmp_path: Path, tiny_checkpoint: Path, options: Options) -> None:
-    with pytest.raises(VlmcError, match=rf"The pictures {tmp_path} cannot be read.*one {{\"image\""):
+    with pytest.raises(VlmcError, match=rf"The set of pictures {tmp_path} cannot be read. Found: it is no file"):
         again(tiny_checkpoint, tmp_path / "out", replace(options, picture_set=tmp_path))
 
 

@@ -88,12 +88,13 @@ def test_logits_that_are_no_numbers_are_one_sentence(
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", "line 2 is no question about a picture. Found: JSONDecodeError"),
-        ("[]", "line 2 is no question"),
-        ('{"image": "0.png"}', "Found: KeyError: 'prompt'"),
-        ('{"image": "gone.png", "prompt": "?"}', r"no picture .*gone\.png"),
+        ("{", "line 2 is not valid JSON"),
+        ("[]", "line 2 is no JSON object"),
+        ('{"image": "0.png"}', "line 2 lacks 'prompt'"),
+        ('{"image": "0.png", "prompt": null}', "line 2 has no text in 'prompt'"),
+        ('{"image": "gone.png", "prompt": "?"}', r"a picture that is not there. Found: .*gone\.png"),
         ('{"image": "set.jsonl", "prompt": "?"}', "not a picture"),
-        ("[" * 100_000, "line 2 is no question"),
+        ("[" * 100_000, "line 2 is"),
     ],
 )
 def test_a_row_that_is_none_is_named(line: str, says: str, tmp_path: Path) -> None:
@@ -109,7 +110,10 @@ def test_a_set_that_is_too_short_or_unreadable_is_named(tmp_path: Path, picture_
     with pytest.raises(VlmcError, match=r"too few pictures for the goldens. Found: 3. Expected: 4.*--cases"):
         golden.write_pictures(tmp_path, 4, picture_set)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    for name in ("binary.jsonl", "gone.jsonl"):
+    for name, says in (
+        ("binary.jsonl", r"binary\.jsonl is not UTF-8 text"),
+        ("gone.jsonl", "There is no set of pictures"),
+    ):
         (tmp_path / name.split(".")[0]).mkdir()
-        with pytest.raises(VlmcError, match=rf"{name} cannot be read"):
+        with pytest.raises(VlmcError, match=says):
             golden.write_pictures(tmp_path / name.split(".")[0], 1, tmp_path / name)
