@@ -226,6 +226,12 @@ class EngineSpec:
         return sized and kv.form in ("scatter", "shared", "append") and kv.dtype in ("float32", "float16")
 
 
+def parts_of(engine: str) -> tuple[str, str]:
+    """Backend and precision of an engine's name, BACKEND-PRECISION."""
+    backend, _, precision = engine.partition("-")
+    return backend, precision
+
+
 @dataclass(frozen=True)
 class Choice:
     """The verdict on one component: `engine` (BACKEND-PRECISION) was kept, for `reason`, from `candidates`, each
@@ -309,13 +315,17 @@ class Artifact:
             self.path_of(spec.file + ".data")
         return self.path_of(spec.file)
 
+    def plan_path(self, recipe: str) -> Path:
+        """Where `vlmc calibrate` keeps the recipe's plan."""
+        return inside(self.root, f"plans/{recipe}.json")
+
     def engine_folder(self, device: str, component: str, engine: str) -> Path:
         """Where `vlmc build` keeps the engine BACKEND-PRECISION of a component."""
         return inside(self.root, f"engines/{device}/{component}/{engine}")
 
     def engine(self, device: str, component: str, engine: str) -> tuple[EngineSpec, Path]:
         """The engine's record and the path of its file, every file of it checked against its sha256."""
-        folder, recipe = self.engine_folder(device, component, engine), engine.partition("-")[2]
+        folder, recipe = self.engine_folder(device, component, engine), parts_of(engine)[1]
         if recipe in FLOATS:  # every recipe's build has float engines
             recipe = next((path.stem for path in folder.parents[1].glob("*.json")), "fp32")
         again = self._build_again(device, recipe)

@@ -71,10 +71,6 @@ class Plan:
     samples: dict[str, FileSpec] = field(default_factory=dict)
 
 
-def plan_path(artifact: Artifact, recipe: str) -> Path:
-    return artifact.root / "plans" / f"{recipe}.json"
-
-
 def samples_path(artifact: Artifact, recipe: str, component: str, spec: FileSpec) -> Path:
     """Named by its content, so that until a new plan is there the old one has its own."""
     return inside(artifact.root, f"plans/{recipe}.{component}.{spec.sha256[:12]}.npz")
@@ -83,7 +79,7 @@ def samples_path(artifact: Artifact, recipe: str, component: str, spec: FileSpec
 def write_plan(artifact: Artifact, plan: Plan) -> Path:
     """Replaces the recipe's plan in one step and returns its path; samples of the plan before go."""
     name = plan.recipe.name
-    path = plan_path(artifact, name)
+    path = artifact.plan_path(name)
     write_record(path, plan)
     kept = [samples_path(artifact, name, component, spec) for component, spec in plan.samples.items()]
     for old in set(path.parent.glob(f"{name}.*.npz")).difference(kept):
@@ -114,7 +110,7 @@ def _positive(numbers: Iterable[float]) -> bool:
 
 def read_plan(artifact: Artifact, recipe: str) -> Plan:
     """The recipe's plan. A missing one, or one for other weights than the artefact's, is a VlmcError."""
-    path = plan_path(artifact, recipe)
+    path = artifact.plan_path(recipe)
     again = f"run `vlmc calibrate {artifact.root} --recipe {recipe}`"
     if not path.is_file():
         raise VlmcError(f"{artifact.root} has no plan for the recipe {recipe!r}", fix=again)

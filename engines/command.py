@@ -55,12 +55,12 @@ def _ensure_plan(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | No
     """Calibrates where the recipe has no plan for these weights yet, where a set is named, and where the device has a
     set of its own and the plan is of another."""
     from ..calibration.command import make_plan
-    from ..calibration.plan import plan_path, read_plan, write_plan
+    from ..calibration.plan import read_plan, write_plan
     from ..calibration.sets import load_set
 
     if not recipe.rules and not recipe.implicit:
         return
-    if plan_path(artifact, recipe.name).is_file() and set_file is None:
+    if artifact.plan_path(recipe.name).is_file() and set_file is None:
         seen = read_plan(artifact, recipe.name).calibrated_on
         if not recipe.needs_data or own_set is None or (seen and seen.sha256 == load_set(own_set).sha256):
             return

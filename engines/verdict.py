@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..artifact import FLOATS, AnswerTrial, BuildReport, Choice
+from ..artifact import FLOATS, AnswerTrial, BuildReport, Choice, parts_of
 from ..errors import VlmcError
 from ..runtime import backends
 from .trial import ANSWER
@@ -60,7 +60,7 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
 
 
 def _floats(costs: Mapping[str, float]) -> dict[str, float]:
-    return {engine: ms for engine, ms in costs.items() if engine.endswith(FLOATS)}
+    return {engine: ms for engine, ms in costs.items() if parts_of(engine)[1] in FLOATS}
 
 
 def _fastest(costs: Mapping[str, float]) -> str:
@@ -78,9 +78,9 @@ def mixes(choices: Mapping[str, Choice], random_weights: bool) -> list[dict[str,
     """
     chosen = {component: choice.engine for component, choice in choices.items()}
     parts = {component: choice for component, choice in choices.items() if component != "embed_tokens"}
-    if len({_backend(choice.engine) for choice in parts.values()}) < 2:
+    if len({parts_of(choice.engine)[0] for choice in parts.values()}) < 2:
         return []
-    known = dict.fromkeys(_backend(e) for choice in parts.values() for e in (*choice.candidates, choice.engine))
+    known = dict.fromkeys(parts_of(e)[0] for choice in parts.values() for e in (*choice.candidates, choice.engine))
     alone = [{part: _best_of(backend, choice, random_weights) for part, choice in parts.items()} for backend in known]
     singles = [chosen | engines for engines in alone if all(engines.values())]
     return [chosen, *singles] if singles else []
@@ -89,8 +89,8 @@ def mixes(choices: Mapping[str, Choice], random_weights: bool) -> list[dict[str,
 def _best_of(backend: str, choice: Choice, random_weights: bool) -> str:
     """What `choose` would have kept had there been this backend alone; empty where it has nothing that is right."""
     if choice.engine not in choice.candidates:  # nothing else could be tried
-        return choice.engine if _backend(choice.engine) == backend else ""
-    own = {engine: found for engine, found in choice.candidates.items() if found and _backend(engine) == backend}
+        return choice.engine if parts_of(choice.engine)[0] == backend else ""
+    own = {engine: found for engine, found in choice.candidates.items() if found and parts_of(engine)[0] == backend}
     costs = {e: found["judged_by"] for e, found in own.items() if random_weights or found["agreement"] >= NEAR}
     return _fastest(costs) if costs else ""
 
@@ -117,12 +117,8 @@ def together(choices: Mapping[str, Choice], answers: Sequence[AnswerTrial]) -> d
 
 def title(engines: Mapping[str, str]) -> str:
     """The backends of these engines (by component), the look-up of embeddings aside, as a person calls them."""
-    used = dict.fromkeys(_backend(engine) for part, engine in engines.items() if part != "embed_tokens")
+    used = dict.fromkeys(parts_of(engine)[0] for part, engine in engines.items() if part != "embed_tokens")
     return " + ".join(backends.title(backend) for backend in used)
-
-
-def _backend(engine: str) -> str:
-    return engine.partition("-")[0]
 
 
 def unmeasured(engine: str, why: str, engines: Sequence[str]) -> Choice:

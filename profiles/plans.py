@@ -7,7 +7,7 @@ from typing import Any
 
 from ..artifact import Artifact
 from ..errors import mended_by
-from ..files import inside, read_json
+from ..files import read_json
 from ..records import from_json
 
 
@@ -28,7 +28,7 @@ class Plan:
 
 def read(artifact: Artifact, recipe: str) -> Plan | None:
     """The recipe's plan; None where there is none."""
-    path = inside(artifact.root, f"plans/{recipe}.json")
+    path = artifact.plan_path(recipe)
     if not path.is_file():
         return None
     with mended_by(f"run `vlmc calibrate {artifact.root} --recipe {recipe}`"):

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..artifact import parts_of
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -64,7 +66,7 @@ def table(
     """
     found = {}
     for name, phase in PHASES.items():
-        precision = engines.get(phase.component, "").partition("-")[2]
+        precision = parts_of(engines.get(phase.component, ""))[1]
         line = limit(works.get(phase.component, {}), phase, precision, limits)
         if line is not None and phase.part in latency_ms:
             measured = latency_ms[phase.part]["median"]
@@ -75,7 +77,6 @@ def table(
 _FLOAT_RATE = {
     "fp32": "float32_gflop_per_s",
     "fp16": "float16_gflop_per_s",
-    "bf16": "float16_gflop_per_s",
 }
 
 

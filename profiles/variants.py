@@ -136,7 +136,7 @@ def _of_backend(specs: Mapping[tuple[str, str], EngineSpec], component: str, bac
 def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, threads: int, python: str) -> None:
     """PyTorch with the float weights, and with the plan that the quantised engines were made from."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    plan = artifact.root / "plans" / f"{build.recipe}.json"
+    plan = artifact.plan_path(build.recipe)
     known = plans.read(artifact, build.recipe)
     on_gpu = load_device(build.device).sm is not None
     opener = f"vlmc.calibration.{'cuda_baseline' if on_gpu else 'baseline'}:open_session"

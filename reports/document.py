@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..artifact import FLOATS, SCHEMA
 from ..errors import VlmcError, mended_by
 from ..files import read_json
 from ..profiles import verdict
 from ..records import from_json
 
-SCHEMA = 1
 ABSENT = "unavailable: not in the report"
 
 Number = float | str  # str: "unavailable: reason"
@@ -289,7 +289,7 @@ def precision(variant: Variant) -> str:
     """What colour and place a variant gets: baseline, float, int8 or other."""
     if variant.kind == "baseline":
         return "baseline"
-    if _is_float(variant.recipe):
+    if variant.recipe in FLOATS:
         return "float"
     return "int8" if variant.recipe == "int8" else "other"
 
@@ -297,11 +297,7 @@ def precision(variant: Variant) -> str:
 def _order(variant: Variant) -> tuple[int, bool]:
     """Baselines first, the plain one before those with a recipe's scales."""
     kind = precision(variant)
-    return ("baseline", "float", "int8", "other").index(kind), kind == "baseline" and not _is_float(variant.recipe)
-
-
-def _is_float(recipe: str) -> bool:
-    return recipe.startswith(("fp", "float", "bf"))
+    return ("baseline", "float", "int8", "other").index(kind), kind == "baseline" and variant.recipe not in FLOATS
 
 
 def _clean(value: Any, where: str) -> Any:

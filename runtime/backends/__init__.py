@@ -11,7 +11,7 @@ import os
 import pkgutil
 from types import ModuleType
 
-from ...artifact import Artifact, BuildSpec, EngineSpec
+from ...artifact import Artifact, BuildSpec, EngineSpec, parts_of
 from ...errors import VlmcError
 from ..runner import Decoder, Runner
 
@@ -33,7 +33,7 @@ def unavailable(name: str) -> str:
 
 def can_run(build: BuildSpec) -> bool:
     """Whether the backends of the engines that the build kept can run here; a graph that waits to be built cannot."""
-    return not any(unavailable(choice.engine.partition("-")[0]) for choice in build.choices.values())
+    return not any(unavailable(parts_of(choice.engine)[0]) for choice in build.choices.values())
 
 
 def processors() -> int:

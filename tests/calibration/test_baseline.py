@@ -10,7 +10,7 @@ from vlmc.artifact import Artifact
 from vlmc.calibration import baseline, recipes
 from vlmc.calibration.calibrate import plan_for
 from vlmc.calibration.fake_quant import QuantisedLinear
-from vlmc.calibration.plan import plan_path, write_plan
+from vlmc.calibration.plan import write_plan
 from vlmc.calibration.sets import load_set
 from vlmc.errors import VlmcError
 from vlmc.runtime.images import open_image
@@ -50,7 +50,7 @@ def test_fake_quant_answers_with_quantised_layers(
 
 
 def test_without_a_plan_it_says_how_to_make_one(artifact: Artifact) -> None:
-    plan_path(artifact, "w8").unlink(missing_ok=True)
+    artifact.plan_path("w8").unlink(missing_ok=True)
     with pytest.raises(VlmcError, match=r"vlmc calibrate .* --recipe w8"):
         baseline.open_session(artifact, "w8")
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vlmc.artifact import SCHEMA, Artifact
 from vlmc.calibration import recipes
-from vlmc.calibration.plan import ModulePlan, Plan, SetRecord, plan_path, read_plan, write_plan
+from vlmc.calibration.plan import ModulePlan, Plan, SetRecord, read_plan, write_plan
 from vlmc.errors import VlmcError
 
 PLAN = Plan(
@@ -92,7 +92,7 @@ def test_a_damaged_plan_is_a_sentence(here: Artifact, data: st.DataObject) -> No
     text = write_plan(here, PLAN).read_bytes()
     start = data.draw(st.integers(0, len(text)))
     end = data.draw(st.integers(start, len(text)))
-    plan_path(here, "int8").write_bytes(text[:start] + data.draw(st.binary(max_size=8)) + text[end:])
+    here.plan_path("int8").write_bytes(text[:start] + data.draw(st.binary(max_size=8)) + text[end:])
     with contextlib.suppress(VlmcError):
         assert read_plan(here, "int8").modules is not None
 
@@ -121,6 +121,6 @@ def test_divisors_of_0_and_another_recipes_plan_are_refused(here: Artifact) -> N
     write_plan(here, replace(PLAN, absorbers={"decoder/n": (1.5, 0.0)}))
     with pytest.raises(VlmcError, match="a divisor of decoder/n"):
         read_plan(here, "int8")
-    plan_path(here, "w4").write_bytes(write_plan(here, PLAN).read_bytes())
+    here.plan_path("w4").write_bytes(write_plan(here, PLAN).read_bytes())
     with pytest.raises(VlmcError, match=r"another recipe's. Found: int8.*--recipe w4"):
         read_plan(here, "w4")

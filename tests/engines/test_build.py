@@ -13,7 +13,6 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, MatchSpec, read_record, write_record
-from vlmc.calibration.plan import plan_path
 from vlmc.engines import build as module
 from vlmc.engines import builders, trial, work
 from vlmc.engines.build import TURNS, build, candidates, reason_not_here, results
@@ -360,7 +359,7 @@ def test_a_component_that_no_backend_can_build_is_named_with_the_reasons(
 
 
 def test_without_a_plan_nothing_is_built(artifact: Artifact, in_process: list[tuple[str, ...]]) -> None:
-    plan_path(artifact, "int8").unlink()
+    artifact.plan_path("int8").unlink()
     with pytest.raises(VlmcError, match=r"no plan for the recipe 'int8'.*vlmc calibrate"):
         run(artifact, "cpu", "int8")
     assert not (artifact.root / "engines").exists()

@@ -114,6 +114,9 @@ class Folder:
         (root / "plans" / "int8.json").write_text(json.dumps({"calibrated_on": {"pictures": pictures}}))
         (root / "plans" / "w4.json").write_text(json.dumps({"calibrated_on": None}))
 
+    def plan_path(self, recipe: str) -> Path:
+        return self.root / "plans" / f"{recipe}.json"
+
 
 def test_a_picture_that_was_calibrated_on_is_refused_however_it_was_saved(tmp_path: Path) -> None:
     picture = Image.linear_gradient("L").resize((8, 8)).convert("RGB")
