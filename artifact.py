@@ -244,13 +244,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class AnswerTrial:
-    """Whole answers with these engines (by component): median `milliseconds`, and the cosine of the first token's
-    logits with the golden ones. `key` is the hash of the engines' keys."""
+    """Whole answers with these engines (by component): median `milliseconds` of its `turns`, and the cosine of the
+    first token's logits with the golden ones. `key` is the hash of the engines' keys."""
 
     engines: dict[str, str]
     milliseconds: float
     agreement: float
     key: str
+    turns: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -215,8 +215,9 @@ def _answers(
         for _, name in product(range(TURNS), found):
             found[name].append(json.loads(child.run("trial", what, *arguments, name))[name])
         for (key, name), mix in zip(names.items(), mixes, strict=True):
-            milliseconds = round(statistics.median(turn["latency_ms"]["run"] for turn in found[name]), 4)
-            known[key] = AnswerTrial(mix, milliseconds, min(turn["agreement"] for turn in found[name]), key)
+            turns = tuple(turn["latency_ms"]["run"] for turn in found[name])
+            agreement = min(turn["agreement"] for turn in found[name])
+            known[key] = AnswerTrial(mix, round(statistics.median(turns), 4), agreement, key, turns)
     return tuple(known[key] for key in names)
 
 

@@ -97,10 +97,11 @@ def _best_of(backend: str, choice: Choice, random_weights: bool) -> str:
 
 def together(choices: Mapping[str, Choice], answers: Sequence[AnswerTrial]) -> dict[str, Choice]:
     """The choices once whole answers were timed, of `mixes` in that order: the mix stays where it is faster than every
-    single backend by MIX_GAIN, for one backend is simpler, and one package less on the device."""
+    single backend by MIX_GAIN and in every turn, for one backend is simpler, and one package less on the device."""
     mix, best = answers[0], min(answers[1:], key=lambda answer: answer.milliseconds)
     alone, both = f"{best.milliseconds:.1f} ms", f"{mix.milliseconds:.1f}"
-    stays = mix.milliseconds * MIX_GAIN <= best.milliseconds
+    apart = max(mix.turns, default=0.0) < min(best.turns, default=float("inf"))
+    stays = mix.milliseconds * MIX_GAIN <= best.milliseconds and apart
     why = f"{title(best.engines)} for all parts answers in {alone}, the mix in {both}"
     if not stays and mix.milliseconds < best.milliseconds * MIX_GAIN:
         why += ": within noise, and one backend is simpler"

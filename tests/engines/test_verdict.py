@@ -157,6 +157,18 @@ def test_one_backend_that_answers_faster_than_the_mix_is_kept_and_the_reason_has
     assert (choices["decoder"], choices["embed_tokens"]) == (A_DECODES, LOOK_UP)
 
 
+def test_the_mix_has_to_be_faster_in_every_turn() -> None:
+    def answers(*mix: float) -> list[AnswerTrial]:
+        both = [AnswerTrial({"vision_encoder": "b-int8"}, 14.0, 1.0, "", mix)]
+        return [*both, AnswerTrial({"vision_encoder": "a-int8"}, 16.0, 1.0, "", (15.5, 16.0, 16.5))]
+
+    choices = {"vision_encoder": Choice("b-int8", "fastest here", {})}
+    assert together(choices, answers(13.5, 14.0, 15.4))["vision_encoder"].engine == "b-int8"
+    overlapping = together(choices, answers(13.5, 14.0, 15.6))["vision_encoder"]
+    assert overlapping.engine == "a-int8"
+    assert "within noise, and one backend is simpler" in overlapping.reason
+
+
 def test_the_mix_has_to_be_faster_by_more_than_noise() -> None:
     for single in (62.0 / MIX_GAIN + 0.1, 62.0, 62.0 * MIX_GAIN - 0.1):
         as_fast = decided(62.0, single)["vision_encoder"]
