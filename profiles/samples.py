@@ -32,10 +32,10 @@ def read(path: Path) -> list[Row]:
     return [_row(line, path, number) for number, line in enumerate(whole.splitlines(), 1)]
 
 
-def append(path: Path, row: Row) -> None:
-    """Adds one row, whole or not at all as far as a kill of this process goes."""
+def append(path: Path, *rows: Row) -> None:
+    """Adds rows, all or none as far as a kill of this process goes."""
     with writing(path), path.open("ab", buffering=0) as file:
-        file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        file.write(b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))
 
 
 def of_kind(rows: list[Row], kind: str) -> list[Row]:

@@ -170,13 +170,14 @@ class Worker:
                     tokens += run(runs)
                     runs += 1
                 joules = self.meter.joules() - before
-                rows.append({"tokens": tokens / runs, "runs": runs, "seconds": seconds, "joules": joules})
+                rows.append(
+                    {"kind": "energy", "tokens": tokens / runs, "runs": runs, "seconds": seconds, "joules": joules}
+                )
         except (OSError, ValueError) as error:
             self.meter = None
             self._write(kind="power", reason=f"the sensor stopped answering: {error}")
             return
-        for row in rows:
-            self._write(kind="energy", **row)
+        samples.append(self.log, *rows)
         yield "energy"
 
     def _memory(self) -> dict[str, Any]:
