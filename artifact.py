@@ -198,7 +198,7 @@ class BuildReport:
 @dataclass(frozen=True)
 class EngineSpec:
     """One component built for one backend and precision. `file` is relative to the engine's folder; `key` is the
-    hash of all that went in, so that a second build is a cache hit."""
+    hash of all that went in, so that a second build is a cache hit; `source_sha256` is of the checkpoint alone."""
 
     schema: int
     component: str
@@ -207,6 +207,7 @@ class EngineSpec:
     device: str
     file: str
     key: str
+    source_sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     files: dict[str, FileSpec]
@@ -216,9 +217,12 @@ class EngineSpec:
     settings: dict[str, Any] = field(default_factory=dict)  # what the backend is to be started with
 
     def is_of(self, manifest: Manifest, component: str) -> bool:
-        """Whether it takes and gives what that component does, and a decoder has the artefact's KV cache."""
+        """Whether it is of this checkpoint, takes and gives what that component does, and a decoder has the artefact's
+        KV cache."""
         known, kv = manifest.components.get(component), self.kv
-        if known is None or (self.component, self.inputs, self.outputs) != (component, known.inputs, known.outputs):
+        if known is None or self.source_sha256 != manifest.source.sha256:
+            return False
+        if (self.component, self.inputs, self.outputs) != (component, known.inputs, known.outputs):
             return False
         if kv is None:  # so is a decoder's graph that waits to be built
             return component != "decoder" or self.backend == "handover"

@@ -120,6 +120,7 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
             device=candidate.device,
             file=built.file,
             key=key(artifact, candidate),
+            source_sha256=artifact.manifest.source.sha256,
             inputs=spec.inputs,
             outputs=spec.outputs,
             files=files,

@@ -71,6 +71,7 @@ def engine(folder: Path, device: str = "cpu") -> EngineSpec:
         device=device,
         file="model.onnx",
         key="0",
+        source_sha256="0" * 64,
         inputs=(PIXELS,),
         outputs=(),
         files=describe_files(folder),

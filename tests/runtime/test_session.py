@@ -246,6 +246,7 @@ def test_an_artefact_whose_tokenizer_lacks_the_image_token_is_refused(session: S
         ({"kv": {"dtype": "float16"}}, "cache is not of float16"),
         ({"component": "vision_encoder"}, "another model's or was altered"),
         ({"inputs": []}, "another model's or was altered"),
+        ({"source_sha256": "1" * 64}, "another model's or was altered"),
         ({"settings": {"session_config": [1]}}, "cannot load"),
         ({"settings": {"session_config": {"a": 1}}}, "cannot load"),
     ],
