@@ -7,7 +7,8 @@
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
 the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, `told-half`,
-`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, and `half-norms` where norms
+`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, `threads-N` for the threads that
+it may build with, and `half-norms` where norms
 that the graph spells out may be FP16. The engines lie in ARTEFACT/engines/FORM.
 """
 
@@ -26,7 +27,7 @@ from vlmc.engines.candidate import Candidate
 from vlmc.engines.candidate import build as build_engine
 
 ROUNDS, RUNS, SECONDS = 5, 40, 2.0
-TOLD, LEVEL = "told-", "level-"
+TOLD, LEVEL, THREADS = "told-", "level-", "threads-"
 
 
 def build(folder: Path, component: str, form: str, precision: str) -> None:
@@ -63,6 +64,8 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         for word in words:
             if word.startswith(TOLD):
                 print(word, tell(parsed.trt, parsed.network, word.removeprefix(TOLD)), flush=True)
+            if word.startswith(THREADS):
+                parsed.builder.max_threads = int(word.removeprefix(THREADS))
         return serialise(parsed, shapes, configured)
 
     tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
