@@ -7,9 +7,9 @@
 For sizes at which `vlmc build` takes longer than the GPU can be had: an engine has one profile of one shape, a single
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
 the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, `told-half`,
-`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, `threads-N` for the threads that
-it may build with, and `half-norms` where norms
-that the graph spells out may be FP16. The engines lie in ARTEFACT/engines/FORM.
+`told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, `threads-N` for the threads
+that it may build with, and `half-norms` where norms that the graph spells out may be FP16. The engines lie in
+ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
