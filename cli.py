@@ -78,7 +78,10 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == __package__:
             raise
-        fix = "install vlmc with its extra `export`: `pip install 'vlm-compile[export]'`, of a wheel 'FILE.whl[export]'"
+        fix = (
+            "install vlmc with its extra `export`: `pip install 'vlm-compile[export]'`, of a wheel 'FILE.whl[export]'; "
+        )
+        fix += "for `vlmc build` on a device `build` is enough"
         _fail(VlmcError(f"This command needs the Python package {error.name}", found="it is not installed", fix=fix))
     except MemoryError as error:
         fix = "end other programs, or take a machine with more memory"

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 WIDTH = 100  # tables fit it; a wider terminal does not change them, so that logs and screens agree
+
+
+def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
+    """What an option wants as its `shell_complete`: those of the names that begin as typed."""
+    return lambda context, parameter, begun: [name for name in names() if name.startswith(begun)]
 
 
 def output() -> Console:

@@ -17,11 +17,12 @@ from .observers import RANGES
 from .plan import Plan, write_plan
 
 DEMO_PICTURES = 32
+KNOWN, RECIPES = ", ".join(recipes.names()), console.completing(recipes.names)
 
 
 @click.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@click.option("--recipe", default="int8", show_default=True, help="One of " + ", ".join(recipes.names()) + ".")
+@click.option("--recipe", default="int8", show_default=True, shell_complete=RECIPES, help=f"One of {KNOWN}.")
 @click.option("--set", "set_file", type=click.Path(path_type=Path), help="JSONL of pictures and prompts (the demo's).")
 @click.option("--observer", type=click.Choice(list(RANGES)), help="How activation ranges are chosen (the recipe's).")
 @click.option("--limit", type=click.IntRange(1), help="Take only the first rows of the set.")

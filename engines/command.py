@@ -11,12 +11,16 @@ import click
 from .. import console
 from ..artifact import ASKED, ASKED_MEANS, Artifact, BuildSpec
 from ..calibration import recipes
+from ..profiles.device import Device, device_names
+
+KNOWN = ", ".join(recipes.names())
+DEVICES, RECIPES = console.completing(device_names), console.completing(recipes.names)
 
 
 @click.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@click.option("--device", default="cpu", show_default=True, help="One of `vlmc devices`.")
-@click.option("--recipe", default="", help=f"What precision each part gets: {', '.join(recipes.names())}.")
+@click.option("--device", default="cpu", show_default=True, shell_complete=DEVICES, help="One of `vlmc devices`.")
+@click.option("--recipe", default="", shell_complete=RECIPES, help=f"What precision each part gets: {KNOWN}.")
 @click.option("--int8", is_flag=True, help="Short for --recipe int8.")
 @click.option("--set", "set_file", type=click.Path(path_type=Path), help="Calibration set, where no plan is there yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print every engine as JSON.")
@@ -36,12 +40,15 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
     if set_file and not chosen.needs_data:
         raise click.UsageError(f"The recipe {recipe} observes nothing; leave --set out.")
     opened, target = Artifact(artefact), load_device(device)
-    require_precision(target, chosen.name)
-    _ensure_plan(opened, chosen, set_file, target.own_set)
+    require_precision(target, chosen.name, chosen.kind)
+    _ensure_plan(opened, chosen, set_file, target)
     with console.progress() as bar:
         task = bar.add_task("building", total=None)
         record, hits = run(
-            opened, target, recipe, lambda t, n, m: bar.update(task, description=t, completed=n, total=m)
+            opened,
+            target,
+            recipe,
+            lambda t, n, m: bar.update(task, description=t, completed=n, total=m if n < m else None),
         )
     rows = results(opened, record)
     if as_json:
@@ -51,21 +58,39 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
         _print(record, rows, hits)
 
 
-def _ensure_plan(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | None, own_set: Path | None) -> None:
-    """Calibrates where the recipe has no plan for these weights yet, where a set is named, and where the device has a
-    set of its own and the plan is of another."""
+def _ensure_plan(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | None, device: Device) -> None:
+    """Calibrates where a set is named, or where the recipe has no plan that is as it says and of the right pictures."""
     from ..calibration.command import make_plan
-    from ..calibration.plan import read_plan, write_plan
-    from ..calibration.sets import load_set
+    from ..calibration.plan import write_plan
 
     if not recipe.rules and not recipe.implicit:
         return
-    if artifact.plan_path(recipe.name).is_file() and set_file is None:
-        seen = read_plan(artifact, recipe.name).calibrated_on
-        if not recipe.needs_data or own_set is None or (seen and seen.sha256 == load_set(own_set).sha256):
-            return
-    console.note(f"Calibrating {recipe.name} first: {recipe.about}.")
-    write_plan(artifact, make_plan(artifact, recipe, set_file or own_set))
+    if why := f"on {set_file.name}" if set_file else _outdated(artifact, recipe, device):
+        console.note(f"Calibrating {recipe.name} first, {why}: {recipe.about}.")
+        write_plan(artifact, make_plan(artifact, recipe, set_file or device.own_set))
+
+
+def _outdated(artifact: Artifact, recipe: recipes.Recipe, device: Device) -> str:
+    """Why the artefact's plan of the recipe does not serve the device; empty where it does. What somebody calibrated on
+    a set of theirs does, but not what was calibrated on another device's own."""
+    from ..calibration.plan import read_plan
+    from ..calibration.sets import load_set
+    from ..profiles.device import load_device
+
+    if not artifact.plan_path(recipe.name).is_file():
+        return "which has no plan yet"
+    plan = read_plan(artifact, recipe.name)
+    if (plan.recipe.rules, plan.recipe.implicit) != (recipe.rules, recipe.implicit):
+        return "which was another when the plan was made"
+    if plan.calibrated_on is None:
+        return ""
+    known = {name: load_device(name).own_set for name in device_names()} | {device.name: device.own_set}
+    made_on = {name: load_set(own).sha256 for name, own in known.items() if own and own.is_file()}  # not in a wheel
+    if device.name in made_on:
+        same = made_on[device.name] == plan.calibrated_on.sha256
+        return "" if same else f"whose plan is not of {device.name}'s own set"
+    others = [name for name, sha256 in made_on.items() if sha256 == plan.calibrated_on.sha256]
+    return f"whose plan is of {others[0]}'s own set" if others and device.own_set is None else ""
 
 
 def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> None:

@@ -51,6 +51,8 @@ def choose(component: str, reports: Mapping[str, BuildReport], random_weights: b
         why = f"nothing else is offered for it: {what}"
     elif not others:
         why = f"the only one that computes what PyTorch does: {what}{wrong}"
+    elif len(_floats(costs)) == len(costs):
+        why = f"nothing of it is quantised: {what} against {others}{wrong}"
     elif kept == baseline:
         why = f"float is as fast or faster: {what} against {others}{wrong}"
     else:

@@ -17,11 +17,12 @@ from .device import device_names, load_device
 from .questions import Question
 
 ANSWER_TOKENS = 128  # as the SAGE benchmark limits its answers
+DEVICES = console.completing(device_names)
 
 
 @click.command()
 @click.argument("artefact", type=click.Path(path_type=Path))
-@click.option("--device", default="", help="The device of the build (the newest for this machine).")
+@click.option("--device", default="", shell_complete=DEVICES, help="Of which build (the newest for this machine).")
 @click.option("--recipe", default="", help="The recipe of the build (the newest build's).")
 @click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Timed runs of each variant.")
 @click.option("--seconds", type=click.FloatRange(0), default=0.0, help="Time no variant longer than that (no limit).")

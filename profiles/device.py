@@ -29,7 +29,7 @@ class Device:
     """What a build and a measurement need to know of the machine that the engines run on.
 
     backends and power_sources are in order of preference. `precisions` are those that its backends build engines in,
-    of recipes the first word of the name; `opset` and `typing` are the ONNX dialect: with `weak` typing a float32 graph
+    of recipes their `kind`; `opset` and `typing` are the ONNX dialect: with `weak` typing a float32 graph
     gets its precision from builder flags, with `strong` it is in the graph. `sm` is the compute capability of an NVIDIA
     GPU that engines run on, 87 for 8.7. `calibration_set` is `demo` or a file beside the device's. Budgets: memory of
     the whole process, and time from the picture to the first token. Peaks are dense (no sparsity), in 10^12 operations
@@ -95,9 +95,9 @@ def load_device(name: str, folder: Path = FOLDER) -> Device:
         return from_json(Device, {"name": name} | data, path.name)
 
 
-def require_precision(device: Device, recipe: str) -> None:
-    """Refuses a recipe whose precision no backend of the device builds; fp32 quantises nothing and is none."""
-    if recipe != "fp32" and recipe.partition("-")[0] not in device.precisions:
+def require_precision(device: Device, recipe: str, kind: str) -> None:
+    """Refuses a recipe whose precision (`Recipe.kind`) no backend of the device builds; fp32 is none."""
+    if kind != "fp32" and kind not in device.precisions:
         raise VlmcError(
             f"The recipe {recipe!r} gives no engine on {device.title}",
             expected=f"a precision among {', '.join(device.precisions)}",

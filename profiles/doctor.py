@@ -55,6 +55,8 @@ def built_here(device: Device) -> str:
         return backends.unavailable(device.backends[0]) if on_it else device.ahead_of_time_why
     if importlib.util.find_spec(device.backends[0]) is None:
         return f"the package of its backend {device.backends[0]} is not installed"
+    if importlib.util.find_spec("onnx_ir") is None:
+        return "onnx and onnx-ir, the packages of vlmc's extra `build`, are not installed"
     return ""
 
 

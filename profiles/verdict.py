@@ -95,8 +95,9 @@ def beaten(kept: Group, report: Group, choices: Group) -> Iterator[str]:
             turns = f"{entry['low']:.2f} to {entry['high']:.2f} over {entry['turns']} turns"
             yield (
                 f"{entry['of']} was faster here than what was kept, {entry['end_to_end']:.2f} times ({turns}): `vlmc "
-                f"build` had found otherwise in its own trials. To have it choose anew, remove "
-                f"engines/{report['device']['name']} from the artefact and build on a quiet machine."
+                f"build` had found otherwise in its own trials, or had left it out for computing something else, as "
+                f"its table says. To have it choose anew, remove engines/{report['device']['name']} from the artefact "
+                f"and build on a quiet machine."
             )
 
 

@@ -62,8 +62,9 @@ def run(
     if len(prompts) > 1:
         raise VlmcError("This model answers one question", found=f"{len(prompts)} prompts", fix="give --prompt once")
     session = open_session(opened, build.device, engines, threads)
-    pieces = []
+    pieces: list[str] = []
     for piece in session.answer(pictures, prompts[0], max_tokens):
+        piece = piece if "".join(pieces) else piece.lstrip()  # many templates leave the blank to the answer
         pieces.append(piece)
         if not as_json:
             click.echo(piece, nl=False)
@@ -72,6 +73,8 @@ def run(
         console.print_json(
             {
                 "answer": "".join(pieces),
+                "device": build.device,
+                "recipe": build.recipe,
                 "engines": engines,
                 "tokens": times.tokens,
                 "preprocess_ms": times.preprocess * 1000,

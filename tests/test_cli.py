@@ -136,7 +136,7 @@ def test_a_module_of_vlmc_that_is_missing_is_not_hidden() -> None:
     assert "ModuleNotFoundError" in done.stderr and "Traceback" in done.stderr
 
 
-def test_the_shell_completes_commands_and_options() -> None:
+def test_the_shell_completes_commands_options_devices_and_recipes() -> None:
     script = vlmc_process(_VLMC_COMPLETE="bash_source")
     assert script.returncode == 0 and "complete -o nosort -F" in script.stdout
 
@@ -147,6 +147,10 @@ def test_the_shell_completes_commands_and_options() -> None:
 
     assert completed("pro") == ["profile"]
     assert completed("build", "--dev") == ["--device"]
+    assert completed("build", "out", "--device", "rpi") == ["rpi4", "rpi5"]
+    assert completed("build", "out", "--recipe", "w") == ["w4", "w8"]
+    assert completed("profile", "out", "--device", "th") == ["thor"]
+    assert completed("calibrate", "out", "--recipe", "fp") == ["fp32"]
 
 
 def test_memory_that_is_not_there_is_one_sentence(

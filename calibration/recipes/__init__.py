@@ -60,6 +60,14 @@ class Recipe:
         return next((rule for pattern, rule in self.rules.items() if fnmatchcase(module, pattern)), FLOAT)
 
     @property
+    def kind(self) -> str:
+        """The precision that a device has to take for it: int8, w8 or w4; fp32 where nothing is quantised."""
+        if self.implicit or any(rule.activation_bits for rule in self.rules.values()):
+            return "int8"
+        bits = {rule.weight_bits for rule in self.rules.values()} - {0}
+        return f"w{min(bits)}" if bits else "fp32"
+
+    @property
     def block_bits(self) -> frozenset[int]:
         """Bits of the weights that it keeps in blocks."""
         return frozenset(rule.weight_bits for rule in self.rules.values() if rule.block)
@@ -87,4 +95,6 @@ def load(name: str) -> Recipe:
         )
     recipe = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").RECIPE
     assert isinstance(recipe, Recipe)
+    if recipe.name != name:
+        raise VlmcError(f"The recipe in the file of {name!r} calls itself {recipe.name!r}", fix="give both one name")
     return recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -62,3 +63,17 @@ def test_int8_takes_what_makes_vision_attentions_queries_and_keys_and_no_other_o
 
 def test_an_output_needs_data_too() -> None:
     assert Recipe("r", "", {"*": Precision(weight_bits=8, output_bits=8)}).needs_data
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("fp32", "fp32"), ("int8", "int8"), ("int8-implicit", "int8"), ("w8", "w8"), ("w4", "w4")]
+)
+def test_what_a_device_has_to_take_for_it_follows_from_its_rules(name: str, kind: str) -> None:
+    assert recipes.load(name).kind == kind
+
+
+def test_a_recipe_that_calls_itself_by_another_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("vlmc.calibration.recipes.w4")
+    monkeypatch.setattr(module, "RECIPE", replace(module.RECIPE, name="w8"))
+    with pytest.raises(VlmcError, match="of 'w4' calls itself 'w8'"):
+        recipes.load("w4")

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from vlmc.artifact import ASKED_MEANS, Artifact
+from vlmc.calibration import command, plan, recipes, sets
+from vlmc.calibration.plan import read_plan
 from vlmc.engines import build as engines_build
-from vlmc.engines.command import build
+from vlmc.engines.command import _ensure_plan, build
 from vlmc.engines.trial import ANSWER
 from vlmc.errors import VlmcError
 from vlmc.profiles import device as profiles_device
@@ -73,6 +75,35 @@ def test_a_device_with_a_calibration_set_of_its_own_is_calibrated_on_it_once(
     assert "Calibrating int8 first" in run(folder, "--int8", "--json").stderr
     assert json.loads((folder / "plans" / "int8.json").read_text())["calibrated_on"]["name"] == "ours"
     assert "Calibrating" not in run(folder, "--int8", "--json").stderr
+
+
+def test_another_devices_own_set_and_another_recipe_are_no_plan_for_this_one(
+    planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made = shutil.copytree(planned.root, tmp_path / "tiny"), list[Any]()
+    artifact, int8 = Artifact(folder), recipes.load("int8")
+    monkeypatch.setattr(command, "make_plan", lambda artifact, recipe, given: made.append(given))
+    monkeypatch.setattr(plan, "write_plan", lambda artifact, plan: None)
+    pictures = tmp_path / "theirs.jsonl"
+    pictures.touch()
+    cpu, known = load_device("cpu"), read_plan(artifact, "int8").calibrated_on
+    assert known is not None
+
+    def plans(name: str, recipe: recipes.Recipe = int8) -> int:
+        made.clear()
+        _ensure_plan(artifact, recipe, None, profiles_device.load_device(name))
+        return len(made)
+
+    assert plans("cpu") == 0
+    assert plans("cpu", replace(int8, rules=recipes.load("w8").rules)) == 1
+    theirs = replace(load_device("rpi5"), calibration_set=str(pictures))
+    monkeypatch.setattr(profiles_device, "load_device", lambda name: theirs if name == "rpi5" else cpu)
+    monkeypatch.setattr(sets, "load_set", lambda path: known)  # the plan's own set is the Pi's
+    assert (plans("rpi5"), plans("cpu")) == (0, 1)
+    monkeypatch.setattr(sets, "load_set", lambda path: replace(known, sha256="0"))
+    assert plans("rpi5") == 1
+    assert made == [pictures]
+    assert plans("cpu") == 0
 
 
 def test_whole_answers_are_told_where_they_were_tried(

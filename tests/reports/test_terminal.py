@@ -1,9 +1,12 @@
+import io
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from vlmc.console import WIDTH, output
+from vlmc.reports import tables
 from vlmc.reports.document import parse
 from vlmc.reports.terminal import show
 
@@ -68,3 +71,17 @@ def test_large_numbers_fit_too(sample: dict[str, Any]) -> None:
     lines = shown(sample).splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert sum("1,234,568" in line for line in lines) == 5
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_a_narrow_terminal_shows_names_and_whole_numbers_and_says_what_it_leaves_out(
+    sample: dict[str, Any], width: int
+) -> None:
+    written = io.StringIO()
+    show(parse(sample), Console(width=width, file=written))
+    said, content = written.getvalue(), tables.headline(parse(sample))
+    first = next(line for line in said.splitlines() if line.startswith("PyTorch"))
+    row = next(row for row in content.rows if row[0].startswith("PyTorch"))
+    left = sum(title in " ".join(said.partition("too narrow for")[2].split()) for title in content.columns)
+    assert all(cell in first for cell in row[1 : len(row) - left])
+    assert (left > 0) == (width < 100)
