@@ -103,6 +103,12 @@ class MatchSpec:
     end_token_ids: tuple[int, ...]
     pad_token_id: int
 
+    def is_sound(self, vocabulary: int) -> bool:
+        """Whether it is one that a model of that many tokens can have: nearer is likelier, and a text has room."""
+        around = (*self.begin_token_ids, *self.end_token_ids)
+        known = all(0 <= id < vocabulary for id in (*around, self.pad_token_id))
+        return known and len(around) < self.text_length and 0 < self.logit_scale < float("inf")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -290,6 +296,9 @@ class Artifact:
                 raise VlmcError(f"{root / 'manifest.json'} names no graph of the {', '.join(missing)}")
             if min(vars(self.manifest.kv).values()) < 0:
                 raise VlmcError(f"{root / 'manifest.json'} gives the KV cache a negative size")
+            matching = self.manifest.matching
+            if matching is not None and not matching.is_sound(self.manifest.vocab_size):
+                raise VlmcError(f"{root / 'manifest.json'} has numbers under `matching` that no model can have")
         self._checked: set[tuple[Path, str]] = set()
 
     @property

@@ -138,6 +138,8 @@ def _local(kind: str, location: str, folder: Path, revision: str = "") -> Checkp
             expected="*.safetensors (pickled weights are not read, for they can run code)",
             fix="convert the checkpoint with transformers' save_pretrained(safe_serialization=True)",
         )
+    if strange := next((path for path in weights if not path.is_file()), None):
+        raise VlmcError(f"{strange} is no file", found="a folder, a pipe or a link to nothing", fix=AGAIN)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weights:
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 AGAIN = "fetch the checkpoint's files again, all of them"
 # The largest that each may be: what is made of a wrong one would take hours or all memory. Nested ones count too.
-_LAYERS = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layers", "enc_n_layers", "depth"), 1_000)
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "enc_n_layers", "depth", "prefusion_layer_num")
+_LAYERS = dict.fromkeys(_DEPTHS, 1_000)
 _WIDTHS = ("hidden_size", "intermediate_size", "vocab_size", "head_dim", "num_attention_heads", "num_key_value_heads")
 _LARGEST = _LAYERS | dict.fromkeys((*_WIDTHS, "image_size", "patch_size"), 1_000_000)
 _PARTS = ("text_config", "vision_config", "llm_config")

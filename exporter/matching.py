@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import GRAPH_FILES, Artifact, ComponentSpec, KvSpec, MatchSpec, ParityLevel, PromptSpec
-from ..errors import VlmcError
+from ..errors import VlmcError, mended_by
 from ..files import write_json
 from ..runtime import preprocessing
 from ..runtime.backends import onnxruntime as backend
@@ -27,6 +27,7 @@ from ..runtime.runner import Array
 from . import checkpoint, golden, graph, parity, processor
 from .export import Kind, Options, Report, export_as
 from .family import Family
+from .inspection import AGAIN
 from .torch_runner import TorchRunner
 
 FILES = {"vision_encoder": GRAPH_FILES["vision_encoder"], "text_encoder": "onnx/text_model.onnx"}
@@ -87,7 +88,8 @@ class Matching(Kind):
         assert isinstance(family, MatchingFamily)
         processor.save_tokenizer(model.folder, stage / "tokenizer.json")
         described = model.preset["preprocessing"] if model.preset else family.describe_pictures(model.folder)
-        preprocessing.load(described)  # what the runtime would refuse is refused now
+        with mended_by(AGAIN):
+            preprocessing.load(described)  # what the runtime would refuse is refused now
         return {
             "preprocessing": described,
             "prompt": PromptSpec(with_image="", text_only="{text}", image_token="", eos_token_ids=()),
@@ -101,6 +103,12 @@ class Matching(Kind):
         self, described: dict[str, Any], parts: Encoders, specs: Mapping[str, ComponentSpec]
     ) -> dict[str, Any]:
         matching = MatchSpec(float(parts.logit_scale), parts.text_length, **described["matching"])
+        if not matching.is_sound(parts.vocabulary):
+            raise VlmcError(
+                "The checkpoint cannot match: its scale or the tokens around a text are none that a model can have",
+                found=str(matching),
+                fix=AGAIN,
+            )
         size = int(specs["vision_encoder"].outputs[0].shape[-1])
         return described | {"matching": matching, "hidden_size": size, "vocab_size": parts.vocabulary}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import PromptSpec
-from ..errors import VlmcError, reason
+from ..errors import VlmcError, mended_by, reason
 from ..files import read_json, write_text
 from ..runtime import preprocessing
 from .bounded import bounded
@@ -42,7 +42,8 @@ def describe(folder: Path) -> tuple[dict[str, Any], PromptSpec]:
             if text and where not in described:
                 raise VlmcError(f"The chat template in {folder} does not write several pictures one after the other")
             described |= {where: text} if text else {}
-        preprocessing.load(described)  # what the runtime would refuse is refused now
+        with mended_by(AGAIN):
+            preprocessing.load(described)  # what the runtime would refuse is refused now
         eos = _known(folder, tokenizer, own.eos_tokens) if own else _eos_token_ids(folder, tokenizer)
         return described, replace(prompt, eos_token_ids=eos)
 

@@ -8,6 +8,7 @@ normaliser, which is field 3, `precompiled_charsmap` is 2, `add_dummy_prefix` 3,
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from ..files import MAX_JSON_BYTES
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _BPE = 2
+_LONGEST = 1_000  # characters of a piece; SentencePiece's own limit is 16, and what makes merges takes their square
 
 
 class _Piece(NamedTuple):
@@ -76,6 +78,7 @@ def _read(path: Path) -> tuple[list[_Piece], bool]:
                 text, kind, score = piece[1], piece.get(3, _NORMAL), piece.get(2, bytes(4))
                 assert isinstance(text, bytes) and isinstance(kind, int) and isinstance(score, bytes)
                 pieces.append(_Piece(text.decode(), kind, *struct.unpack("<f", score)))
+                assert len(pieces[-1].text) <= _LONGEST and math.isfinite(pieces[-1].score)
             elif field in (2, 3) and isinstance(value, bytes):
                 (trainer if field == 2 else normaliser).update(_fields(value))
     except (IndexError, KeyError, ValueError, AssertionError, struct.error):
@@ -116,3 +119,5 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if not data[at - 1] & 128:
             return value, at
+        if shift >= 70:  # longer than any, and read in the square of its length
+            raise ValueError(shift)

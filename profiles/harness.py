@@ -20,11 +20,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import VlmcError
 from ..files import read_json, write_json, writing
 from . import memory, samples
 from .process import Died, Process
@@ -74,10 +75,13 @@ class Measurement:
 
 
 def unfinished(folder: Path, key: str) -> dict[str, Any] | None:
-    """run.json of the interrupted measurement with this key, or None."""
-    record = folder / "unfinished" / "run.json"
-    run: dict[str, Any] = read_json(record) if record.is_file() else {}
-    return run if run.get("key") == key else None
+    """run.json of the interrupted measurement with this key, or None, also where it is damaged: nothing can go on from
+    it, and the same command has to be able to begin again."""
+    run: Any = None
+    with suppress(VlmcError):
+        run = read_json(folder / "unfinished" / "run.json")
+    whole = isinstance(run, dict) and all(isinstance(run.get(name), dict) for name in ("limits", "machine"))
+    return run if whole and run.get("key") == key else None
 
 
 def fresh(folder: Path) -> Path:

@@ -16,6 +16,8 @@ from ..errors import VlmcError
 from ..files import writing
 
 Row = dict[str, Any]
+# What an interrupted measurement is gone on with by: numbers that every row of the kind has.
+_NUMBERS = {"run": ("index", "turn"), "turn": ("turn",), "agreement": ("case",), "answer": ("row",)}
 
 
 def read(path: Path) -> list[Row]:
@@ -45,11 +47,19 @@ def of_kind(rows: list[Row], kind: str) -> list[Row]:
 
 def _row(line: bytes, path: Path, number: int) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         row, found = None, str(error)
     else:
         found = "no object with a kind"
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        raise VlmcError(f"Line {number} of {path} is no sample", found=found, fix="measure again with `vlmc profile`")
-    return row
+    if isinstance(row, dict) and isinstance(row.get("kind"), str):
+        lacking = [name for name in _NUMBERS.get(row["kind"], ()) if type(row.get(name)) is not int]
+        if not lacking:
+            return row
+        found = f"no number {lacking[0]!r}"
+    fix = f"remove {path.parent}, and measure again with `vlmc profile`"
+    raise VlmcError(f"Line {number} of {path} is no sample", found=found, fix=fix)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")

@@ -111,6 +111,7 @@ class Matcher:
         ids = np.full((len(rows), max(1, *(len(row) for row in rows))), spec.pad_token_id, np.int64)
         for target, row in zip(ids, rows, strict=True):
             target[: len(row)] = row
+        prompt.require_known(ids, self.artifact.manifest.vocab_size)
         return ids
 
 

@@ -35,6 +35,17 @@ def render(prompt: PromptSpec, text: str, image_texts: Sequence[str]) -> str:
     return "".join(filled.get(part, part) for part in re.split(r"(\{image\}|\{text\})", template))
 
 
+def require_known(ids: NDArray[np.int64], vocabulary: int) -> None:
+    """Raises where a tokenizer's id is none of the model's, whose table of embeddings would be read outside of it."""
+    if (largest := int(ids.max(initial=0))) >= vocabulary:
+        raise VlmcError(
+            "The tokenizer is another model's",
+            found=f"token {largest}",
+            expected=f"ids below {vocabulary}",
+            fix="put the checkpoint's own tokenizer beside its weights, and export it again",
+        )
+
+
 class Tokenizer:
     """The artefact's `tokenizer.json`. A missing, oversized or malformed file is a VlmcError."""
 

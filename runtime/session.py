@@ -74,6 +74,7 @@ class Session:
             require_inputs(self.artifact.manifest.components["vision_encoder"], prepared.vision)
         image_texts = prepared.image_texts if prepared else ()
         ids = self.tokenizer.encode(prompt.render(self.artifact.manifest.prompt, text, image_texts))
+        prompt.require_known(ids, self.artifact.manifest.vocab_size)
         places, further = ids == self._image_token_id, dict[str, Array]()
         if isinstance(self.preprocess, preprocessing.Positions):
             further["position_ids"] = self.preprocess.positions(places, prepared)[:, None]

@@ -77,7 +77,11 @@ class OnnxRunner:
         self._outputs = [output.name for output in session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        values = self._session.run(self._outputs, dict(inputs))
+        try:
+            values = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:  # a graph that takes less than the manifest promises, texts as long among others
+            fix = "make the artefact again with `vlmc export`, and build it"
+            raise VlmcError("ONNX Runtime cannot run a graph of this artefact", found=reason(error), fix=fix) from None
         return dict(zip(self._outputs, values, strict=True))
 
 

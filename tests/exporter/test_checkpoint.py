@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,6 +149,12 @@ def test_loading_is_followed_weight_by_weight(folder: Path, capfd: pytest.Captur
     load_model(resolve(str(folder)))
     assert len(told) == count + 1
     assert capfd.readouterr().err == ""
+
+
+def test_weights_that_are_no_file_are_one_sentence(folder: Path) -> None:
+    os.mkfifo(folder / "more.safetensors")  # which would be waited for
+    with pytest.raises(VlmcError, match=r"more\.safetensors is no file"):
+        resolve(str(folder))
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])

@@ -65,6 +65,8 @@ def test_sizes_are_looked_at_wherever_they_stand() -> None:
     nested: dict[str, Any] = {"config": {"text": {"n_layers": 10**6}}}
     with pytest.raises(VlmcError, match=r"wrong config\.text\.n_layers"):
         check_sizes(nested, Path("config.json"))
+    with pytest.raises(VlmcError, match="wrong prefusion_layer_num"):
+        check_sizes({"prefusion_layer_num": 10**9}, Path("config.json"))
     check_sizes({"head_dim": None, "intermediate_size": [16384, 8192], "num_kv_shared_layers": 0}, Path("config.json"))
 
 

@@ -186,12 +186,22 @@ def test_features_that_are_no_numbers_are_refused(
         export(toy, tmp_path / "out", options, lambda *_: None)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_no_model_has_is_refused(
+    scale: float, toy: Any, options: Options, tmp_path: Path, traced_before: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = replace(Family().encoders(Model(0)), logit_scale=torch.tensor(scale))
+    monkeypatch.setattr(Family, "encoders", lambda *_: made)
+    with pytest.raises(VlmcError, match="The checkpoint cannot match: its scale"):
+        export(toy, tmp_path / "out", options, lambda *_: None)
+
+
 def test_pictures_that_the_runtime_cannot_prepare_are_refused_before_anything_slow(
     toy: Any, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "load_model", None)
     broken = replace(toy, preset={"preprocessing": PREPROCESSING | {"tile": 0}})
-    with pytest.raises(VlmcError, match="tile is out of range"):
+    with pytest.raises(VlmcError, match=r"tile is out of range.*To mend it: fetch the checkpoint's files again"):
         export(broken, tmp_path / "out", options, lambda *_: None)
 
 

@@ -214,7 +214,9 @@ def test_a_processor_that_vlmc_cannot_follow_is_refused(folder: Path) -> None:
         describe(folder)
     config.write_text(whole)
     change(config, lambda data: data.update(image_seq_len=-1))
-    with pytest.raises(VlmcError, match="image_seq_len is out of range"):
+    with pytest.raises(
+        VlmcError, match=r"image_seq_len is out of range.*To mend it: fetch the checkpoint's files again"
+    ):
         describe(folder)
     config.write_text(whole)
     change(config, lambda data: data["image_processor"].update(image_processor_type="ViTImageProcessor"))

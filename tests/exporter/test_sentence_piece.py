@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,9 @@ def test_added_tokens_stand_in_the_place_of_pieces_and_behind_them(sentence_piec
         (lambda _: b"\x0a\x02\x18\x01", "is no SentencePiece model"),  # a piece without a text
         (lambda _: b"\x0a\x03\x0a\x01\xff", "is no SentencePiece model"),  # one that is no UTF-8
         (lambda _: b"\x0a\x05\x0a\x01a\x10\x01", "is no SentencePiece model"),  # one whose score is no float
+        (lambda _: b"\xff" * 20_000_000 + b"\x01", "is no SentencePiece model"),  # a number of 17 MB
+        (lambda model: model([*PIECES, ("a" * 2_000_000, 1)], True), "is no SentencePiece model"),
+        (lambda model: model([*PIECES, ("ba", 1, math.nan)], True), "is no SentencePiece model"),
         (lambda model: model(PIECES, True) + b"\x12\x02\x18\x01", "is no BPE of the text as it is"),  # unigrams
         (lambda model: model(PIECES, True) + b"\x1a\x03\x12\x01x", "is no BPE of the text as it is"),  # NFKC
         (lambda model: model(PIECES, True) + b"\x1a\x02\x20\x01", "is no BPE of the text as it is"),  # spaces go

@@ -133,8 +133,9 @@ def test_only_the_same_measurement_is_gone_on_with(measurement: Measurement, tmp
     here = {"name": "a", "cpu": "b", "threads": 2, "load_average": 3.0}
     key = measurement.key(here)
     harness.fresh(tmp_path)
-    harness.begin(tmp_path, {"key": key})
-    assert harness.unfinished(tmp_path, measurement.key(here | {"load_average": 0.0})) == {"key": key}
+    run = {"key": key, "limits": {}, "machine": here}
+    harness.begin(tmp_path, run)
+    assert harness.unfinished(tmp_path, measurement.key(here | {"load_average": 0.0})) == run
     others = [
         measurement.key(here | {"cpu": "another"}),
         replace(measurement, settings=replace(measurement.settings, tokens=7)).key(here),
@@ -144,6 +145,14 @@ def test_only_the_same_measurement_is_gone_on_with(measurement: Measurement, tmp
     assert len({key, *others}) == 5
     assert harness.unfinished(tmp_path, others[0]) is None
     assert (harness.fresh(tmp_path) / "run.json").exists() is False
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "3", '{"key": "k"', '{"key": "k"}', '{"key": "k", "limits": {}, "machine": 5}']
+)
+def test_from_a_damaged_record_nothing_is_gone_on_with(content: str, tmp_path: Path) -> None:
+    (harness.fresh(tmp_path) / "run.json").write_text(content)
+    assert harness.unfinished(tmp_path, "k") is None
 
 
 def test_finished_samples_replace_only_finished_samples(tmp_path: Path) -> None:

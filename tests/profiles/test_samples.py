@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vlmc.errors import VlmcError
 from vlmc.profiles import samples
 
-ROWS = [{"kind": "run", "index": index, "decode_s": [0.1, 0.25]} for index in range(3)]
+ROWS = [{"kind": "run", "index": index, "turn": 0, "decode_s": [0.1, 0.25]} for index in range(3)]
 
 
 def written(path: Path) -> bytes:
@@ -36,7 +36,17 @@ def test_cut_anywhere_the_whole_rows_are_left_and_writing_can_go_on(
     assert samples.read(path) == [*ROWS[:whole], ROWS[0]]
 
 
-@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"index": 1}', b'{"kind": 3}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"{", b"[1]", b'{"index": 1}', b'{"kind": 3}', b"\xff\xfe", b"[" * 100_000),
+        b'{"kind": "run", "index": 1}',
+        b'{"kind": "turn", "turn": []}',
+        b'{"kind": "agreement", "case": "1"}',
+        b'{"kind": "answer", "row": {}}',
+        b'{"kind": "answer", "row": 1, "cosines": [NaN]}',
+    ],
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"kind": "open"}\n' + line + b"\n")

@@ -285,7 +285,7 @@ def test_a_variant_that_failed_before_the_last_question_has_no_accuracy_and_says
     [
         ("int8.jsonl", '"tokens": 4, "prompt_tokens"', '"tokens": "%s%n", "prompt_tokens"'),
         ("int8.jsonl", '"tokens": 4, "prompt_tokens"', f'"tokens": 1{"0" * 400}, "prompt_tokens"'),
-        ("int8.jsonl", '"load_s": 0.5', '"load_s": NaN'),
+        ("int8.jsonl", '"load_s": 0.5', '"load_s": []'),
         ("run.json", '"int8": 4', '"int8": NaN'),
         ("run.json", '"int8": 4', '"int8": 1e999'),
         ("int8.jsonl", "", "a folder"),

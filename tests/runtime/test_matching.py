@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,31 @@ def test_the_manifests_matching_is_checked(artifact: Artifact) -> None:
     (artifact.root / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(VlmcError, match=r"matching\.logit_scale has the wrong type"):
         Artifact(artifact.root)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logit_scale": 0.0},
+        {"logit_scale": -10.0},  # the likeliest would be the farthest
+        {"text_length": 3},  # all of them around the text
+        {"begin_token_ids": [-1]},
+        {"end_token_ids": [10**30]},
+        {"pad_token_id": 336},  # of 336 tokens
+    ],
+)
+def test_a_matching_that_no_model_can_have_is_refused(change: dict[str, Any], artifact: Artifact) -> None:
+    manifest = json.loads((artifact.root / "manifest.json").read_text())
+    manifest["matching"] |= change
+    (artifact.root / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(VlmcError, match=r"manifest\.json has numbers under `matching` that no model can have"):
+        Artifact(artifact.root)
+
+
+def test_a_tokenizer_of_another_model_is_refused(matcher: Matcher) -> None:
+    matcher.artifact.manifest = replace(matcher.artifact.manifest, vocab_size=20)
+    with pytest.raises(VlmcError, match=r"The tokenizer is another model's. Found: token .* Expected: ids below 20"):
+        matcher.encode(["red boats"])
 
 
 @settings(deadline=None, derandomize=True)

@@ -267,3 +267,11 @@ def test_a_picture_that_is_prepared_for_another_model_is_refused(session: Sessio
     asked = Session(other, session.vision, session.embed, session.decoder)
     with pytest.raises(VlmcError, match=r"pixel_values is not what the model takes.*64, 64\)\. Expected: .*32, 32\)"):
         asked.prepare([Image.new("RGB", (32, 32))], "What is it?")
+
+
+def test_a_tokenizer_of_another_model_is_refused(session: Session, built: Artifact) -> None:
+    other = Artifact(built.root)
+    other.manifest = replace(other.manifest, vocab_size=20)
+    asked = Session(other, session.vision, session.embed, session.decoder)
+    with pytest.raises(VlmcError, match=r"The tokenizer is another model's. Found: token .* Expected: ids below 20"):
+        asked.prepare([], "What is it?")

@@ -65,6 +65,13 @@ def test_a_file_that_is_no_graph_is_one_sentence(content: bytes, tmp_path: Path)
         openvino.compile_model(path)
 
 
+def test_a_graph_that_cannot_take_what_it_should_is_one_sentence(built: Artifact) -> None:
+    """Here ids beyond its table, as positions of a text are where the manifest promises longer ones."""
+    embed = backends.load_runner(built, "cpu", "embed_tokens", "onnxruntime-fp32", 1)
+    with pytest.raises(VlmcError, match=r"ONNX Runtime cannot run a graph of this artefact. Found: .*Gather"):
+        embed.run({"input_ids": np.array([[10**6]])})
+
+
 def test_threads_are_those_that_were_asked_for(built: Artifact) -> None:
     _, path = built.engine("cpu", "embed_tokens", "onnxruntime-fp32")
     for asked, given in ((1, 1), (3, 3), (0, len(os.sched_getaffinity(0)))):
