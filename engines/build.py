@@ -153,8 +153,9 @@ def reason_not_here(device: Device) -> str:
         found = cuda.architecture()
         if found == device.sm:
             return ""
-        here = f"its GPU is SM {found}" if isinstance(found, int) else found
-        return f"this machine is no {device.title} ({here})"
+        if isinstance(found, str):  # also where a package is missing, and a Jetson cannot tell that it is one
+            return f"this machine shows no GPU of {device.title}: {found}"
+        return f"this machine is no {device.title} (its GPU is SM {found})"
     if platform.machine() != device.architecture:
         return f"this machine is {platform.machine()}, and {device.title} is {device.architecture}"
     return ""

@@ -317,7 +317,7 @@ def test_a_jetson_gets_the_quantised_graph_and_the_sentence(
     record, _ = run(artifact, "orin", "int8")
     assert record.choices["decoder"].engine == "handover-int8"
     assert record.choices["decoder"].reason.startswith(
-        f"not measured here: this machine is no {load_device('orin').title} ("
+        f"not measured here: this machine shows no GPU of {load_device('orin').title}: "
     )
     assert record.remaining == load_device("orin").handover
     spec, path = artifact.engine("orin", "vision_encoder", record.choices["vision_encoder"].engine)
