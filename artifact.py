@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import VlmcError, mended_by
-from .files import inside, read_json, refuse_links_out, sha256_of, write_json
-from .records import REMAKE, T, from_json, to_json
+from .files import inside, refuse_links_out
+from .records import REMAKE, FileSpec, check_file, read_record
 
-SCHEMA = 1
 COMPONENTS = ("vision_encoder", "embed_tokens", "decoder")  # of a model that generates; see Artifact.components
 FLOATS = ("fp32", "fp16")  # the precisions that need no plan; every other one is the name of a recipe
 GRAPH_FILES = {  # transformers.js' names, so that other tools find what they look for
@@ -123,12 +122,6 @@ class Source:
     @property
     def random_weights(self) -> bool:
         return self.kind == "random"
-
-
-@dataclass(frozen=True)
-class FileSpec:
-    sha256: str
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -386,37 +379,3 @@ class Artifact:
 
     def _build_again(self, device: str, recipe: str) -> str:
         return f"run `vlmc build {self.root} --device {device} --recipe {recipe}`"
-
-
-def read_record(kind: type[T], path: Path) -> T:
-    """A JSON record with a `schema` field, refused by number where this version does not know it."""
-    data = read_json(path)
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
-        what = f"{path} has a schema that this version of vlmc does not read"
-        raise VlmcError(what, found=str(schema)[:99], expected=str(SCHEMA), fix=REMAKE)
-    return from_json(kind, data, path.name)
-
-
-def write_record(path: Path, record: Any) -> None:
-    """Writes the dataclass as JSON, in one step."""
-    write_json(path, to_json(record))
-
-
-def check_file(path: Path, known: FileSpec) -> None:
-    """Raises where the file is missing, of another size, or of other content than recorded."""
-    if not path.is_file():
-        raise VlmcError(f"{path} is missing", fix=REMAKE)
-    if (size := path.stat().st_size) != known.bytes:
-        raise VlmcError(f"{path} is truncated or altered", found=f"{size} bytes", expected=f"{known.bytes}", fix=REMAKE)
-    if sha256_of(path) != known.sha256:
-        raise VlmcError(f"{path} was altered: its sha256 is not the recorded one", fix=REMAKE)
-
-
-def describe_files(folder: Path) -> dict[str, FileSpec]:
-    """Size and sha256 of every file below the folder, by relative path, records of the folder itself left out."""
-    return {
-        path.relative_to(folder).as_posix(): FileSpec(sha256_of(path), path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("manifest.json", "engine.json")
-    }

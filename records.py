@@ -1,4 +1,5 @@
-"""Dataclasses as JSON and back, every field checked: what a file says is of the right kind, or refused by its name."""
+"""Dataclasses as JSON and back, every field checked: what a file says is of the right kind, or refused by its name. And
+the files that a record vouches for, by size and sha256."""
 
 from __future__ import annotations
 
@@ -6,12 +7,22 @@ import dataclasses
 import sys
 import types
 import typing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import VlmcError
+from .files import read_json, sha256_of, write_json
 
+SCHEMA = 1  # of every record
 REMAKE = "make the artefact again with `vlmc export`"
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    sha256: str
+    bytes: int
 
 
 def to_json(value: Any) -> Any:
@@ -22,6 +33,40 @@ def to_json(value: Any) -> Any:
 def from_json(kind: type[T], data: Any, where: str) -> T:
     """`data` as the dataclass `kind`, every field checked; what does not fit is named by its path in `where`."""
     return typing.cast(T, _convert(kind, data, where))
+
+
+def read_record(kind: type[T], path: Path) -> T:
+    """A JSON record with a `schema` field, refused by number where this version does not know it."""
+    data = read_json(path)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        what = f"{path} has a schema that this version of vlmc does not read"
+        raise VlmcError(what, found=str(schema)[:99], expected=str(SCHEMA), fix=REMAKE)
+    return from_json(kind, data, path.name)
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Writes the dataclass as JSON, in one step."""
+    write_json(path, to_json(record))
+
+
+def check_file(path: Path, known: FileSpec) -> None:
+    """Raises where the file is missing, of another size, or of other content than recorded."""
+    if not path.is_file():
+        raise VlmcError(f"{path} is missing", fix=REMAKE)
+    if (size := path.stat().st_size) != known.bytes:
+        raise VlmcError(f"{path} is truncated or altered", found=f"{size} bytes", expected=f"{known.bytes}", fix=REMAKE)
+    if sha256_of(path) != known.sha256:
+        raise VlmcError(f"{path} was altered: its sha256 is not the recorded one", fix=REMAKE)
+
+
+def describe_files(folder: Path) -> dict[str, FileSpec]:
+    """Size and sha256 of every file below the folder, by relative path, records of the folder itself left out."""
+    return {
+        path.relative_to(folder).as_posix(): FileSpec(sha256_of(path), path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("manifest.json", "engine.json")
+    }
 
 
 def _convert(kind: Any, data: Any, where: str) -> Any:

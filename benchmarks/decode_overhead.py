@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 from gpu_steps import DEVICE
-from vlmc.artifact import Artifact, EngineSpec, read_record
+from vlmc.artifact import Artifact, EngineSpec
+from vlmc.records import read_record
 from vlmc.runtime.cuda import Gpu, checked
 from vlmc.runtime.tensorrt_decoder import SLOT, TensorrtDecoder
 from vlmc.runtime.tensorrt_engine import Engine

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_steps import DEVICE
-from vlmc.artifact import Artifact, EngineSpec, read_record
+from vlmc.artifact import Artifact, EngineSpec
 from vlmc.engines.candidate import Candidate
 from vlmc.engines.candidate import build as build_engine
+from vlmc.records import read_record
 
 ROUNDS, RUNS, SECONDS = 5, 40, 2.0
 TOLD, LEVEL, THREADS = "told-", "level-", "threads-"

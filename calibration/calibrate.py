@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact import SCHEMA, Artifact
+from ..artifact import Artifact
 from ..errors import VlmcError
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
 from ..exporter.matching import Encoders, torch_matcher
 from ..exporter.torch_runner import torch_session
+from ..records import SCHEMA
 from ..runtime.matching import Matcher
 from ..runtime.session import Session
 from . import samples

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..artifact import Artifact, FileSpec, read_record, write_record
+from ..artifact import Artifact
 from ..errors import VlmcError, mended_by
 from ..files import inside
+from ..records import FileSpec, read_record, write_record
 from .recipes import Recipe
 from .weights import LIMITS
 
@@ -27,12 +28,14 @@ MAX_BLOCK = 4096  # input channels that share a scale; of the recipes' blocks th
 
 @dataclass(frozen=True)
 class SetRecord:
-    """What was calibrated on. `pictures`: the hashes that an evaluation set must not share."""
+    """What was calibrated on. `pictures`: the hashes that an evaluation set must not share; `own`: the set's file as
+    devices name it whose own it is, empty for any other set."""
 
     name: str
     sha256: str
     rows: int
     pictures: tuple[str, ...]
+    own: str = ""
 
 
 @dataclass(frozen=True)

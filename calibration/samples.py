@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..artifact import Artifact, FileSpec, check_file
+from ..artifact import Artifact
 from ..errors import VlmcError
 from ..files import read_arrays, write_bytes
+from ..records import FileSpec, check_file
 from ..runtime.images import open_image
 from ..runtime.matching import Matcher
 from ..runtime.runner import require_fit

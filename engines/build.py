@@ -18,18 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..artifact import (
-    FLOATS,
-    SCHEMA,
-    AnswerTrial,
-    Artifact,
-    BuildReport,
-    BuildSpec,
-    Choice,
-    EngineSpec,
-    read_record,
-    write_record,
-)
+from ..artifact import FLOATS, AnswerTrial, Artifact, BuildReport, BuildSpec, Choice, EngineSpec
 from ..calibration import recipes
 from ..calibration.plan import read_plan
 from ..errors import VlmcError
@@ -37,6 +26,7 @@ from ..evaluation import goldens
 from ..files import remove_leftovers
 from ..profiles import machine
 from ..profiles.device import Device
+from ..records import SCHEMA, read_record, write_record
 from ..runtime import backends, cuda
 from . import builders, child, trial, verdict, work
 from .candidate import Candidate, cached, record_trial

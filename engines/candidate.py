@@ -12,17 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from .. import __version__
-from ..artifact import (
-    FLOATS,
-    SCHEMA,
-    Artifact,
-    BuildReport,
-    EngineSpec,
-    FileSpec,
-    describe_files,
-    read_record,
-    write_record,
-)
+from ..artifact import FLOATS, Artifact, BuildReport, EngineSpec
 from ..calibration import samples
 from ..calibration.plan import Plan, read_plan
 from ..errors import VlmcError
@@ -30,7 +20,7 @@ from ..files import staged_folder, write_json
 from ..profiles import machine
 from ..profiles.device import load_device
 from ..profiles.memory import peak_rss_bytes
-from ..records import to_json
+from ..records import SCHEMA, FileSpec, describe_files, read_record, to_json, write_record
 from . import builders, child, tensorrt_profiles
 from .passes import quantize
 

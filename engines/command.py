@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,30 +67,36 @@ def _ensure_plan(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | No
         return
     if why := f"on {set_file.name}" if set_file else _outdated(artifact, recipe, device):
         console.note(f"Calibrating {recipe.name} first, {why}: {recipe.about}.")
-        write_plan(artifact, make_plan(artifact, recipe, set_file or device.own_set))
+        plan = make_plan(artifact, recipe, set_file or device.own_set)
+        if plan.calibrated_on and set_file is None:
+            plan = replace(plan, calibrated_on=replace(plan.calibrated_on, own=_own(device)))
+        write_plan(artifact, plan)
+
+
+def _own(device: Device) -> str:
+    return device.calibration_set if device.own_set else ""
 
 
 def _outdated(artifact: Artifact, recipe: recipes.Recipe, device: Device) -> str:
-    """Why the artefact's plan of the recipe does not serve the device; empty where it does. What somebody calibrated on
-    a set of theirs does, but not what was calibrated on another device's own."""
+    """Why the artefact's plan of the recipe does not serve the device; empty where it does. A plan of a device's own
+    set serves those that name this set alone."""
     from ..calibration.plan import read_plan
     from ..calibration.sets import load_set
-    from ..profiles.device import load_device
 
     if not artifact.plan_path(recipe.name).is_file():
         return "which has no plan yet"
     plan = read_plan(artifact, recipe.name)
     if (plan.recipe.rules, plan.recipe.implicit) != (recipe.rules, recipe.implicit):
         return "which was another when the plan was made"
-    if plan.calibrated_on is None:
+    seen = plan.calibrated_on
+    if seen is None:
         return ""
-    known = {name: load_device(name).own_set for name in device_names()} | {device.name: device.own_set}
-    made_on = {name: load_set(own).sha256 for name, own in known.items() if own and own.is_file()}  # not in a wheel
-    if device.name in made_on:
-        same = made_on[device.name] == plan.calibrated_on.sha256
-        return "" if same else f"whose plan is not of {device.name}'s own set"
-    others = [name for name, sha256 in made_on.items() if sha256 == plan.calibrated_on.sha256]
-    return f"whose plan is of {others[0]}'s own set" if others and device.own_set is None else ""
+    if seen.own != _own(device):
+        return f"whose plan is of the set {seen.own or seen.name}"
+    own = device.own_set
+    if own and own.is_file() and load_set(own).sha256 != seen.sha256:  # no wheel holds it
+        return f"whose set {seen.own} has changed"
+    return ""
 
 
 def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> None:

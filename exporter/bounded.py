@@ -47,7 +47,7 @@ def _render(render: Callable[[], object], sending: int) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (size, size))
         try:
             answer = f"={render()}"
-        except Exception as error:
+        except Exception as error:  # of the template, of Jinja, of the limit on memory: all are told by the parent
             answer = f"!{reason(error)}"
         with open(sending, "wb") as pipe:
             pipe.write(answer.encode("utf-8", "surrogatepass")[: LENGTH + 2])  # all that is read, so that nobody waits

@@ -19,23 +19,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .. import __version__
-from ..artifact import (
-    GRAPH_FILES,
-    SCHEMA,
-    Artifact,
-    ComponentSpec,
-    FileSpec,
-    KvSpec,
-    Manifest,
-    ParityLevel,
-    check_file,
-    read_record,
-    write_record,
-)
+from ..artifact import GRAPH_FILES, Artifact, ComponentSpec, KvSpec, Manifest, ParityLevel
 from ..errors import VlmcError
 from ..files import inside, read_json, sha256_of, staged_folder
 from ..profiles import memory
-from ..records import to_json
+from ..records import SCHEMA, FileSpec, check_file, read_record, to_json, write_record
 from ..runtime import preprocessing
 from ..runtime.images import open_image, picture_hash
 from ..runtime.prompt import Tokenizer, render

@@ -129,9 +129,9 @@ def detail(session: Session, image: Path, prompt: str, tokens: Sequence[int]) ->
     }
 
 
-def made_from(artifact: Artifact) -> Any:
+def made_from(artifact: Artifact) -> dict[str, Any] | None:
     """The options that the artefact's goldens were recorded with."""
-    found = read_json(artifact.path_of("golden/golden.json"))
+    found: Any = read_json(artifact.path_of("golden/golden.json"))
     return found.get("made_from") if isinstance(found, dict) else None
 
 

@@ -11,10 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..artifact import SCHEMA, Artifact, BuildSpec, EngineSpec
+from ..artifact import Artifact, BuildSpec, EngineSpec
 from ..errors import VlmcError
 from ..evaluation import goldens
 from ..files import writing
+from ..records import SCHEMA
 from ..runtime import backends
 from ..runtime.images import open_image
 from . import harness, limits, machine, power, questions

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..artifact import SCHEMA
 from ..errors import VlmcError, mended_by, reason
 from ..evaluation import accuracy, agreement, tasks
 from ..evaluation import matching as score_matches
 from ..files import inside, read_json
+from ..records import SCHEMA
 from . import matching, roofline, samples, statistics, verdict
 from .harness import slug
 from .samples import Row

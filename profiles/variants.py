@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..artifact import FLOATS, Artifact, BuildSpec, EngineSpec, read_record
+from ..artifact import FLOATS, Artifact, BuildSpec, EngineSpec
 from ..files import sha256_of
+from ..records import read_record
 from ..runtime import backends
 from . import plans
 from .device import load_device

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..artifact import FLOATS, SCHEMA
+from ..artifact import FLOATS
 from ..errors import VlmcError, mended_by
 from ..files import read_json
 from ..profiles import verdict
-from ..records import from_json
+from ..records import SCHEMA, from_json
 
 ABSENT = "unavailable: not in the report"
 

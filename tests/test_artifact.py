@@ -12,32 +12,26 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from vlmc import artifact as module
+from vlmc import records
 from vlmc.artifact import (
     COMPONENTS,
     DECODER_INPUTS,
     GRAPH_FILES,
-    SCHEMA,
     Artifact,
     BuildReport,
     BuildSpec,
     Choice,
     ComponentSpec,
     EngineSpec,
-    FileSpec,
     KvSpec,
     Manifest,
     PromptSpec,
     Source,
     TensorSpec,
-    check_file,
-    describe_files,
-    read_record,
-    write_record,
 )
 from vlmc.errors import VlmcError
 from vlmc.files import sha256_of
-from vlmc.records import from_json, to_json
+from vlmc.records import SCHEMA, FileSpec, check_file, describe_files, from_json, read_record, to_json, write_record
 
 PIXELS = TensorSpec("pixel_values", "float32", ("tiles", 3, 32, 32))
 
@@ -209,12 +203,12 @@ def test_a_file_is_checked_before_it_is_given_out(root: Path) -> None:
 
 def test_a_file_is_hashed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(module, "sha256_of", lambda path: seen.append(path) or "")
+    monkeypatch.setattr(records, "sha256_of", lambda path: seen.append(path) or "")
     opened = Artifact(root)
     opened.manifest.files["onnx/decoder_model_merged.onnx"] = FileSpec("", 30)
     assert opened.path_of("onnx/decoder_model_merged.onnx") == opened.path_of("onnx/decoder_model_merged.onnx")
     assert len(seen) == 1
-    monkeypatch.setattr(module, "sha256_of", lambda path: seen.append(path) or sha256_of(path))
+    monkeypatch.setattr(records, "sha256_of", lambda path: seen.append(path) or sha256_of(path))
     for _ in range(2):
         opened.engine("cpu", "vision_encoder", "onnxruntime-int8")
     assert len(seen) == 2

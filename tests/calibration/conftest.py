@@ -11,21 +11,13 @@ from hypothesis import settings
 from PIL import Image
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from vlmc import demo
-from vlmc.artifact import (
-    SCHEMA,
-    Artifact,
-    ComponentSpec,
-    Manifest,
-    Source,
-    TensorSpec,
-    describe_files,
-    write_record,
-)
+from vlmc.artifact import Artifact, ComponentSpec, Manifest, Source, TensorSpec
 from vlmc.exporter import processor
 from vlmc.exporter.families.smolvlm import SmolVlm
 from vlmc.exporter.family import Components
 from vlmc.exporter.onnx_ops import IMPLEMENTATION
 from vlmc.exporter.torch_runner import torch_session
+from vlmc.records import SCHEMA, describe_files, write_record
 from vlmc.runtime.session import Session
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from vlmc.artifact import SCHEMA
 from vlmc.calibration import recipes
 from vlmc.calibration.calibrate import plan_for
 from vlmc.calibration.fake_quant import QuantisedConv2d, QuantisedLinear, apply_plan
@@ -19,6 +18,7 @@ from vlmc.calibration.recipes import Recipe
 from vlmc.calibration.sets import load_set
 from vlmc.calibration.weights import dequantize_weight, quantize_weight
 from vlmc.errors import VlmcError
+from vlmc.records import SCHEMA
 from vlmc.runtime.images import open_image
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from vlmc.artifact import SCHEMA, Artifact
+from vlmc.artifact import Artifact
 from vlmc.calibration import recipes
 from vlmc.calibration.plan import ModulePlan, Plan, SetRecord, read_plan, write_plan
 from vlmc.errors import VlmcError
+from vlmc.records import SCHEMA
 
 PLAN = Plan(
     schema=SCHEMA,

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vlmc.artifact import Artifact, FileSpec, TensorSpec
+from vlmc.artifact import Artifact, TensorSpec
 from vlmc.calibration import recipes, samples
 from vlmc.calibration.calibrate import plan_for
 from vlmc.calibration.plan import Plan, read_plan, write_plan
 from vlmc.calibration.sets import CalibrationSet, load_set
 from vlmc.errors import VlmcError
 from vlmc.files import sha256_of
+from vlmc.records import FileSpec
 from vlmc.runtime.images import open_image
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from vlmc.artifact import SCHEMA
 from vlmc.calibration.plan import ModulePlan, Plan
 from vlmc.calibration.recipes import Recipe
 from vlmc.engines import child, trial
+from vlmc.records import SCHEMA
 
 Load = Callable[..., ort.InferenceSession]
 

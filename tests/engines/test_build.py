@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, MatchSpec, read_record, write_record
+from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, MatchSpec
 from vlmc.engines import build as module
 from vlmc.engines import builders, trial, work
 from vlmc.engines.build import TURNS, build, candidates, reason_not_here, results
@@ -20,6 +20,7 @@ from vlmc.errors import VlmcError
 from vlmc.files import read_json
 from vlmc.profiles import machine
 from vlmc.profiles.device import device_names, load_device
+from vlmc.records import read_record, write_record
 
 
 @pytest.fixture

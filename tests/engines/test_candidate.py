@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vlmc.artifact import GRAPH_FILES, Artifact, EngineSpec, FileSpec
+from vlmc.artifact import GRAPH_FILES, Artifact, EngineSpec
 from vlmc.calibration.plan import read_plan, write_plan
 from vlmc.engines import candidate as module
 from vlmc.engines.candidate import Candidate, build, cached, key, record_trial
+from vlmc.records import FileSpec
 
 VISION = Candidate("cpu", "vision_encoder", "onnxruntime", "int8")
 

@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
-from vlmc.artifact import Artifact, EngineSpec, read_record
+from vlmc.artifact import Artifact, EngineSpec
 from vlmc.engines import child
 from vlmc.engines.build import build
 from vlmc.errors import VlmcError
 from vlmc.profiles.device import load_device
+from vlmc.records import read_record
 
 EMBED = ("cpu", "embed_tokens", "onnxruntime", "fp32")
 

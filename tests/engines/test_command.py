@@ -7,19 +7,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 from vlmc.artifact import ASKED_MEANS, Artifact
-from vlmc.calibration import command, plan, recipes, sets
-from vlmc.calibration.plan import read_plan
+from vlmc.calibration import command, recipes, sets
+from vlmc.calibration.plan import Plan, read_plan
 from vlmc.engines import build as engines_build
 from vlmc.engines.command import _ensure_plan, build
 from vlmc.engines.trial import ANSWER
 from vlmc.errors import VlmcError
 from vlmc.profiles import device as profiles_device
-from vlmc.profiles.device import load_device
+from vlmc.profiles.device import Device, load_device
 
 
 def run(*arguments: Any) -> Result:
@@ -81,29 +82,31 @@ def test_another_devices_own_set_and_another_recipe_are_no_plan_for_this_one(
     planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, made = shutil.copytree(planned.root, tmp_path / "tiny"), list[Any]()
-    artifact, int8 = Artifact(folder), recipes.load("int8")
-    monkeypatch.setattr(command, "make_plan", lambda artifact, recipe, given: made.append(given))
-    monkeypatch.setattr(plan, "write_plan", lambda artifact, plan: None)
-    pictures = tmp_path / "theirs.jsonl"
-    pictures.touch()
-    cpu, known = load_device("cpu"), read_plan(artifact, "int8").calibrated_on
-    assert known is not None
+    artifact, int8, usual = Artifact(folder), recipes.load("int8"), read_plan(planned, "int8")
 
-    def plans(name: str, recipe: recipes.Recipe = int8) -> int:
+    def make(artifact: Artifact, recipe: Any, given: Path | None) -> Plan:
+        made.append(given)
+        return usual
+
+    def calibrated_on(device: Device, recipe: recipes.Recipe = int8) -> list[Any]:
         made.clear()
-        _ensure_plan(artifact, recipe, None, profiles_device.load_device(name))
-        return len(made)
+        _ensure_plan(artifact, recipe, None, device)
+        return made
 
-    assert plans("cpu") == 0
-    assert plans("cpu", replace(int8, rules=recipes.load("w8").rules)) == 1
-    theirs = replace(load_device("rpi5"), calibration_set=str(pictures))
-    monkeypatch.setattr(profiles_device, "load_device", lambda name: theirs if name == "rpi5" else cpu)
-    monkeypatch.setattr(sets, "load_set", lambda path: known)  # the plan's own set is the Pi's
-    assert (plans("rpi5"), plans("cpu")) == (0, 1)
-    monkeypatch.setattr(sets, "load_set", lambda path: replace(known, sha256="0"))
-    assert plans("rpi5") == 1
-    assert made == [pictures]
-    assert plans("cpu") == 0
+    monkeypatch.setattr(command, "make_plan", make)
+    cpu, pi = load_device("cpu"), load_device("rpi5")
+    theirs = replace(pi, calibration_set=str(tmp_path / "theirs.jsonl"))
+    assert calibrated_on(cpu) == []
+    assert calibrated_on(cpu, replace(int8, rules=recipes.load("w8").rules)) == [None]
+    assert calibrated_on(theirs) == [tmp_path / "theirs.jsonl"]
+    assert calibrated_on(theirs) == []
+    assert calibrated_on(replace(cpu, calibration_set=theirs.calibration_set)) == []
+    assert calibrated_on(cpu) == [None]
+    assert calibrated_on(pi) == []
+    calibrated_on(theirs)
+    (tmp_path / "theirs.jsonl").touch()
+    monkeypatch.setattr(sets, "load_set", lambda path: SimpleNamespace(sha256="another"))
+    assert calibrated_on(theirs) == [tmp_path / "theirs.jsonl"]
 
 
 def test_whole_answers_are_told_where_they_were_tried(

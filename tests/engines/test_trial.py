@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vlmc.artifact import Artifact, FileSpec
+from vlmc.artifact import Artifact
 from vlmc.engines import trial
 from vlmc.engines.trial import try_component
 from vlmc.files import read_json, sha256_of
+from vlmc.records import FileSpec
 from vlmc.runtime import backends
 from vlmc.runtime.images import open_image
 from vlmc.runtime.runner import HostDecoder

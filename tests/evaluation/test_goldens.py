@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vlmc.artifact import Artifact, FileSpec
+from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.evaluation import goldens
 from vlmc.files import sha256_of
+from vlmc.records import FileSpec
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from vlmc.artifact import GRAPH_FILES, Artifact, FileSpec, ParityLevel
+from vlmc.artifact import GRAPH_FILES, Artifact, ParityLevel
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, graph, parity
 from vlmc.exporter.export import Options, export
 from vlmc.files import sha256_of
+from vlmc.records import FileSpec
 
 LEVELS = [
     *(

@@ -11,7 +11,6 @@ import tokenizers
 from PIL import Image
 from vlmc.artifact import (
     COMPONENTS,
-    SCHEMA,
     Artifact,
     BuildReport,
     BuildSpec,
@@ -22,10 +21,9 @@ from vlmc.artifact import (
     Manifest,
     PromptSpec,
     Source,
-    describe_files,
-    write_record,
 )
 from vlmc.files import write_json
+from vlmc.records import SCHEMA, describe_files, write_record
 
 PREPROCESSING = {
     "kind": "clip",

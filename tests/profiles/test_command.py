@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from vlmc.artifact import Artifact, BuildSpec, write_record
+from vlmc.artifact import Artifact, BuildSpec
 from vlmc.errors import VlmcError
 from vlmc.profiles import doctor as doctor_room
 from vlmc.profiles import experiment, harness, limits
 from vlmc.profiles.command import devices, doctor, profile
 from vlmc.profiles.device import device_names, load_device
 from vlmc.profiles.variants import Variant, Variants
+from vlmc.records import write_record
 from vlmc.reports import document
 from vlmc.runtime import backends, cuda
 

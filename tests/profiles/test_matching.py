@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from vlmc.artifact import COMPONENTS, Artifact, BuildSpec, describe_files
+from vlmc.artifact import COMPONENTS, Artifact, BuildSpec
 from vlmc.errors import VlmcError
 from vlmc.profiles import experiment, limits, samples
 from vlmc.profiles.command import profile
 from vlmc.profiles.matching import labels_of, read_labels
 from vlmc.profiles.variants import Variant, Variants
 from vlmc.profiles.worker import MatchWorker, Worker, open_worker
+from vlmc.records import describe_files
 from vlmc.reports import document, page, spreadsheet, tables
 
 from .conftest import add_build, add_engine

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vlmc.artifact import Artifact, EngineSpec, read_record, write_record
+from vlmc.artifact import Artifact, EngineSpec
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden
+from vlmc.records import read_record, write_record
 from vlmc.runtime import backends
 from vlmc.runtime.backends import onnxruntime, openvino
 from vlmc.runtime.backends.onnxruntime import OnnxRunner
