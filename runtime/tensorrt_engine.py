@@ -55,12 +55,12 @@ def new_context(trt: Any, engine: Any) -> Any:
         made = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     else:
         made = engine.create_execution_context_without_device_memory()
-    if made is None:  # 8.6 and one of several engines of CLIP's text encoder: "Myelin internal error"
+    if made is None:  # 8.6 and half of its engines of CLIP's text encoder: "Myelin internal error"
         raise VlmcError(
             f"{backends.title(trt.__name__)} {trt.__version__} cannot run an engine that it has built",
             found="; ".join(log.errors[-2:]) or "no message",
-            fix="delete timing.cache in the folder of the device's engines and build again; it then times its kernels"
-            " anew and may take others",
+            fix="build it again; should that fail too, delete timing.cache in the folder of the device's engines first,"
+            " so that it times its kernels anew and may take others",
         )
     return made
 
