@@ -15,7 +15,7 @@ from .errors import VlmcError
 from .files import read_json, sha256_of, write_json
 
 SCHEMA = 1  # of every record
-REMAKE = "make the artefact again with `vlmc export`"
+REMAKE = "copy the artefact again from where it is whole, or make it again with `vlmc export`"
 T = TypeVar("T")
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,10 +34,13 @@ TURNS = 3  # of each mix, so that a slow minute falls on all of them
 Report = Callable[[str, int, int], None]  # what is being done, done, total
 
 
-def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tuple[BuildSpec, list[str]]:
-    """Builds, tries and chooses; returns the record, which is also written, and the engines that were in the cache."""
+def build(
+    artifact: Artifact, device: Device, recipe: str, report: Report, only: Collection[str] = ()
+) -> tuple[BuildSpec, list[str]]:
+    """Builds, tries and chooses; returns the record, which is also written, and the engines that were in the cache.
+    `only`: as for `candidates`."""
     start = time.perf_counter()
-    todo = list(candidates(artifact, device, recipe))
+    todo = list(candidates(artifact, device, recipe, only))
     hits, specs = [], {}
     for index, candidate in enumerate(todo):
         report(f"building {candidate.component} {candidate.engine}", index, len(todo))
@@ -90,16 +92,18 @@ def build(artifact: Artifact, device: Device, recipe: str, report: Report) -> tu
     return record, hits
 
 
-def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Candidate]:
-    """What is built, component by component: float and the recipe's precision on every backend that offers them. The
-    first of a component is float on the backend that the device prefers."""
+def candidates(artifact: Artifact, device: Device, recipe: str, only: Collection[str] = ()) -> Iterator[Candidate]:
+    """What is built, component by component: float and the recipe's precision on every backend that offers them; of
+    those in `only` where one of them does. The first of a component is float on the backend that the device prefers."""
     known = {name: builders.load(name) for name in device.backends}
+    wanted = set(only)
     if device.sm is not None and (reason := known[device.backends[0]].unavailable()):
         if device.ahead_of_time or not reason_not_here(device):
             what = f"Engines for {device.title} cannot be built here"
             raise VlmcError(what, found=reason, fix="install what is missing; `vlmc doctor` shows what can run here")
         del known[device.backends[0]]
         known = {"handover": builders.load("handover")} | known  # TensorRT builds on the device
+        wanted |= {"handover"} if device.backends[0] in only else set()
     usable = {name: builder for name, builder in known.items() if not builder.unavailable()}
     for component in artifact.components:
 
@@ -116,6 +120,7 @@ def candidates(artifact: Artifact, device: Device, recipe: str) -> Iterator[Cand
             reasons = [f"{name}: {builder.unavailable() or refusal(builder)}" for name, builder in known.items()]
             what = f"No backend of the device {device.name!r} can build the {component} here"
             raise VlmcError(what, found="; ".join(reasons), fix="see `vlmc doctor`")
+        floats = {name: precision for name, precision in floats.items() if name in wanted} or floats
         yield from (Candidate(device.name, component, name, precision) for name, precision in floats.items())
         if quantises(artifact, component, recipe):
             quantising = [name for name in floats if offered(name, recipe)]
@@ -146,9 +151,7 @@ def reason_not_here(device: Device) -> str:
         if isinstance(found, str):  # also where a package is missing, and a Jetson cannot tell that it is one
             return f"this machine shows no GPU of {device.title}: {found}"
         return f"this machine is no {device.title} (its GPU is SM {found})"
-    if platform.machine() != device.architecture:
-        return f"this machine is {platform.machine()}, and {device.title} is {device.architecture}"
-    return ""
+    return machine.other_than(device)
 
 
 def _verdict(

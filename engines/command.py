@@ -12,9 +12,11 @@ from .. import console
 from ..artifact import ASKED, ASKED_MEANS, Artifact, BuildSpec
 from ..calibration import recipes
 from ..profiles.device import Device, device_names
+from ..runtime import backends
 
 KNOWN = ", ".join(recipes.names())
 DEVICES, RECIPES = console.completing(device_names), console.completing(recipes.names)
+BACKENDS = console.completing(backends.names)
 
 
 @click.command()
@@ -22,14 +24,23 @@ DEVICES, RECIPES = console.completing(device_names), console.completing(recipes.
 @click.option("--device", default="cpu", show_default=True, shell_complete=DEVICES, help="One of `vlmc devices`.")
 @click.option("--recipe", default="", shell_complete=RECIPES, help=f"What precision each part gets: {KNOWN}.")
 @click.option("--int8", is_flag=True, help="Short for --recipe int8.")
+@click.option("--backend", "only", multiple=True, shell_complete=BACKENDS, help="Build for it alone, where it can.")
 @click.option("--set", "set_file", type=click.Path(path_type=Path), help="Calibration set, where no plan is there yet.")
 @click.option("--json", "as_json", is_flag=True, help="Print every engine as JSON.")
-def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path | None, as_json: bool) -> None:
+def build(
+    artefact: Path,
+    device: str,
+    recipe: str,
+    int8: bool,
+    only: tuple[str, ...],
+    set_file: Path | None,
+    as_json: bool,
+) -> None:
     """Build ARTEFACT's engines for a device, float and quantised, and keep per component what wins.
 
     Example: vlmc build out/demo --device cpu --int8
     """
-    from ..profiles.device import load_device, require_precision
+    from ..profiles.device import load_device, require_backends, require_precision
     from .build import build as run
     from .build import results
 
@@ -41,6 +52,7 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
         raise click.UsageError(f"The recipe {recipe} observes nothing; leave --set out.")
     opened, target = Artifact(artefact), load_device(device)
     require_precision(target, chosen.name, chosen.kind)
+    require_backends(target, only)
     _ensure_plan(opened, chosen, set_file, target)
     with console.progress() as bar:
         task = bar.add_task("building", total=None)
@@ -49,6 +61,7 @@ def build(artefact: Path, device: str, recipe: str, int8: bool, set_file: Path |
             target,
             recipe,
             lambda t, n, m: bar.update(task, description=t, completed=n, total=m if n < m else None),
+            only,
         )
     rows = results(opened, record)
     if as_json:

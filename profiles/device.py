@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import VlmcError, mended_by
 from ..records import from_json
+from ..runtime import backends
+from . import power
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,7 +35,8 @@ class Device:
     backends and power_sources are in order of preference. `precisions` are those that its backends build engines in,
     of recipes their `kind`; `opset` and `typing` are the ONNX dialect: with `weak` typing a float32 graph
     gets its precision from builder flags, with `strong` it is in the graph. `sm` is the compute capability of an NVIDIA
-    GPU that engines run on, 87 for 8.7. `calibration_set` is `demo` or a file beside the device's. Budgets: memory of
+    GPU that engines run on, 87 for 8.7; where none tells the device from others, `board` is what the device tree's
+    model has to hold ("Raspberry Pi 5"). `calibration_set` is `demo` or a file beside the device's. Budgets: memory of
     the whole process, and time from the picture to the first token. Peaks are dense (no sparsity), in 10^12 operations
     a second, a multiply-add counting as two. `handover` is the one sentence that says what remains to be done on the
     device once this machine has done its part.
@@ -52,6 +57,7 @@ class Device:
     power_rails: tuple[str, ...] = ()
     unified_memory: bool = False
     sm: int | None = None
+    board: str = ""
     tensorrt: str | None = None
     memory_gb: float | None = None
     memory_budget_gb: float | None = None
@@ -92,7 +98,31 @@ def load_device(name: str, folder: Path = FOLDER) -> Device:
         unknown = data.keys() - {field.name for field in dataclasses.fields(Device)} | data.keys() & {"name"}
         if unknown:
             raise VlmcError(f"{path} has fields that no device has", found=", ".join(sorted(unknown)))
-        return from_json(Device, {"name": name} | data, path.name)
+        device = from_json(Device, {"name": name} | data, path.name)
+        _require_known(device, path)
+        return device
+
+
+def _require_known(device: Device, path: Path) -> None:
+    """Raises where a name stands in the file that none of vlmc's own files has, or a version that is none."""
+    for field, known in (("backends", backends.names()), ("power_sources", power.names())):
+        if unknown := [name for name in getattr(device, field) if name not in known]:
+            what = f"{path} has {field} that vlmc does not have"
+            raise VlmcError(what, found=", ".join(unknown), expected=f"some of {', '.join(known)}")
+    if not device.backends:
+        raise VlmcError(f"{path} names no backend", expected=f"some of {', '.join(backends.names())}")
+    if device.tensorrt is not None and not re.fullmatch(r"\d+\.\d+(\.\d+)*", device.tensorrt):
+        raise VlmcError(f"{path} has no version of TensorRT", found=device.tensorrt, expected='one like "10.3"')
+
+
+def require_backends(device: Device, wanted: Iterable[str]) -> None:
+    """Refuses names that are no backend of the device."""
+    if strange := [name for name in wanted if name not in device.backends]:
+        raise VlmcError(
+            f"The device {device.name!r} has no backend {', '.join(strange)}",
+            expected=f"some of {', '.join(device.backends)}",
+            fix="name these, or leave --backend out",
+        )
 
 
 def require_precision(device: Device, recipe: str, kind: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,6 @@ from .questions import Question
 from .variants import Variant, Variants, engine_specs, variants
 
 EXAMPLES = 6
-ARCHITECTURES = {"arm64": "aarch64", "AMD64": "x86_64"}
 
 
 def profile(
@@ -96,18 +94,16 @@ def profile(
 def choose_build(artifact: Artifact, device: str, recipe: str) -> tuple[BuildSpec, Device]:
     """The build to measure: of those for the device and recipe, where given, and for this machine the newest; as for
     `vlmc run`, one whose backends can run here comes before one whose cannot."""
-    here = ARCHITECTURES.get(platform.machine(), platform.machine())
     if not device:
         for build in sorted(artifact.builds(), key=lambda build: not backends.can_run(build)):
-            if recipe in ("", build.recipe) and (target := load_device(build.device)).architecture == here:
+            if recipe in ("", build.recipe) and not machine.other_than(target := load_device(build.device)):
                 return build, target
     build = artifact.build(device, recipe)
     target = load_device(build.device)
-    if target.architecture != here:
+    if other := machine.other_than(target):
         raise VlmcError(
             f"The device {target.name!r} ({target.title}) is not this machine, so nothing can be measured here",
-            found=here,
-            expected=target.architecture,
+            found=other,
             fix=target.handover.rstrip("."),
         )
     return build, target

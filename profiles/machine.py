@@ -16,12 +16,30 @@ from typing import Any
 
 from ..runtime.backends import processors
 from . import memory, nvidia
+from .device import Device
 
 ROOT = Path("/")
 PACKAGES = (  # distributions
     *("numpy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13"),
     *("torch", "transformers", "tokenizers"),
 )
+
+
+ARCHITECTURES = {"arm64": "aarch64", "AMD64": "x86_64"}  # as other systems than Linux say it
+
+
+def architecture() -> str:
+    """As `uname -m` says it on Linux."""
+    return ARCHITECTURES.get(platform.machine(), platform.machine())
+
+
+def other_than(device: Device, root: Path = ROOT) -> str:
+    """Why this machine is not of the device's kind, as far as processor and board tell; empty where it is."""
+    if (here := architecture()) != device.architecture:
+        return f"this machine is {here}, and {device.title} is {device.architecture}"
+    if device.board not in (board := _board(root)):
+        return f"this machine is {board or 'no board that a device tree names'}, and no {device.board}"
+    return ""
 
 
 def describe(threads: int, root: Path = ROOT) -> dict[str, Any]:
@@ -106,17 +124,21 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _cpu(root: Path) -> str:
     """x86 names its model in /proc/cpuinfo, Arm boards in the device tree."""
-    for path, pattern in (
-        (root / "proc/cpuinfo", r"^model name\s*:\s*(.+)$"),
-        (root / "proc/device-tree/model", r"^(.+?)\0?$"),
-    ):
-        try:
-            found = re.search(pattern, path.read_text(errors="replace"), re.MULTILINE)
-        except OSError:
-            continue
-        if found:
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()
+    try:
+        text = (root / "proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    named = found.group(1).strip() if found else _board(root)
+    return named or platform.processor() or platform.machine()
+
+
+def _board(root: Path) -> str:
+    """What the device tree calls the board; empty where there is none."""
+    try:
+        return (root / "proc/device-tree/model").read_text(errors="replace").strip("\0 \n")
+    except OSError:
+        return ""
 
 
 def _gpu() -> str:

@@ -171,7 +171,7 @@ def test_a_damaged_manifest_is_refused(cut: float, junk: bytes, tmp_path_factory
     damaged = text[: int(cut * len(text))] + junk
     assume(damaged != text)
     (root / "manifest.json").write_bytes(damaged)
-    with pytest.raises(VlmcError, match="To mend it: make the artefact again"):
+    with pytest.raises(VlmcError, match="To mend it: copy the artefact again from where it is whole, or make it again"):
         Artifact(root)
 
 

@@ -9,8 +9,9 @@ import importlib
 import pkgutil
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
-from ...errors import VlmcError
+from ...errors import VlmcError, reason
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Recipe:
-    """The recipe of that name; an unknown one is answered with the nearest names."""
+    """The recipe of that name; an unknown one is answered with the nearest names, a file that is no recipe refused."""
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=2)
         raise VlmcError(
@@ -93,8 +94,17 @@ def load(name: str) -> Recipe:
             expected="one of " + ", ".join(names()),
             fix=f"did you mean {' or '.join(near)}" if near else "choose one of these",
         )
-    recipe = importlib.import_module(f"{__name__}.{name.replace('-', '_')}").RECIPE
-    assert isinstance(recipe, Recipe)
+    path = Path(__path__[0]) / f"{name.replace('-', '_')}.py"
+    try:
+        recipe = importlib.import_module(f"{__name__}.{path.stem}").RECIPE
+    except Exception as error:  # whatever stands in the file
+        said = f"{type(error).__name__}: {reason(error)}"
+        raise VlmcError(f"{path} is no recipe", found=said, expected="a RECIPE", fix="mend the file") from error
+    if not isinstance(recipe, Recipe):
+        kind = type(recipe).__name__
+        raise VlmcError(
+            f"{path} is no recipe", found=f"a RECIPE of type {kind}", expected="a Recipe", fix="mend the file"
+        )
     if recipe.name != name:
         raise VlmcError(f"The recipe in the file of {name!r} calls itself {recipe.name!r}", fix="give both one name")
     return recipe

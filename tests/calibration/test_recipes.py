@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from vlmc.calibration import recipes
@@ -77,3 +79,22 @@ def test_a_recipe_that_calls_itself_by_another_name_is_refused(monkeypatch: pyte
     monkeypatch.setattr(module, "RECIPE", replace(module.RECIPE, name="w8"))
     with pytest.raises(VlmcError, match="of 'w4' calls itself 'w8'"):
         recipes.load("w4")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("RECIPE = (", r"Found: SyntaxError: '\(' was never closed \(mine\.py, line 1\)"),
+        ("RECIPE = Recipe('mine', '', {})", "Found: NameError: name 'Recipe' is not defined"),
+        ("", "Found: AttributeError: .*RECIPE"),
+        ("RECIPE = 8", "Found: a RECIPE of type int. Expected: a Recipe"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named_with_what_is_wrong_in_it(
+    text: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "__path__", [str(tmp_path)])
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.delitem(sys.modules, f"{recipes.__name__}.mine", raising=False)  # the case before this one
+    with pytest.raises(VlmcError, match=rf"{tmp_path / 'mine.py'} is no recipe\. {says}"):
+        recipes.load("mine")

@@ -13,7 +13,6 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, MatchSpec
-from vlmc.engines import build as module
 from vlmc.engines import builders, trial, work
 from vlmc.engines.build import TURNS, build, candidates, reason_not_here, results
 from vlmc.errors import VlmcError
@@ -300,7 +299,7 @@ def test_a_model_that_matches_answers_nothing(
 def test_a_device_of_another_architecture_is_built_for_and_not_measured(
     artifact: Artifact, in_process: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
     record, _ = run(artifact, "rpi5", "int8")
     assert {step[0] for step in in_process} == {"candidate"}
     assert record.remaining == load_device("rpi5").handover
@@ -335,9 +334,34 @@ def test_every_device_has_candidates_for_every_component(name: str, planned: Art
         assert (own[-1].precision == "int8") == (component != "embed_tokens")
 
 
+@pytest.mark.parametrize(
+    ("only", "vision", "decoder"),
+    [
+        (["onnxruntime"], {"onnxruntime"}, {"onnxruntime"}),
+        (["openvino"], {"openvino"}, {"onnxruntime"}),  # which offers no decoder
+        (["openvino", "onnxruntime"], {"onnxruntime", "openvino"}, {"onnxruntime"}),
+    ],
+)
+def test_backends_can_be_chosen_and_count_where_they_offer_the_component(
+    only: list[str], vision: set[str], decoder: set[str], planned: Artifact
+) -> None:
+    found = list(candidates(planned, load_device("cpu"), "int8", only))
+    by_component = {name: {c.backend for c in found if c.component == name} for name in COMPONENTS}
+    assert by_component == {"vision_encoder": vision, "embed_tokens": {"onnxruntime"}, "decoder": decoder}
+
+
+def test_a_jetsons_graph_waits_for_the_backend_that_was_chosen(planned: Artifact) -> None:
+    found = list(candidates(planned, load_device("orin"), "int8", ["tensorrt"]))
+    assert {(c.component, c.backend) for c in found} == {
+        ("vision_encoder", "handover"),
+        ("decoder", "handover"),
+        ("embed_tokens", "numpy"),
+    }
+
+
 def test_this_machine_is_known_by_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = load_device("cpu")
-    monkeypatch.setattr(module.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
     assert reason_not_here(cpu) == ""
     assert "x86_64" in reason_not_here(load_device("rpi5"))
     assert "Jetson" in reason_not_here(load_device("orin"))

@@ -150,6 +150,7 @@ def test_a_device_elsewhere_gets_one_sentence_on_what_remains(
     ("arguments", "says"),
     [
         (["--device", "orrin"], "There is no device 'orrin'. Found: nearest: orin"),
+        (["--int8", "--backend", "tensorrt"], "'cpu' has no backend tensorrt. Expected: some of onnxruntime, openvino"),
         (["--recipe", "int9"], "There is no recipe 'int9'.*did you mean int8"),
         (["--recipe", "../manifest"], "There is no recipe"),
         (["--int8", "--set", "gone.jsonl"], r"no calibration set gone\.jsonl"),

@@ -88,3 +88,23 @@ def test_a_misspelt_field_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text((FOLDER / "cpu.toml").read_text() + "\nmemory_bg = 3\n")
     with pytest.raises(VlmcError, match="memory_bg"):
         load_device("x", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (
+            'backends = ["onnxruntime", "openvno"]',
+            r"has backends that vlmc does not have. Found: openvno. Expected: .*openvino",
+        ),
+        ("backends = []", "names no backend"),
+        ('power_sources = ["raple"]', r"has power_sources that vlmc does not have. Found: raple. Expected: .*rapl"),
+        ('tensorrt = "ten"', 'has no version of TensorRT. Found: ten. Expected: one like "10.3"'),
+    ],
+)
+def test_a_misspelt_value_is_refused_with_those_that_there_are(line: str, says: str, tmp_path: Path) -> None:
+    key = line.split(" =")[0]
+    lines = [text for text in (FOLDER / "cpu.toml").read_text().splitlines() if not text.startswith(f"{key} =")]
+    (tmp_path / "x.toml").write_text("\n".join([*lines, line]))
+    with pytest.raises(VlmcError, match=rf"{says}.*To mend it: mend {tmp_path / 'x.toml'}\."):
+        load_device("x", tmp_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from vlmc.profiles import machine, memory
+from vlmc.profiles.device import load_device
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
@@ -65,6 +66,31 @@ def test_an_arm_board_is_named_by_its_device_tree(tmp_path: Path) -> None:
         tmp_path, {"proc/cpuinfo": "processor : 0\n", "proc/device-tree/model": "Raspberry Pi 5 Model B Rev 1.0\0"}
     )
     assert machine.describe(1, root)["cpu"] == "Raspberry Pi 5 Model B Rev 1.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "says"),
+    [
+        ("rpi5", "Raspberry Pi 5 Model B Rev 1.0\0", ""),
+        ("rpi5", "Raspberry Pi 4 Model B Rev 1.4\0", "Raspberry Pi 4 Model B Rev 1.4, and no Raspberry Pi 5"),
+        ("rpi5", "", "no board that a device tree names, and no Raspberry Pi 5"),
+        ("jetson-nano", "NVIDIA Jetson Nano Developer Kit\0", ""),
+        ("cpu-arm", "Raspberry Pi 4 Model B Rev 1.4\0", ""),
+        ("cpu-arm", "", ""),
+        ("cpu", "Raspberry Pi 5 Model B Rev 1.0\0", "aarch64, and x86-64 CPU is x86_64"),
+    ],
+)
+def test_an_arm_machine_is_a_device_by_its_board(
+    name: str, model: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.platform, "machine", lambda: "aarch64")
+    root = tree(tmp_path, {"proc/device-tree/model": model} if model else {})
+    assert machine.other_than(load_device(name), root) == (f"this machine is {says}" if says else "")
+
+
+def test_other_systems_names_of_an_architecture_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.platform, "machine", lambda: "AMD64")
+    assert machine.other_than(load_device("cpu")) == ""
 
 
 def test_a_machine_is_called_by_its_gpu_where_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
