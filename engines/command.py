@@ -17,6 +17,8 @@ from ..runtime import backends
 KNOWN = ", ".join(recipes.names())
 DEVICES, RECIPES = console.completing(device_names), console.completing(recipes.names)
 BACKENDS = console.completing(backends.names)
+LAST = ("build s", "peak MB")  # columns for wide terminals
+COLUMNS = ("engine", "ms", "cosine", "matrix products", "MB", *LAST)
 
 
 @click.command()
@@ -121,9 +123,11 @@ def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> No
     from .verdict import title
 
     output = console.output()
-    table = Table(title=f"Engines for {record.device}", box=box.SIMPLE_HEAD)
-    for column in ("engine", "ms", "cosine", "matrix products", "MB", "build s", "peak MB", ""):
-        words = column in ("engine", "matrix products", "")
+    narrow = output.width < console.WIDTH
+    columns = COLUMNS[: -len(LAST)] if narrow else COLUMNS
+    table = Table(title=f"Engines for {record.device}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for column in columns:
+        words = column in ("engine", "matrix products")
         table.add_column(column, justify="left" if words else "right", no_wrap=column == "engine")
     component = ""
     for row in rows:
@@ -131,17 +135,19 @@ def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> No
             component = row["component"]
             table.add_row(f"[bold]{component}")
         times = [f"{ms:.2f}{'' if name == 'run' else ' ' + name}" for name, ms in row["latency_ms"].items()]
-        table.add_row(
-            f"  {row['engine']}",
+        cells = (
+            f"  {row['engine']}" + " (kept)" * row["kept"],
             "\n".join(times),
             "" if row["agreement"] is None else f"{row['agreement']:.4f}",
             "\n".join(f"{count} {kind}" for kind, count in row["products"].items()),
             f"{row['size_bytes'] / 1e6:.1f}",
             f"{row['build_seconds']:.1f}",
             f"{row['peak_memory_bytes'] / 1e6:.0f}",
-            "[bold]kept[/bold]" if row["kept"] else "",
         )
+        table.add_row(*cells[: len(columns)], style="bold" if row["kept"] else "")
     output.print(table)
+    if narrow:
+        output.print(f"The terminal is too narrow for {' and '.join(LAST)}; --json has them.")
     if any(kind.endswith(ASKED) for row in rows for kind in row["products"]):
         output.print(f"{ASKED.strip()}: {ASKED_MEANS}.")
     for component, choice in record.choices.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
+from vlmc import console
 from vlmc.artifact import ASKED_MEANS, Artifact
 from vlmc.calibration import command, recipes, sets
 from vlmc.calibration.plan import Plan, read_plan
@@ -36,6 +39,20 @@ def test_it_prints_what_was_built_and_why_it_was_kept(built_copy: Path, in_proce
     assert "vision_encoder: " in said
     assert "ms" in said
     assert "Unchanged since an earlier build: vision_encoder onnxruntime-fp32" in said
+
+
+def test_a_narrow_terminal_gets_fewer_columns_but_whole_names_and_numbers(
+    built_copy: Path, in_process: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = run(built_copy, "--int8").output
+    monkeypatch.setattr(console, "output", lambda: Console(width=80))
+    narrow = run(built_copy, "--int8").output
+    assert "build s  peak MB" in wide
+    assert "too narrow for build s and peak MB; --json has them" in narrow
+    assert "too narrow" not in wide
+    for output in (wide, narrow):
+        assert re.search(r"^  onnxruntime-int8 .* \d\.\d{4}  1 float32 +\d", output, re.MULTILINE)
+        assert "…" not in output
 
 
 def test_products_that_were_only_asked_for_are_explained_once(
