@@ -2,8 +2,8 @@
 
     {"image": "pictures/0001.png", "prompt": "How many cats are there?", "answer": "2", "task": "objects_and_counts"}
 
-`image` is relative to the file. `answer` (optional) is what decoding is calibrated on; `task` and `facts` are for
-evaluation, which reads the same files.
+`image` is relative to the file. `answer` (optional) is what decoding is calibrated on; what else stands there is for
+evaluation, which reads the same files (`profiles.questions`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import json
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from ..errors import VlmcError
 from ..files import sha256_of
-from ..profiles.questions import read_lines
+from ..profiles.questions import Line, read_lines
 from ..runtime.images import open_image, picture_hash
 
 _FORM = 'one {"image": …, "prompt": …} a line'
@@ -25,13 +24,11 @@ _FORM = 'one {"image": …, "prompt": …} a line'
 
 @dataclass(frozen=True)
 class Row:
-    """One picture and question. `answer` is empty where none is known; `facts` are what a caption should state."""
+    """One picture and question. `answer` is empty where none is known."""
 
     image: Path
     prompt: str
     answer: str = ""
-    task: str = ""
-    facts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,10 @@ def load_set(path: Path, limit: int = 0) -> CalibrationSet:
     rows: list[Row] = []
     pictures: dict[Path, tuple[str, str]] = {}  # path: (sha256 of the file, picture_hash)
     for line in islice(read_lines(path, "calibration set", _FORM), limit or None):
-        values, where = dict(line.values), line.where
-        row = _row(values, path.parent, where)
+        row = _row(line, path.parent)
         if row.image not in pictures:
-            pictures[row.image] = _hashes(row.image, where)
-        digest.update(f"{json.dumps(values, sort_keys=True)}\n{pictures[row.image][0]}\n".encode())
+            pictures[row.image] = _hashes(row.image, line.where)
+        digest.update(f"{json.dumps(dict(line.values), sort_keys=True)}\n{pictures[row.image][0]}\n".encode())
         rows.append(row)
     if not rows:
         raise VlmcError(f"The calibration set {path} is empty", expected=_FORM)
@@ -77,16 +73,11 @@ def demo_set(folder: Path, count: int) -> CalibrationSet:
     return load_set(path)
 
 
-def _row(values: dict[str, Any], folder: Path, where: str) -> Row:
-    for name in ("image", "prompt", "answer", "task"):
-        value = values.get(name, "")
-        if not isinstance(value, str) or (name in ("image", "prompt") and not value):
-            raise VlmcError(f"{where} has no text in {name!r}", found=json.dumps(value)[:80], expected=_FORM)
-    facts = values.get("facts", [])
-    if not isinstance(facts, list) or not all(isinstance(fact, str) for fact in facts):
-        raise VlmcError(f"{where} has no list of texts in 'facts'", found=json.dumps(facts)[:80])
-    image = (folder / values["image"]).absolute()
-    return Row(image, values["prompt"], values.get("answer", ""), values.get("task", ""), tuple(facts))
+def _row(line: Line, folder: Path) -> Row:
+    image, prompt = line.text("image"), line.text("prompt")
+    if not image or not prompt:
+        raise VlmcError(f"{line.where} has an empty 'image' or 'prompt'", expected=line.form)
+    return Row((folder / image).absolute(), prompt, line.text("answer") if "answer" in line.values else "")
 
 
 def _hashes(image: Path, where: str) -> tuple[str, str]:
