@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import skeleton
 from gpu_steps import DEVICE
 from vlmc.artifact import Artifact, EngineSpec
 from vlmc.engines.candidate import Candidate
@@ -93,7 +94,7 @@ def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) 
             "position_ids": np.arange(start, start + length),
             "write_index": np.array([start]),
             "logits_index": np.array([length - 1]),
-            "input_ids": np.full(length, 1 if length == 1 else -1),  # -1: taken from inputs_embeds
+            "input_ids": np.full(length, skeleton.TOKEN if length == 1 else -1),  # -1: taken from inputs_embeds
         }
         for name in engine.inputs:
             if np.issubdtype(engine.dtypes[name], np.integer):
@@ -108,18 +109,25 @@ def ready(trt: Any, gpu: Any, artifact: Artifact, spec: EngineSpec, path: Path) 
 
 
 def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses: Any, name: str) -> float | None:
-    """The cosine of what the engine makes of the golden inputs with the golden outputs; of a step there are none."""
+    """The cosine of what the engine makes of the golden inputs with the golden outputs, of a step with what skeleton.py
+    kept; None where there is nothing of the same weights."""
     import numpy as np
     from vlmc.evaluation.agreement import cosine
     from vlmc.runtime.tensorrt_engine import batch
 
+    other = artifact.root / skeleton.OTHER
+    if other.is_file() and {name, *["embed_tokens"] * (name == "decoder")} & set(json.loads(other.read_text())):
+        return None
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         golden = {key: file[key] for key in file.files}
     spec, shapes = artifact.manifest.components[name], engine.profiles[0]
     given = {part: golden[f"0.{part}"] for part in engine.inputs if f"0.{part}" in golden}
     if name == "decoder":
         given.pop("input_ids", None)  # a prompt is in its embeddings
-        wanted = {"logits": golden["0.prefill_logits"]} if shapes["inputs_embeds"][1] > 1 else {}
+        wanted = {"logits": golden["0.prefill_logits"]}
+        if shapes["inputs_embeds"][1] == 1:  # whose inputs are there
+            kept = artifact.root / skeleton.STEP
+            given, wanted = {}, dict(np.load(kept, allow_pickle=False)) if kept.is_file() else {}
     else:
         wanted = {tensor.name: golden[key] for tensor in spec.outputs if (key := f"0.{tensor.name}") in golden}
         apart = batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)])

@@ -13,7 +13,7 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,18 @@ COLUMNS = (
     ("torch.compile", "compile"),
     ("fake-quant", "fake-quant"),
 )
-PARTS = (
+PARTS = (  # of an answer
     ("vision_encoder", "single", "vision_encoder_ms"),
     ("decoder", "prefill", "prefill_ms"),
     ("decoder", "single", "decode_ms"),
 )
+TABLES = {
+    "Vision, one tile": PARTS[0],
+    "A text of a model that matches": ("text_encoder", "single", "text_encoder_ms"),
+    "A fusion of a picture's features and the question": ("fusion", "single", "fusion_ms"),
+    "A prompt (its length in brackets)": PARTS[1],
+    "A decode step, a full cache (1,024 places, BLIP 512)": PARTS[2],
+}
 MIXED, MISSING = "TensorRT mixed", "–"
 AS_BUILT = ("level-0", "maxima")  # names of forms that are what `vlmc build` makes since
 
@@ -40,23 +47,21 @@ AS_BUILT = ("level-0", "maxima")  # names of forms that are what `vlmc build` ma
 def main(*paths: str) -> None:
     models = read(paths)
     header = [name for name, _ in COLUMNS] + ["ONNX Runtime CUDA", "TensorRT FP16", "TensorRT int8"]
-    titles = (
-        "Vision, one tile",
-        "A prompt (its length in brackets)",
-        "A decode step, a full cache (1,024 places, BLIP 512)",
-    )
-    for what, (part, form, key) in zip(titles, PARTS, strict=True):
-        limit = ["share of the limit, FP16 and int8"] if part == "decoder" and form == "single" else []
-        print(f"{what}, milliseconds:\n")
-        print(line(["model", *header, *limit]))
-        print(line(["---"] * (1 + len(header) + len(limit))))
-        for name, model in sorted((whole_towers(models) if part == "vision_encoder" else models).items()):
+    for what, (part, form, key) in TABLES.items():
+        steps = part == "decoder" and form == "single"
+        last = "share of the limit, FP16 and int8" if steps else "cosine with the golden, FP16 and int8"
+        rows = []
+        for name, model in sorted((models if part == "decoder" else whole_towers(models)).items()):
             cells = row(model, part, form, key)
             if any(ms is not None for ms, _ in cells):
                 given = model.get("torch", {}).get("eager", {})
                 title = f"{name} ({given['prompt']})" if form == "prefill" and "prompt" in given else name
-                print(line([title, *map(shown, cells), *(shares(model, cells) if limit else [])]))
-        print()
+                rows.append([title, *map(shown, cells), shares(model, cells) if steps else cosines(model, part, form)])
+        if rows:
+            print(f"{what}, milliseconds:\n")
+            print(line(["model", *header, last]))
+            print(line(["---"] * (2 + len(header))))
+            print("\n".join(map(line, rows)) + "\n")
     print(f"An answer of {TOKENS} tokens to one tile, milliseconds to the first and to the last, sums of the above:\n")
     print(line(["model", *header, MIXED]))
     print(line(["---"] * (2 + len(header))))
@@ -147,23 +152,33 @@ def row(model: dict[str, Any], part: str, form: str, key: str) -> list[Cell]:
     torch, forms = model.get("torch", {}), model.get("engines", {}).get(part, {})
     modes = [torch.get(mode, {}) for mode in (*(mode for _, mode in COLUMNS), "onnxruntime")]
     found: list[Cell] = [(mode.get(key) if isinstance(mode, dict) else None, "") for mode in modes]
-    for precision in ("fp16", "int8"):
-        engine = forms.get(form, {}).get(f"tensorrt-{precision}", {})
-        mark = engine.get("mark", "")
-        if form == "single" and not engine:  # stands in the form that is built, by its name
-            other = next((name for name in AS_BUILT if f"tensorrt-{precision}" in forms.get(name, {})), "")
-            if other:
-                engine, mark = forms[other][f"tensorrt-{precision}"], f" ({other})"
-        found.append((engine.get("ms"), mark))
+    for engine, other in engines(forms, form):
+        found.append((engine.get("ms"), f" ({other})" if other else engine.get("mark", "")))
     return found
 
 
-def shares(model: dict[str, Any], cells: list[Cell]) -> list[str]:
+def engines(forms: dict[str, Any], form: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """FP16 and int8 of that form, or of the form that is built, whose name then is the other of the pair."""
+    for precision in ("fp16", "int8"):
+        engine, other = forms.get(form, {}).get(f"tensorrt-{precision}", {}), ""
+        if form == "single" and not engine:
+            other = next((name for name in AS_BUILT if f"tensorrt-{precision}" in forms.get(name, {})), "")
+            engine = forms[other][f"tensorrt-{precision}"] if other else {}
+        yield engine, other
+
+
+def cosines(model: dict[str, Any], part: str, form: str) -> str:
+    """What engine_times.py found; of tiles that have to do with one another, or of other weights, there is none."""
+    found = [engine.get("agreement") for engine, _ in engines(model.get("engines", {}).get(part, {}), form)]
+    return ", ".join(MISSING if near is None else f"{near:.4f}" for near in found)
+
+
+def shares(model: dict[str, Any], cells: list[Cell]) -> str:
     kv = model["kv"]
     cache = 2 * kv["layers"] * kv["kv_heads"] * kv["capacity"] * kv["head_dim"] * 2
     limits = [(model["parameters"]["decoder"] * size + cache) / bandwidth(model["device"]) * 1000 for size in (2, 1)]
     pairs = zip(limits, cells[-2:], strict=True)
-    return [", ".join(MISSING if ms is None else f"{100 * limit / ms:.0f} %" for limit, (ms, _) in pairs)]
+    return ", ".join(MISSING if ms is None else f"{100 * limit / ms:.0f} %" for limit, (ms, _) in pairs)
 
 
 def bandwidth(device: str) -> float:

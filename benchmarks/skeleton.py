@@ -4,7 +4,9 @@
     python benchmarks/skeleton.py fill FOLDER               on the other, with PyTorch: draws the weights from the seed
 
 Small tensors travel as they are; large ones are the model's parameters, which the manifest's config and seed give
-again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them.
+again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them;
+OTHER names the components of which they are not, for another transformers may draw otherwise. STEP is what the
+canonical graph makes of a decode step at the cache's end, with nothing in the cache, which no golden has.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import numpy as np
 import onnx_ir as ir
 
 SMALL = 1 << 14  # bytes
-RECORD = "skeleton.json"
+RECORD, OTHER, STEP = "skeleton.json", "other-weights.json", "step.npz"
+TOKEN = 1  # of the step
 
 
 def strip(source: Path, target: Path) -> None:
@@ -43,6 +46,38 @@ def strip(source: Path, target: Path) -> None:
         (target / "onnx" / f"{data.name}.kept").write_bytes(kept)
         files[data.name] = {"bytes": data.stat().st_size, "tensors": tensors}
     (target / RECORD).write_text(json.dumps(files))
+    if (source / "onnx" / "embed_tokens.onnx").is_file():
+        np.savez(target / STEP, logits=step(source))
+
+
+def step(source: Path) -> Any:
+    """The logits (1, vocabulary) of TOKEN as the last of a full cache of zeros, float32, by ONNX Runtime."""
+    from vlmc.artifact import Artifact
+
+    artifact = Artifact(source)
+    end = artifact.manifest.kv.capacity - 1
+    made = opened(artifact.graph("embed_tokens"))
+    names = [value.name for value in made.get_outputs()]
+    known = dict(zip(names, made.run(None, {"input_ids": np.array([[TOKEN]])}), strict=True))
+    known |= {"position_ids": np.array(end), "write_index": np.array([end])}
+    decoder = opened(artifact.graph("decoder"))
+    feeds = {}
+    for value in decoder.get_inputs():
+        shape = [{"length": 1, "capacity": end + 1}.get(d, d) if isinstance(d, str) else d for d in value.shape]
+        shape = [d if isinstance(d, int) else 1 for d in shape]
+        kind = np.float32 if value.type == "tensor(float)" else np.int64
+        feeds[value.name] = np.broadcast_to(known.get(value.name, np.zeros(1)), shape).astype(kind)
+    return decoder.run(["logits"], feeds)[0]
+
+
+def opened(path: Path) -> Any:
+    """A session that holds no second copy of the weights."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def fill(folder: Path) -> None:
@@ -54,6 +89,7 @@ def fill(folder: Path) -> None:
     described = folder / "manifest.json"
     manifest = json.loads(described.read_text())
     parts = dict(load_components(Artifact(folder)).items())
+    other = []
     record = json.loads((folder / RECORD).read_text())
     for component, spec in manifest["components"].items():
         path = folder / spec["file"]
@@ -74,7 +110,9 @@ def fill(folder: Path) -> None:
         if (found := sha256_of(folder / file)) != manifest["files"][file]["sha256"]:
             print(f"{file}: not the weights that were exported", flush=True)
             manifest["files"][file]["sha256"] = found
+            other.append(component)
     write_json(described, manifest)
+    (folder / OTHER).write_text(json.dumps(other))
 
 
 def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
