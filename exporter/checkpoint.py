@@ -194,6 +194,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise VlmcError(f"{folder / 'config.json'} names no model_type", fix="use a transformers checkpoint")
-    family_for(config["model_type"], str(folder), config)
+    family_for(config["model_type"], str(folder), config).of(config)  # a layout that is not read is refused first
     check_sizes(config, folder / "config.json")
     return config

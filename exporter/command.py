@@ -64,7 +64,7 @@ def export(
     if as_json:
         console.print_json([asdict(level) for level in artifact.manifest.parity])
     else:
-        _print(artifact)
+        _print(artifact, resolved.family.left_out)
 
 
 def follow(bar: Progress) -> Report:
@@ -81,7 +81,7 @@ def follow(bar: Progress) -> Report:
     return show
 
 
-def _print(artifact: Artifact) -> None:
+def _print(artifact: Artifact, left_out: str) -> None:
     from rich.table import Table
 
     manifest = artifact.manifest
@@ -97,6 +97,8 @@ def _print(artifact: Artifact) -> None:
     output.print(table)
     if manifest.source.random_weights:
         output.print("Random weights: its answers mean nothing; its speed and size are real.")
+    if left_out:
+        output.print(f"Left out: {left_out}.")
     parameters = sum(spec.parameters for spec in manifest.components.values())
     size = sum(known.bytes for known in manifest.files.values())
     peak = manifest.peak_memory_bytes

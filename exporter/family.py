@@ -147,6 +147,9 @@ class Family(ABC):
     """How a kind of checkpoint loads and splits. Nothing is overridden that transformers already does right."""
 
     model_types: ClassVar[tuple[str, ...]]
+    unread_types: ClassVar[tuple[str, ...]] = ()  # of its models in a layout that `of` refuses, saying what to take
+
+    left_out: ClassVar[str] = ""  # what the checkpoints have and the artefact lacks, in words: export says it
 
     def load(self, folder: Path) -> nn.Module:
         """The model in float32 from a local folder with config.json and safetensors."""
@@ -173,6 +176,10 @@ class Family(ABC):
         """For checkpoints that transformers has no processor for, or one that writes another text around a picture than
         processor.py knows; None where it has one that does, as it mostly has."""
         return None
+
+    def picture_settings(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What config.json says of how pictures are prepared, where the processor's own files do not."""
+        return {}
 
     @abstractmethod
     def split(self, model: nn.Module) -> Components:
@@ -297,17 +304,24 @@ def all_families() -> dict[str, Family]:
 
 
 def family_for(model_type: str, where: str, config: Mapping[str, Any] | None = None) -> Family:
-    """The family of a checkpoint's `model_type`. An unknown one is answered with the family that its config.json is
-    nearest to, or else with the nearest names."""
+    """The family of a checkpoint's `model_type`. An unknown one is answered with what is near: the family that its
+    config.json is most like, a name that is spelt nearly so; or else with where to begin."""
     known = all_families()
-    if model_type not in known:
-        alike = nearest(config or {})
-        spelt = difflib.get_close_matches(model_type, known, n=1, cutoff=0.8 if alike else 0)
-        near = f"; its config.json is nearest to those of exporter/families/{alike}.py" if alike else ""
-        meant = f"did you mean {spelt[0]}? Otherwise " if spelt else ""
-        raise VlmcError(
-            f"{where} is of the model type {model_type!r}, which no family knows",
-            expected="one of " + ", ".join(sorted(known)),
-            fix=f"{meant}add a file to exporter/families/ (docs/add-a-model.md){near}",
-        )
-    return known[model_type]
+    if model_type in known:
+        return known[model_type]
+    for family in known.values():
+        if model_type in family.unread_types:
+            return family
+    alike, spelt = nearest(config or {}), difflib.get_close_matches(model_type, known, n=1, cutoff=0.8)
+    fix = "add a file to exporter/families/ (docs/add-a-model.md)"
+    if spelt:
+        fix = f"did you mean {spelt[0]}? Otherwise {fix}"
+    if alike:
+        fix += f"; its config.json is nearest to those of exporter/families/{alike}.py"
+    elif not spelt:
+        fix += "; no family is near, so begin with the simplest, exporter/families/llava.py"
+    raise VlmcError(
+        f"{where} is of the model type {model_type!r}, which no family knows",
+        expected="one of " + ", ".join(sorted(known)),
+        fix=fix,
+    )

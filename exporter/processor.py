@@ -18,7 +18,7 @@ from ..errors import VlmcError, mended_by, reason
 from ..files import read_json, write_text
 from ..runtime import preprocessing
 from .bounded import bounded
-from .family import OwnProcessor, all_families
+from .family import Family, OwnProcessor, all_families
 from .inspection import AGAIN, read_settings
 
 MOST_TOKENS = 10_000_000
@@ -76,9 +76,8 @@ def _read(folder: Path, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
         )
     with reading("processor", folder):
         described = describe_pictures(pictures.to_dict(), settings, tokenizer)
-        if described["kind"] == "qwen2_5_vl":  # which pictures' parts see one another is the model's affair
-            described["window"] = read_json(folder / "config.json")["vision_config"].get("window_size", 112)
-        return settings.get("chat_template"), described
+        family, config = _family(folder)
+        return settings.get("chat_template"), described | (family.picture_settings(config) if family else {})
 
 
 def _processor_class(folder: Path) -> Any:
@@ -97,12 +96,18 @@ def save_tokenizer(folder: Path, target: Path) -> None:
 
 def _own(folder: Path) -> OwnProcessor | None:
     """What the checkpoint's family says in the place of a processor, where the checkpoint brings none."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    family = all_families().get(str(config.get("model_type"))) if isinstance(config, dict) else None
+    family, _ = _family(folder)
     if family is None:
         return None
     with reading("config or tokenizer", folder):
         return family.own_processor(folder)
+
+
+def _family(folder: Path) -> tuple[Family | None, dict[str, Any]]:
+    """The checkpoint's family and its config.json, where both are known."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    family = all_families().get(str(config.get("model_type"))) if isinstance(config, dict) else None
+    return family, config
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -124,13 +124,30 @@ def test_truncated_safetensors(vlmc: Vlmc, export: list[Any], tiny_checkpoint: P
     assert vlmc(*command)[0] == 0
 
 
-def test_an_unknown_model_type(vlmc: Vlmc, export: list[Any], tiny_checkpoint: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "smollvm"}))
-    said = sentence(vlmc("export", folder, *export[2:]))
-    assert "'smollvm', which no family knows" in said
-    assert "did you mean smolvlm" in said
+FLORENCE = {  # as microsoft/Florence-2-base's, in short
+    "model_type": "florence2",
+    "text_config": {"model_type": "florence2_language", "d_model": 768, "decoder_layers": 6, "vocab_size": 51289},
+    "vision_config": {"model_type": "davit", "dim_embed": [128, 256], "depths": [1, 1], "patch_size": [7, 3]},
+    "projection_dim": 768,
+}
+NO_FAMILY = "no family is near, so begin with the simplest, exporter/families/llava.py."
+
+
+@pytest.mark.parametrize(
+    ("config", "mended"),
+    [
+        ({"model_type": "smollvm"}, "did you mean smolvlm? Otherwise add a file to exporter/families/ (docs/"),
+        (FLORENCE, f"add a file to exporter/families/ (docs/add-a-model.md); {NO_FAMILY}"),
+        ({"model_type": "foo_bar"}, f"add a file to exporter/families/ (docs/add-a-model.md); {NO_FAMILY}"),
+    ],
+)
+def test_an_unknown_model_type(
+    config: dict[str, Any], mended: str, vlmc: Vlmc, export: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = sentence(vlmc("export", tmp_path, *export[2:]))
+    assert f"{config['model_type']!r}, which no family knows" in said
+    assert f". To mend it: {mended}" in said
     assert names(tmp_path / "out") == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -62,16 +63,47 @@ def test_every_command_and_recipe_is_shown() -> None:
     assert "Recipes: " + ", ".join(sorted(recipes.names())) + "." in text
 
 
+def families() -> dict[str, list[str]]:
+    """The model types of each family, by its file."""
+    found: dict[str, list[str]] = {}
+    for model_type, known in family.all_families().items():
+        found.setdefault(type(known).__module__.rpartition(".")[2], []).append(model_type)
+    return found
+
+
 def test_the_table_of_models_is_what_vlmc_models_lists() -> None:
-    rows = []
-    presets = checkpoint.preset_names()
-    by_family: dict[str, list[str]] = {}
-    for model_type, found in family.all_families().items():
-        by_family.setdefault(type(found).__module__.rpartition(".")[2], []).append(model_type)
-    for file, types in by_family.items():
+    rows, presets = [], checkpoint.preset_names()
+    for file, types in families().items():
         own = ", ".join(preset for preset in presets if preset.startswith(f"{file}-"))
-        rows.append(f"| `{file}` | {', '.join(types)} | {own} |")
-    assert [row for row in rows if row not in text_of(README)] == []
+        rows.append([f"`{file}`", ", ".join(types), own])
+    section = text_of(README).partition("\n## Models\n")[2].partition("\n## ")[0]
+    table = re.findall(r"^\| (`.*) \|$", section, re.MULTILINE)
+    assert [row.split(" | ")[:3] for row in table] == rows
+
+
+@pytest.mark.parametrize("file", sorted(path.stem for path in (ROOT / "exporter" / "families").glob("[!_]*.py")))
+def test_the_row_of_every_family_is_held_by_its_own_test(file: str) -> None:
+    """By one that calls `assert_supported(…, "FAMILY")`, which does what the row says. A file without model types is of
+    the family with whose name its own begins."""
+    row = max((name for name in families() if f"{file}_".startswith(f"{name}_")), key=len)
+    tests = ast.parse(text_of(ROOT / "tests" / "exporter" / "families" / f"test_{file}.py")).body
+    held = [
+        ast.literal_eval(call.args[1])
+        for test in tests
+        if isinstance(test, ast.FunctionDef) and test.name.startswith("test_")
+        for call in ast.walk(test)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "assert_supported"
+    ]
+    assert row in held
+
+
+def test_below_the_table_is_what_export_says_is_left_out() -> None:
+    family.all_families()  # imports them
+    kinds: list[type[family.Family]] = [family.Family]
+    for kind in kinds:  # grows
+        kinds += kind.__subclasses__()
+    left_out = {kind.left_out for kind in kinds} - {""}
+    assert set(re.findall(r"^- (.+), left out: ", text_of(README), re.MULTILINE)) == left_out
 
 
 def test_the_table_of_devices_is_that_of_the_device_files() -> None:

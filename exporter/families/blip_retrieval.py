@@ -48,6 +48,7 @@ class TextEncoder(nn.Module):
 
 class BlipRetrieval(Checkpoint, MatchingFamily):
     model_types: ClassVar[tuple[str, ...]] = ()  # Blip's, which says when it is this one
+    left_out: ClassVar[str] = "BLIP's head that reads each text again for every picture (ITM)"
 
     def encoders(self, model: Any) -> Encoders:
         text = model.config.text_config

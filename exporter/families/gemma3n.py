@@ -125,6 +125,7 @@ class Gemma3nDecoder(Decoder):
 
 class Gemma3n(Family):
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
+    left_out: ClassVar[str] = "Gemma 3n's audio tower"
 
     def load(self, folder: Path) -> nn.Module:
         from safetensors import safe_open

@@ -48,6 +48,19 @@ class VisionEncoder(nn.Module):
 
 class Llava(Family):
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    unread_types: ClassVar[tuple[str, ...]] = ("llava_llama",)
+
+    def of(self, config: dict[str, Any]) -> Family:
+        """LLaVA's authors only name the vision encoder, and transformers would take all sizes for its defaults."""
+        found = config["model_type"]
+        if found in Llava.unread_types or (found in Llava.model_types and "mm_vision_tower" in config):
+            raise VlmcError(
+                "This LLaVA is in its authors' layout, which only names its vision encoder",
+                found=f"model_type {found}, mm_vision_tower {config.get('mm_vision_tower')}",
+                expected="a vision_config",
+                fix="take a checkpoint that was converted for transformers, as llava-hf/llava-1.5-7b-hf",
+            )
+        return self
 
     def split(self, model: Any) -> Components:
         inner, config = model.model, model.config

@@ -96,6 +96,7 @@ class VisionEncoder(nn.Module):
 
 class Moondream(Family):
     model_types: ClassVar[tuple[str, ...]] = ("moondream1",)
+    left_out: ClassVar[str] = "Moondream2's region head (detecting, pointing)"
 
     def load(self, folder: Path) -> nn.Module:
         from safetensors.torch import load_file

@@ -29,7 +29,7 @@ class VisionEncoder(nn.Module):
         self.patch_embed = nn.Linear(kernel[0].numel(), len(kernel), bias=False)
         self.patch_embed.weight = nn.Parameter(kernel.flatten(1), requires_grad=False)
         self.blocks, self.merger = visual.blocks, visual.merger
-        self.whole = frozenset(visual.fullatt_block_indexes)
+        self.whole = frozenset(getattr(visual, "fullatt_block_indexes", ()))
         self.register_buffer("frequencies", visual.rotary_pos_emb.inv_freq, persistent=False)
 
     def forward(
@@ -37,26 +37,28 @@ class VisionEncoder(nn.Module):
         pixel_values: Tensor,
         patch_positions: Tensor,
         image_ids: Tensor,
-        window_index: Tensor,
-        window_places: Tensor,
+        window_index: Tensor | None = None,
+        window_places: Tensor | None = None,
     ) -> Tensor:
         """pixel_values (tokens, patches, values); patch_positions (tokens, patches, 2): row and column in the picture;
         image_ids (tokens,): which picture; window_index (windows, most): the tokens of each window, −1 for none;
-        window_places (tokens,): where each token is among the windows' places, all counted."""
+        window_places (tokens,): where each token is among the windows' places, all counted. Without windows every block
+        sees all of a picture."""
         patches = pixel_values.shape[1]
         angles = (patch_positions[..., None] * self.frequencies).flatten(2)
         pictures = image_ids[:, None].expand(-1, patches).reshape(1, 1, 1, -1)
-        taken, windows = window_index.flatten().clamp(min=0), window_index.shape[0]
         whole = _turns(angles, 1), pictures == pictures.mT
-        inside = (window_index >= 0)[..., None].expand(-1, -1, patches).reshape(windows, 1, 1, -1)
-        # ONNX Runtime's Attention wants a row of the mask for each query, though they are all the same.
-        window = _turns(angles.index_select(0, taken), windows), inside.expand(-1, -1, inside.shape[-1], -1)
+        if window_index is not None:
+            taken, windows = window_index.flatten().clamp(min=0), window_index.shape[0]
+            inside = (window_index >= 0)[..., None].expand(-1, -1, patches).reshape(windows, 1, 1, -1)
+            # ONNX Runtime's Attention wants a row of the mask for each query, though they are all the same.
+            window = _turns(angles.index_select(0, taken), windows), inside.expand(-1, -1, inside.shape[-1], -1)
 
         hidden = self.patch_embed(pixel_values)
         for index, block in enumerate(self.blocks):
             attention, normal = block.attn, block.norm1(hidden)
             states = attention.qkv(normal)
-            if index in self.whole:
+            if window_places is None or index in self.whole:
                 seen = _attend(attention, states, *whole)
             else:
                 seen = _attend(attention, states.index_select(0, taken), *window).index_select(0, window_places)
@@ -100,12 +102,15 @@ class Qwen25Vl(Family):
             decoder=MropeDecoder(inner.language_model, model.lm_head),
         )
 
+    def picture_settings(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {"window": config["vision_config"].get("window_size", 112)}  # transformers' default
+
     def kv(self, model: Any, capacity: int) -> KvSpec:
         text = model.config.text_config
         rope = text.rope_parameters["rope_type"]
         if rope != "default" or model.model.language_model.has_sliding_layers:
             raise VlmcError(
-                "This Qwen2.5-VL has a decoder that vlmc does not follow",
+                "This Qwen-VL has a decoder that vlmc does not follow",
                 found=f"{rope} RoPE" if rope != "default" else "sliding windows",
                 expected="default RoPE and attention to all tokens before",
             )
@@ -115,13 +120,15 @@ class Qwen25Vl(Family):
         vision = model.config.vision_config
         patches = vision.spatial_merge_size**2
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        most = (vision.window_size // vision.spatial_merge_size // vision.patch_size) ** 2
         tokens, windows = 11, 5
-        index = torch.arange(windows * most).reshape(windows, most)
-        return {
+        inputs = {
             "pixel_values": VisionInput(torch.zeros(tokens, patches, values), {0: "tokens"}),
             "patch_positions": VisionInput(torch.zeros(tokens, patches, 2, dtype=torch.long), {0: "tokens"}),
             "image_ids": VisionInput(torch.zeros(tokens, dtype=torch.long), {0: "tokens"}),
-            "window_index": VisionInput(torch.where(index < tokens, index, -1), {0: "windows"}),
-            "window_places": VisionInput(torch.arange(tokens), {0: "tokens"}),
         }
+        if window := getattr(vision, "window_size", 0):
+            most = (window // vision.spatial_merge_size // vision.patch_size) ** 2
+            index = torch.arange(windows * most).reshape(windows, most)
+            inputs["window_index"] = VisionInput(torch.where(index < tokens, index, -1), {0: "windows"})
+            inputs["window_places"] = VisionInput(torch.arange(tokens), {0: "tokens"})
+        return inputs

@@ -1,4 +1,4 @@
-"""Pictures for Qwen2.5-VL: each in nearly its own size, cut into patches, with all that the model makes of that size.
+"""Pictures for Qwen2-VL and 2.5-VL: each in nearly its own size, cut into patches, with what the model makes of it.
 
 Patches are equal to the last bit to transformers' Qwen2VLImageProcessorPil (5.23), windows and positions equal to what
 its model computes. A block of `merge` × `merge` patches is one token, so arrays are (tokens, merge², …).
@@ -27,7 +27,8 @@ _MAX_ASPECT = 200  # the reference's own limit
 @dataclass(frozen=True)
 class Config:
     """A picture is resized to `min_pixels` to `max_pixels`, both sides multiples of `merge` patches of `patch` pixels;
-    it is shown in `frames` equal frames. `window`: side in pixels of the windows that the vision encoder attends in.
+    it is shown in `frames` equal frames. `window`: side in pixels of the windows that the vision encoder attends in; 0
+    where it has none and takes none.
     `resample`: Pillow's number of the filter. A value v becomes (v · rescale_factor − mean) / std. The text: one
     `image_token` a token of the picture, `before_image` and `after_image` around them."""
 
@@ -53,7 +54,7 @@ def load(config: Mapping[str, Any]) -> Qwen25Vl:
     check_range(
         checked,
         min_pixels=(1, checked.max_pixels),
-        window=(checked.merge * checked.patch, _MAX_EDGE),
+        window=(checked.window and checked.merge * checked.patch, _MAX_EDGE),
         resample=(0, len(Image.Resampling) - 1),
     )
     return Qwen25Vl(checked)
@@ -69,6 +70,8 @@ class Qwen25Vl:
     def largest(self, capacity: int) -> dict[str, int]:
         side = self.config.patch * self.config.merge
         tokens = min(self.config.max_pixels // side**2, capacity)
+        if not self.config.window:
+            return {"tokens": tokens}
         return {"tokens": tokens, "windows": -(-tokens // (self.config.window // side))}  # of a strip, which has most
 
     def __call__(self, images: Sequence[Image.Image]) -> Prepared:
@@ -83,21 +86,20 @@ class Qwen25Vl:
             pixels.append(patches.reshape(rows * columns, block, -1))
             places.append(self._positions(rows, columns))
             ids.append(np.full(rows * columns, index, np.int64))
-            windows.append(self._windows(rows, columns, count))
+            windows += [self._windows(rows, columns, count)] if config.window else []
             texts.append(config.before_image + config.image_token * (rows * columns) + config.after_image)
             count += rows * columns
-        side = self._side
-        window_index = np.concatenate([np.empty((0, side * side), np.int64), *windows])
-        window_places = np.empty(count, np.int64)
-        taken = np.flatnonzero(window_index.ravel() >= 0)
-        window_places[window_index.ravel()[taken]] = taken
         vision: dict[str, NDArray[Any]] = {
             "pixel_values": np.concatenate(pixels),
             "patch_positions": np.concatenate(places),
             "image_ids": np.concatenate(ids),
-            "window_index": window_index,
-            "window_places": window_places,
         }
+        if config.window:
+            window_index = np.concatenate([np.empty((0, self._side**2), np.int64), *windows])
+            taken = np.flatnonzero(window_index.ravel() >= 0)
+            window_places = np.empty(count, np.int64)
+            window_places[window_index.ravel()[taken]] = taken
+            vision |= {"window_index": window_index, "window_places": window_places}
         return Prepared(vision, tuple(texts))
 
     def positions(self, places: NDArray[np.bool_], prepared: Prepared | None) -> NDArray[np.int64]:

@@ -86,6 +86,15 @@ def test_random_weights_are_said_to_be_random_and_get_fewer_goldens(
     assert asked == [("random", 5, 2), ("folder", 0, 16)]
 
 
+def test_what_a_family_leaves_out_is_said(
+    tiny: Artifact, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "export", lambda *_: tiny)
+    assert "Left out" not in run(tiny_checkpoint, "-o", "out").output
+    said = run("gemma3n-e2b", "--random-weights", "-o", "out").output
+    assert "Left out: Gemma 3n's audio tower." in said
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

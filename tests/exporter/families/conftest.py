@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from vlmc.artifact import Artifact
@@ -225,3 +226,17 @@ def change(folder: Path, target: Path, **changes: Any) -> Path:
         found[name] = found[name] | value if isinstance(value, dict) and isinstance(found.get(name), dict) else value
     (target / "config.json").write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
     return target
+
+
+def assert_published_names_are_read(folder: Path, target: Path, *published: str) -> None:
+    """The checkpoint of this transformers with its tensors named as an older one saved those on the hub, which begin
+    as `published` says and had one module more around the vision encoder, is the same model."""
+    shutil.copytree(folder, target)
+    saved = load_file(folder / "model.safetensors")
+    older = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): value for name, value in saved.items()}
+    assert older.keys() != saved.keys()
+    assert {next((start for start in published if name.startswith(start)), name) for name in older} == set(published)
+    save_file(older, target / "model.safetensors", {"format": "pt"})
+    expected, found = (checkpoint.load_model(checkpoint.resolve(str(each))).state_dict() for each in (folder, target))
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

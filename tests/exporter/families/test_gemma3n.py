@@ -144,7 +144,11 @@ def whole(
 
     with mock.patch.object(AutoModel, "from_config", from_config):
         model = Gemma3nForConditionalGeneration(config).eval()
-    randomise(model, 5)
+    randomise(model, int(__import__("os").environ["SEED"]))
+    with torch.no_grad():
+        for name, weight in model.model.vision_tower.named_parameters():
+            if "bn" in name:  # norms too
+                weight.add_(1)
     model.save_pretrained(folder)
     published = load_file(folder / "model.safetensors")
     for name in ("k_proj", "v_proj"):  # which the published checkpoints hold and nothing uses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
-from vlmc.exporter.checkpoint import load_components
+from vlmc.exporter.checkpoint import load_components, resolve
 from vlmc.exporter.family import family_for
 from vlmc.exporter.processor import describe
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
+
+from .conftest import assert_published_names_are_read
 
 CHAT = (  # llava-hf/llava-1.5-7b-hf's: the pictures of a message before its words
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -131,6 +134,22 @@ def test_the_layer_of_the_features_is_counted_as_transformers_does(layer: int, l
             torch.testing.assert_close(vision(pixels), Reference(model).features(pixels))
     finally:
         config.vision_feature_layer = before
+
+
+def test_the_published_names_of_weights_are_read(whole: Whole, tmp_path: Path) -> None:
+    """Those of llava-hf/llava-1.5-7b-hf (transformers' convert_llava_weights_to_hf.py)."""
+    published = ("vision_tower.vision_model.", "multi_modal_projector.linear_", "language_model.model.")
+    assert_published_names_are_read(whole[0], tmp_path / "published", *published, "language_model.lm_head.")
+
+
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_the_authors_layout_is_refused_and_the_converted_one_named(model_type: str, tmp_path: Path) -> None:
+    """liuhaotian/llava-v1.5-7b's config.json; its weights are pickled, which is not what has to be mended."""
+    config = {"model_type": model_type, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "hidden_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pytorch_model-00001-of-00002.bin").touch()
+    with pytest.raises(VlmcError, match=r"authors' layout.*clip-vit-large-patch14-336.*llava-hf/llava-1\.5-7b-hf"):
+        resolve(str(tmp_path))
 
 
 def test_another_vision_encoder_is_refused(whole: Whole) -> None:

@@ -29,6 +29,8 @@ from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
+from .conftest import assert_published_names_are_read
+
 TILE, PATCH = 28, 7
 TOKENS = (TILE // PATCH) ** 2
 QUESTION = "How many {red} boats are on the water? 42 €"
@@ -100,6 +102,12 @@ def test_the_onnx_graphs_compute_what_transformers_does(whole: Whole, artifact: 
             wanted.append(int(reference.logits(ids, pixels)[-1].argmax()))
             ids = torch.cat((ids, torch.tensor([wanted[-1:]])), dim=1)
         assert tokens == wanted
+
+
+def test_the_published_names_of_weights_are_read(whole: Whole, tmp_path: Path) -> None:
+    """Those of google/paligemma-3b-pt-224 (transformers' convert_paligemma_weights_to_hf.py), whose head is tied."""
+    published = ("vision_tower.vision_model.", "multi_modal_projector.linear.", "language_model.model.")
+    assert_published_names_are_read(whole[0], tmp_path / "published", *published)
 
 
 def test_every_weight_is_in_a_component(whole: Whole, artifact: Artifact) -> None:
