@@ -60,7 +60,8 @@ def clip_tokenizer(**special: str) -> CLIPTokenizer:
     )
     bpe.train_from_iterator(TEXTS * 9, trainer)
     model = json.loads(bpe.to_str())["model"]
-    pieces = [*model["vocab"], *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    # Sorted, for their ids differ from one training to the next.
+    pieces = [*sorted(model["vocab"]), *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]], **special)
 

@@ -46,10 +46,10 @@ SPECIAL += ["<start_of_audio>"]
 VISION = ["<end_of_image>", "<image_soft_token>"]
 AUDIO = ["<end_of_audio>", "<audio_soft_token>"]
 TINY = Layout(
-    stem=8,
+    stem=16,
     stages=(
-        (Edge(8, stride=2),),
-        (Bottleneck(8, 2, start=3, stride=2),),
+        (Edge(16, stride=2),),
+        (Bottleneck(16, 2, start=3, stride=2),),
         (Bottleneck(16, 1, middle=3, stride=2), Attend(16, heads=2, width=16, stride=2)),
         (Bottleneck(16, 2, start=5, stride=2), Attend(16, heads=2, width=16)),
     ),
@@ -144,10 +144,10 @@ def whole(
 
     with mock.patch.object(AutoModel, "from_config", from_config):
         model = Gemma3nForConditionalGeneration(config).eval()
-    randomise(model, int(__import__("os").environ["SEED"]))
+    randomise(model, 5)
     with torch.no_grad():
         for name, weight in model.model.vision_tower.named_parameters():
-            if "bn" in name:  # norms too
+            if ".bn" in name:  # its norms over channels
                 weight.add_(1)
     model.save_pretrained(folder)
     published = load_file(folder / "model.safetensors")
