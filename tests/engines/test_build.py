@@ -12,9 +12,12 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
-from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, MatchSpec
+from vlmc.artifact import COMPONENTS, FLOATS, Artifact, BuildSpec, KvContract, MatchSpec
+from vlmc.calibration.plan import read_plan
+from vlmc.engines import build as module
 from vlmc.engines import builders, trial, work
-from vlmc.engines.build import TURNS, build, candidates, reason_not_here, results
+from vlmc.engines.build import TURNS, _work, build, candidates, reason_not_here, results
+from vlmc.engines.candidate import Candidate
 from vlmc.errors import VlmcError
 from vlmc.files import read_json
 from vlmc.profiles import machine
@@ -259,6 +262,35 @@ def test_whole_answers_are_tried_once_for_the_same_engines(
     assert [step[2] for step in in_process] == EACH
 
 
+def test_answers_count_by_their_median_and_their_worst_turn(
+    artifact: Artifact, recorded: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(mix=66.0, single=62.0)
+    trials, turns = trial.try_component, iter([(50.0, 0.99), (70.0, 0.97), (54.0, 0.98)])
+
+    def in_turns(a: Artifact, device: str, component: str, engines: list[str], embed: str) -> dict[str, Any]:
+        if engines != ["+".join(MIX.values())]:
+            return trials(a, device, component, engines, embed)
+        ms, near = next(turns)
+        return {engines[0]: {"latency_ms": {"run": ms}, "agreement": near}}
+
+    monkeypatch.setattr(trial, "try_component", in_turns)
+    mix = run(artifact, "cpu", "int8")[0].answers[0]
+    assert (mix.milliseconds, mix.agreement, mix.turns) == (54.0, 0.97, (50.0, 70.0, 54.0))
+
+
+def test_an_answer_without_a_time_is_tried_again(
+    artifact: Artifact, recorded: Callable[..., None], in_process: list[tuple[str, ...]]
+) -> None:
+    recorded(mix=66.0, single=62.0)
+    first, _ = run(artifact, "cpu", "int8")
+    path = artifact.root / "engines" / "cpu" / "int8.json"
+    write_record(path, replace(first, answers=tuple(replace(one, milliseconds=0.0) for one in first.answers)))
+    in_process.clear()
+    assert run(artifact, "cpu", "int8")[0].answers == first.answers
+    assert [step[2] for step in in_process] == EACH
+
+
 def test_a_record_from_before_whole_answers_is_read_and_they_are_tried(
     artifact: Artifact, recorded: Callable[..., None], in_process: list[tuple[str, ...]]
 ) -> None:
@@ -293,7 +325,43 @@ def test_a_model_that_matches_answers_nothing(
     assert trial.WHOLE not in [step[2] for step in in_process]
 
 
+# What a run has to do at least
+
+
+def test_a_step_reads_the_cache_up_to_the_prompt_at_the_width_that_it_has(built: Artifact) -> None:
+    candidate = Candidate("cpu", "decoder", "onnxruntime", "fp32")
+    spec, _ = built.engine("cpu", "decoder", "onnxruntime-fp32")
+    kv, model = built.manifest.kv, ir.load(built.graph("decoder"))
+    found = _work(built, candidate, spec)
+    length, capacity = int(found["length"]), kv.capacity
+    assert 1 < length < capacity
+    assert found["decode_flops"] == work.flops(model, {"length": 1, "capacity": capacity}, length)
+    assert found["decode_kv_bytes"] == work.kv_bytes(kv, length, 4)
+    half = KvContract("append", kv.layers, kv.kv_heads, kv.head_dim, capacity, "float16")
+    assert _work(built, candidate, replace(spec, kv=half))["decode_kv_bytes"] == work.kv_bytes(kv, length, 2)
+
+
+def test_where_tensorrt_chooses_all_may_be_int8(built: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = Candidate("cpu", "vision_encoder", "onnxruntime", "int8")
+    spec, _ = built.engine("cpu", "vision_encoder", "onnxruntime-int8")
+    planned = _work(built, candidate, spec)
+    assert 0 < planned["int8_flops"] < planned["flops"]
+    plan = replace(read_plan(built, "int8"), modules={}, samples={"vision_encoder": "samples.npz"})
+    monkeypatch.setattr(module, "read_plan", lambda *_: plan)
+    implicit = _work(built, candidate, spec)
+    assert implicit["int8_flops"] == implicit["flops"] == planned["flops"]
+    assert implicit["weight_bytes"] == work.weight_bytes(ir.load(built.graph("vision_encoder")), {}, 1)
+
+
 # For other machines
+
+
+def test_what_is_built_ahead_of_time_needs_its_package_here(planned: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builders.load("tensorrt_rtx"), "unavailable", lambda: "not installed")
+    with pytest.raises(
+        VlmcError, match=r"Engines for Dell Pro Max with GB10 cannot be built here\. Found: not install"
+    ):
+        list(candidates(planned, load_device("gb10"), "int8"))
 
 
 def test_a_device_of_another_architecture_is_built_for_and_not_measured(

@@ -39,12 +39,35 @@ def change_capacity(artifact: Artifact) -> None:
     artifact.manifest = replace(artifact.manifest, kv=replace(artifact.manifest.kv, capacity=64))
 
 
-@pytest.mark.parametrize("change", [change_graph, change_plan, change_capacity])
+def change_golden(artifact: Artifact) -> None:
+    artifact.manifest.files["golden/golden.npz"] = FileSpec("0" * 64, 1)  # whose sizes are those that profiles are for
+
+
+def change_pictures(artifact: Artifact) -> None:
+    artifact.manifest = replace(artifact.manifest, preprocessing=artifact.manifest.preprocessing | {"tile": 9})
+
+
+def change_embeddings(artifact: Artifact) -> None:
+    artifact.manifest.files[f"{GRAPH_FILES['embed_tokens']}.data"] = FileSpec("0" * 64, 1)
+
+
+CHANGES = [change_graph, change_plan, change_capacity, change_golden, change_pictures]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_key_changes_with_what_goes_in(change: Callable[[Artifact], None], artifact: Artifact) -> None:
     before = key(artifact, VISION)
     assert key(artifact, VISION) == before
     change(artifact)
     assert key(artifact, VISION) != before
+
+
+def test_a_decoder_may_hold_the_embeddings_and_no_other_component(artifact: Artifact) -> None:
+    decoder = replace(VISION, component="decoder")
+    before = key(artifact, decoder), key(artifact, VISION)
+    change_embeddings(artifact)
+    assert key(artifact, decoder) != before[0]
+    assert key(artifact, VISION) == before[1]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +132,7 @@ def test_an_engine_is_built_whole_with_its_record(artifact: Artifact) -> None:
     assert made.report.size_bytes < 0.5 * float32.report.size_bytes
 
 
-@pytest.mark.parametrize("change", [change_graph, change_plan, change_capacity])
+@pytest.mark.parametrize("change", CHANGES)
 def test_an_engine_of_other_inputs_counts_as_none(change: Callable[[Artifact], None], artifact: Artifact) -> None:
     build(artifact, VISION)
     change(artifact)

@@ -51,6 +51,22 @@ def test_every_engine_gets_medians_and_the_worst_agreement(built: Artifact) -> N
         json.dumps(found)
 
 
+def test_rounds_are_joined_by_their_median(built: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = iter([[1.0], [9.0], [2.0]])
+    monkeypatch.setattr(trial, "ROUNDS", 3)
+    monkeypatch.setattr(trial, "_runner_trial", lambda *_: (1.0, {"run": next(rounds)}))
+    found = try_component(built, "cpu", "vision_encoder", ["onnxruntime-fp32"], "")
+    assert found["onnxruntime-fp32"]["latency_ms"] == {"run": 2.0}
+
+
+def test_one_wrong_picture_of_several_shows_in_the_agreement(built: Artifact, tmp_path: Path) -> None:
+    with np.load(built.path_of("golden/golden.npz")) as file:
+        features = file["1.image_features"]
+    wrong = golden_with(built, tmp_path, **{"1.image_features": -features})
+    found = try_component(wrong, "cpu", "vision_encoder", ["onnxruntime-fp32"], "")
+    assert found["onnxruntime-fp32"]["agreement"] == pytest.approx(-1, abs=1e-4)
+
+
 def test_one_wrong_step_of_one_case_shows_in_the_agreement(built: Artifact, tmp_path: Path) -> None:
     with np.load(built.path_of("golden/golden.npz")) as file:
         logits = file["1.step_logits"].copy()
