@@ -200,6 +200,12 @@ def test_a_layer_that_shares_the_smoothing_of_others_is_in_the_plan_though_it_st
     assert made.modules[f"{layer}.k_proj"].smoothing == made.modules[f"{layer}.q_proj"].smoothing
 
 
+def test_an_answer_longer_than_the_cache_is_read_as_far_as_it_goes(session, components, data) -> None:
+    rows = (replace(data.rows[0], answer="yes " * session.decoder.capacity),)
+    made = plan_for(session, components, recipes.load("int8-minmax"), replace(data, rows=rows), lambda *_: None)
+    assert set(made.modules[DOWN].peaks) == {"prefill", "decode"}
+
+
 def test_a_set_without_answers_follows_the_models_own(session, components, data) -> None:
     mute = replace(data, rows=data.rows[2:])
     made = plan_for(session, components, recipes.load("int8-minmax"), mute, lambda *_: None)

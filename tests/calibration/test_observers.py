@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
-from vlmc.calibration.observers import BINS, RANGES, ChannelPeaks, Histogram
+from vlmc.calibration.observers import BINS, PERCENTILE, RANGES, ChannelPeaks, Histogram
 from vlmc.errors import VlmcError
 
 Values = NDArray[np.float32]
@@ -105,6 +105,18 @@ def test_without_outliers_nothing_much_is_cut() -> None:
     histogram = seen(np.random.default_rng(0).uniform(-1, 1, 50_000).astype(np.float32))
     for name, choose in RANGES.items():
         assert choose(histogram) > 0.95, name
+
+
+@given(CHUNKS)
+def test_a_percentile_is_exceeded_by_no_more_than_it_says(chunks: list[Values]) -> None:
+    histogram, values = seen(*chunks), np.abs(np.concatenate(chunks))
+    assert (values > RANGES["percentile"](histogram)).sum() <= (1 - PERCENTILE) * values.size
+
+
+def test_what_has_one_magnitude_is_not_clipped() -> None:
+    """For that costs more than its rounding."""
+    histogram = seen(np.full(1000, 3.0, np.float32))
+    assert RANGES["mse"](histogram) == histogram.peak == 3.0
 
 
 @given(st.lists(arrays.arrays(np.float32, (3, 4), elements=st.floats(-1e8, 1e8, width=32)), min_size=1, max_size=5))

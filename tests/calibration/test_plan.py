@@ -118,6 +118,12 @@ def test_numbers_that_no_calibration_finds_are_refused(changes: dict[str, Any], 
         read_plan(here, "int8")
 
 
+def test_divisors_that_no_layer_multiplies_with_are_refused(here: Artifact) -> None:
+    write_plan(here, replace(PLAN, absorbers=PLAN.absorbers | {"decoder/o": (1.5, 2.0)}))
+    with pytest.raises(VlmcError, match="smoothed without the module that absorbs it, or the other way round"):
+        read_plan(here, "int8")
+
+
 def test_divisors_of_0_and_another_recipes_plan_are_refused(here: Artifact) -> None:
     write_plan(here, replace(PLAN, absorbers={"decoder/n": (1.5, 0.0)}))
     with pytest.raises(VlmcError, match="a divisor of decoder/n"):

@@ -63,8 +63,9 @@ def test_int8_takes_what_makes_vision_attentions_queries_and_keys_and_no_other_o
     assert recipe.precision("decoder/model.layers.0.self_attn.q_proj") == other
 
 
-def test_an_output_needs_data_too() -> None:
-    assert Recipe("r", "", {"*": Precision(weight_bits=8, output_bits=8)}).needs_data
+@pytest.mark.parametrize("precision", [Precision(8, output_bits=8), Precision(8, smooth=0.5)])
+def test_an_output_and_smoothing_need_data_too(precision: Precision) -> None:
+    assert Recipe("r", "", {"*": precision}).needs_data
 
 
 @pytest.mark.parametrize(

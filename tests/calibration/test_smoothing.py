@@ -93,6 +93,7 @@ def test_what_the_run_lets_go_is_not_kept() -> None:
         pytest.param(lambda m, x: m.a(m.norm(x)) + m.a(x), id="the layer is also used elsewhere"),
         pytest.param(lambda m, x: m.a(torch.cat((m.norm(x), x), 1)) + 1, id="other values are put beside it"),
         pytest.param(lambda m, x: m.a(m.norm(x)) @ m.norm(x).mT, id="a product within the same channels"),
+        pytest.param(lambda m, x: m.c(m.a(x) * m.b(x)) + 1, id="its factor could be divided, too, and both are known"),
         pytest.param(lambda m, x: m.a(m.norm(x).mul_(2)) + 1, id="it is changed in place"),
         pytest.param(lambda m, x: m.a(m.norm(x).transpose(1, 2)[..., :1].expand(2, 6, 6)) + 1, id="channels mix"),
         pytest.param(lambda m, x: functional.linear(m.norm(x), m.a.weight.clone()), id="a weight of no layer"),

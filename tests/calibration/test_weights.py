@@ -147,3 +147,14 @@ def test_onnx_runtime_reads_the_same_weight(bits: int, block: int) -> None:
     (seen,) = session.run(None, {"x": np.eye(64, dtype=np.float32)})
     # Up to the last bits: MatMulNBits multiplies by q + 128 (or 8) and takes the offset off again.
     np.testing.assert_allclose(seen.T, dequantize_weight(values, scales, block), atol=scales.max() * 1e-4)
+
+
+def test_halves_are_rounded_to_the_even_integer() -> None:
+    """As ONNX's QuantizeLinear does, so that TensorRT, which makes the integers itself, makes the same."""
+    values, scales = quantize_weight(np.array([[127, 0.5, 1.5, 2.5, -0.5, -1.5]], np.float32), 8)
+    assert (scales.item(), values.tolist()) == (1.0, [[127, 0, 2, 2, 0, -2]])
+
+
+def test_a_channel_too_small_for_a_scale_is_zero() -> None:
+    values, scales = quantize_weight(np.array([[1e-38, -1e-39]], np.float32), 8)
+    assert (scales.item(), values.tolist()) == (1.0, [[0, 0]])

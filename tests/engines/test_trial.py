@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from vlmc.artifact import Artifact
+from vlmc.artifact import Artifact, ComponentSpec, TensorSpec
 from vlmc.engines import trial
 from vlmc.engines.trial import try_component
 from vlmc.files import read_json, sha256_of
@@ -167,3 +168,13 @@ def test_the_first_run_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         now[0] += next(seconds)
 
     assert trial.timed(run) == [2000.0, 3000.0]
+
+
+def test_what_a_decoder_takes_beside_a_shortened_prompt_is_shortened_too() -> None:
+    """By the axis that is called so: Gemma 3n's per-layer inputs, and not what the picture made."""
+    inputs = [TensorSpec(name, "float32", (1, "length", 3)) for name in ("inputs_embeds", "per_layer")]
+    inputs += [TensorSpec("image_features", "float32", (1, "tokens", 3))]
+    spec: Any = SimpleNamespace(components={"decoder": ComponentSpec("", tuple(inputs), (), 0)})
+    golden = {f"2.{tensor.name}": np.zeros((1, 9, 3), np.float32) for tensor in inputs}
+    found = trial.further_of(SimpleNamespace(manifest=spec), golden, "2", 4)  # type: ignore[arg-type]
+    assert {name: array.shape for name, array in found.items()} == {"per_layer": (1, 4, 3), "image_features": (1, 9, 3)}

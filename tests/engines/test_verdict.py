@@ -123,6 +123,12 @@ def test_alone_a_backend_gets_what_the_verdict_would_have_kept() -> None:
     assert mix_of(tried(b_fp32=5, a_fp32=(12, 0.5), a_int8=(6, 0.5))) == []
 
 
+def test_alone_a_backend_of_random_weights_keeps_what_is_fastest() -> None:
+    vision = tried(b_fp32=5, a_fp32=12, a_int8=(6, 0.5))
+    found = mixes({"vision_encoder": vision, "decoder": A_DECODES}, random_weights=True)
+    assert found[1] == {"vision_encoder": "a-int8", "decoder": "a-int8"}
+
+
 @given(st.lists(st.integers(1, 100), min_size=6, max_size=6))
 def test_where_a_backend_was_chosen_it_keeps_that_engine_alone(ms: list[float]) -> None:
     names = [f"{backend}_{precision}" for precision in ("fp32", "int8") for backend in "abc"]

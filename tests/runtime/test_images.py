@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 from vlmc.errors import VlmcError
 from vlmc.runtime import images
-from vlmc.runtime.images import open_image, to_rgb
+from vlmc.runtime.images import open_image, picture_hash, to_rgb
 
 RNG = np.random.default_rng(0)
 COLOURS = Image.fromarray(RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8))
@@ -100,6 +100,12 @@ def test_a_picture_in_memory_follows_the_same_rules() -> None:
     assert to_rgb(COLOURS) == COLOURS
     assert np.array_equal(np.asarray(to_rgb(ALPHA)), np.asarray(ALPHA)[..., :3])
     assert np.asarray(to_rgb(Image.fromarray(DEEP))).max() == DEEP.max() // 256
+
+
+def test_a_picture_is_known_by_its_pixels_and_its_shape() -> None:
+    wide, tall = (Image.frombytes("RGB", size, bytes(range(18))) for size in ((3, 2), (2, 3)))
+    assert picture_hash(wide) == picture_hash(wide.copy())
+    assert picture_hash(wide) != picture_hash(tall)
 
 
 def test_what_is_no_picture_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vlmc.runtime.runner import HostDecoder
+from vlmc.artifact import TensorSpec
+from vlmc.errors import VlmcError
+from vlmc.runtime.runner import HostDecoder, require_fit
 
 VOCABULARY, HIDDEN = 17, 8
 
@@ -134,3 +137,20 @@ def test_what_embeddings_bring_along_comes_with_every_step() -> None:
 def test_a_decoder_without_a_step_is_none() -> None:
     with pytest.raises(TypeError, match="forward"):
         HostDecoder(4, Table())  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize(
+    ("array", "fits"),
+    [
+        (np.zeros((1, 5, 3), np.float32), True),
+        (np.zeros((1, 0, 3), np.float32), False),
+        (np.zeros((1, 5, 4), np.float32), False),
+        (np.zeros((1, 5), np.float32), False),
+        (np.zeros((1, 5, 3), np.float64), False),
+        (None, False),
+    ],
+)
+def test_an_array_fits_by_type_and_size_and_an_empty_one_never(array: Any, fits: bool) -> None:
+    tensor = TensorSpec("pixel_values", "float32", (1, "tiles", 3))
+    with contextlib.nullcontext() if fits else pytest.raises(VlmcError, match=r"Expected: float32 \(1, tiles, 3\)"):
+        require_fit(tensor, array, "The picture")

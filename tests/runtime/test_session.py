@@ -213,6 +213,22 @@ def test_each_part_is_timed_by_itself(session: Session, built: Artifact, monkeyp
     assert (times.first_token, times.tokens) == (6.0, 3)
 
 
+def test_several_steps_at_once_share_their_time(
+    session: Session, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, decode = [0.0], session.decoder.decode
+    monkeypatch.setattr("vlmc.runtime.session.perf_counter", lambda: now[0])
+    monkeypatch.setattr(session.decoder, "stride", 4)
+
+    def four_seconds_each(count: int) -> list[int]:
+        now[0] += 4.0 * count
+        return decode(count)
+
+    monkeypatch.setattr(session.decoder, "decode", four_seconds_each)
+    assert len(list(session.generate(inputs, 7, ignore_eos=True))) == 7
+    assert session.timings.decode == [4.0] * 6
+
+
 # Engines that are not there
 
 

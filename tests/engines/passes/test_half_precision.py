@@ -136,6 +136,14 @@ def test_a_scale_that_float16_would_round_away_stays(
     np.testing.assert_allclose(run(model, np.eye(8, dtype=np.float32)), exact, rtol=2e-3, atol=2**-25)
 
 
+def test_the_smallest_scale_of_a_weight_decides(linear: Any, plan_of: Any) -> None:
+    weight = np.random.default_rng(0).uniform(-1, 1, (8, 4)).astype(np.float32) * np.float32([1e-2, 1e-2, 1e-2, 1e-4])
+    model = linear(weight)
+    quantize.apply(model, plan_of(fc=ModulePlan(8, 0)), "part")
+    half_precision.apply(model)
+    assert types(model, "DequantizeLinear") == {FLOAT}
+
+
 def test_a_cast_that_was_there_follows(linear: Any, run: Any) -> None:
     model = linear(np.eye(4, dtype=np.float32))
     node = next(iter(model.graph))

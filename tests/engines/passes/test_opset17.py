@@ -83,6 +83,7 @@ OPERATORS = [
     "(float[2,6] x) => (float[2,3] y) { a, b = Split<num_outputs = 2, axis = 1>(x) y = Sub(a, b) }",
     "(float[2,N,4] x) => (float[1] y) { s = Shape<start = -2, end = 2>(x) y = Cast<to = 1, saturate = 1>(s) }",
     "(float[2,N,4] x) => (float[2] y) { s = Shape<start = 1>(x) y = Cast<to = 1>(s) }",
+    "(float[2,N,4,5,6,7] x) => (float[5] y) { s = Shape<start = 1>(x) y = Cast<to = 1>(s) }",
     """(float[1,2,3,4] x) => (float[1,2,6,8] y) <float[4] s = {1, 1, 2, 2}>
        { y = Resize<mode = "nearest", keep_aspect_ratio_policy = "stretch", antialias = 0>(x, , s) }""",
     # Indices: int64 as inputs, from shapes, and where the two meet
@@ -168,6 +169,7 @@ REFUSED = [
         "{ y = Attention<is_causal = 1>(q, k, v) }",
         "Attention.*an attribute other than scale",
     ),
+    ("(float[4] x) => (float16[4] y) { y = Cast<to = 10, saturate = 0>(x) }", "Cast.*the attribute saturate"),
     (
         "(uint8[4] x) => (float[4] y) <float s = {1}> { y = DequantizeLinear(x, s) }",
         "DequantizeLinear.*UINT8.*recipe int8",

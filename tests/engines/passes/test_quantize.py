@@ -51,6 +51,25 @@ def test_inputs_are_rounded_half_to_even_and_clipped_at_eight_bits(linear: Any, 
     np.testing.assert_allclose(run(model, x)[:, 0], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("scales", "pairs"), [((0.5, 0.5), 1), ((0.5, 0.25), 2)])
+def test_layers_share_the_rounding_of_an_input_where_they_have_one_scale(
+    scales: tuple[float, float], pairs: int, linear: Any, plan_of: Any
+) -> None:
+    model = linear(np.eye(4, dtype=np.float32))
+    first = next(iter(model.graph))
+    weight = constant(model.graph, "other.weight", 2 * np.eye(4, dtype=np.float32))
+    other = ir.node("MatMul", [first.inputs[0], weight], name="other")
+    model.graph.insert_after(first, other)
+    model.graph.outputs.append(other.outputs[0])
+    modules = {
+        name: ModulePlan(8, 0, activation_scale=scale) for name, scale in zip(("fc", "other"), scales, strict=True)
+    }
+    quantize.apply(model, plan_of(**modules), "part")
+    rounded = [node.inputs[1] for node in model.graph if node.op_type == "QuantizeLinear"]
+    assert len(rounded) == pairs
+    assert {float(scale.const_value.numpy()) for scale in rounded} == set(scales)
+
+
 def test_a_module_that_is_called_again_is_quantised_in_every_call(plan_of: Any, run: Any) -> None:
     class Thrice(torch.nn.Module):
         def __init__(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vlmc.artifact import Artifact
-from vlmc.engines.passes import constant, insert, two_segment_attention
+from vlmc.engines.passes import HIDDEN, constant, insert, two_segment_attention
 from vlmc.errors import VlmcError
 
 CAPACITY = 128  # of the fixture `tiny`
@@ -80,6 +80,26 @@ def test_the_place_in_the_cache_decides_what_is_seen_and_not_position_ids(decode
     for length in (6, 1):
         expected, found = (decoder(embeds(length), shift=11)["logits"] for decoder in decoders)
         close(found, expected)
+
+
+def test_a_hidden_score_is_finite_in_float16_and_gets_no_share() -> None:
+    assert np.isfinite(np.float16(HIDDEN))
+    assert np.exp(np.float32(HIDDEN)) == 0
+
+
+def test_scores_are_scaled_by_the_width_of_a_head_where_the_graph_says_nothing(
+    tiny: Artifact, decoders: Pair, steps: Callable[..., Any], close: Any
+) -> None:
+    kv, model = tiny.manifest.kv, ir.load(tiny.graph("decoder"))
+    for node in model.graph:
+        if node.op_type == "Attention":
+            assert node.attributes.pop("scale").as_float() == pytest.approx(kv.head_dim**-0.5)
+    two_segment_attention.apply(model, kv)
+    decoders[0].restart()
+    rewritten = steps(model, kv)
+    rewritten.restart()
+    expected, found = (decoder(embeds(7))["logits"] for decoder in (decoders[0], rewritten))
+    close(found, expected)
 
 
 def test_present_is_the_new_keys_and_values_alone(lowered: ir.Model, decoders: Pair) -> None:

@@ -115,6 +115,12 @@ def test_the_cache_can_be_filled_to_its_end_and_no_further(make: Callable[..., M
         decoder.decode(1)
 
 
+def test_a_prompt_may_be_as_long_as_its_profile(make: Callable[..., Made]) -> None:
+    decoder = make("decoder", "fp16").decoder()
+    embeds = np.random.default_rng(1).standard_normal((1, decoder.capacity, 64)).astype(np.float32)
+    assert isinstance(decoder.prefill(embeds), int)
+
+
 def test_a_step_is_captured_at_the_caches_start_and_not_where_the_last_answer_ended(make: Callable[..., Made]) -> None:
     decoder = make("decoder", "fp16").decoder()
     decoder.prefill(np.zeros((1, 5, 64), np.float32))
