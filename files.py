@@ -187,9 +187,8 @@ def staged_folder(target: Path, key: str = "") -> Iterator[Path]:
         keep = False
         try:
             yield stage
-            for path in stage.rglob("*"):
-                if path.is_file():
-                    _sync(path)
+            for path in (*stage.rglob("*"), stage):
+                _sync(path)
             if target.exists():
                 os.replace(target, retired)
             os.replace(stage, target)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VlmcError
-from ..files import read_json, write_json, writing
+from ..files import read_json, remove_leftovers, write_json, writing
 from . import memory, samples
 from .process import Died, Process
 from .questions import Question
@@ -68,7 +68,7 @@ class Measurement:
         parts = [
             asdict(self.settings),
             [asdict(variant) for variant in self.variants],
-            [(str(question.image), question.prompt, question.gold, question.facts) for question in self.questions],
+            [(str(one.image), one.prompt, one.gold, one.task, one.facts) for one in self.questions],
             {name: machine.get(name) for name in ("name", "cpu", "gpu", "threads", "versions")},
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -102,6 +102,7 @@ def finish(folder: Path, run: dict[str, Any]) -> None:
     write_json(folder / "unfinished" / "run.json", run)
     with writing(folder):
         shutil.rmtree(folder / "unfinished" / "jobs", ignore_errors=True)
+        remove_leftovers(folder / "samples")  # of a run that was killed between the two renames
         retired = folder / f".samples.{os.getpid()}.old"
         if (folder / "samples").exists():
             os.replace(folder / "samples", retired)

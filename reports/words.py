@@ -44,7 +44,7 @@ def percent(share: float) -> str:
 
 def ratio(value: float) -> str:
     """How many times as fast: 0.98×, 3.48×, 15.2×, 140×."""
-    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}×"
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}×"
 
 
 def size(count: float) -> str:

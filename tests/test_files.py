@@ -178,6 +178,15 @@ def test_the_folder_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> No
     assert leftovers(target.parent) == []
 
 
+def test_files_are_synced_before_the_rename_and_it_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, done = os.replace, list[str]()
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.readlink(f"/proc/self/fd/{file}").rpartition("/")[2]))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("renamed") or replace(*paths))
+    stage_with(tmp_path / "target", "whole")
+    stage = f".target.{os.getpid()}.partial"
+    assert done == ["content", stage, "renamed", tmp_path.name]
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), VlmcError("x"), KeyboardInterrupt(), SystemExit(1)])
 @pytest.mark.parametrize("there", [True, False])
 def test_an_exception_keeps_what_was_there(error: BaseException, there: bool, tmp_path: Path) -> None:

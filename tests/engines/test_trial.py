@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +130,17 @@ def test_an_answer_has_as_many_tokens_as_the_cache_has_room_for(
     monkeypatch.setattr(trial, "open_session", small)
     try_component(built, "cpu", trial.WHOLE, ["onnxruntime-fp32+onnxruntime-fp32+onnxruntime-fp32"], "")
     assert set(given[1:3]) == {tokens}  # after the first token alone, whose logits are looked at
+
+
+def test_the_end_of_text_ends_no_answer_that_is_timed(built: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, sessions = trial.open_session, list[Any]()
+    monkeypatch.setattr(trial, "open_session", lambda *a: sessions.append(load(*a)) or sessions[-1])
+    artifact = Artifact(built.root)
+    every_token = tuple(range(artifact.manifest.vocab_size))
+    prompt = replace(artifact.manifest.prompt, eos_token_ids=every_token)
+    artifact.manifest = replace(artifact.manifest, prompt=prompt)
+    try_component(artifact, "cpu", trial.WHOLE, ["onnxruntime-fp32+onnxruntime-fp32+onnxruntime-fp32"], "")
+    assert [session.timings.tokens for session in sessions] == [trial.ANSWER]
 
 
 def test_decoding_is_timed_by_the_step(built: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,12 @@ def test_questions_that_fail_evenly_over_pictures_all_count() -> None:
     assert (entry["low"], entry["high"]) == wilson(0.8, 200)
 
 
+def test_the_effective_number_follows_the_variance_between_pictures() -> None:
+    entry = summarize(five_questions([[1, 1], [1, 0], [1, 0], [0, 0]]))["overall"]
+    # The pictures' sums are 1, 0, 0 and -1 off: p(1-p) / (4/3 · 2 / 8²) = 6, between 4 pictures and 8 questions.
+    assert (entry["low"], entry["high"]) == pytest.approx(wilson(0.5, 6), abs=1e-12)
+
+
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=5), min_size=1, max_size=20))
 def test_the_effective_number_of_questions_lies_between_pictures_and_questions(scores: list[list[float]]) -> None:
     entry = summarize(five_questions(scores))["overall"]
@@ -126,6 +132,11 @@ def test_only_questions_that_both_answered_are_compared() -> None:
     assert paired(rows([1, 1, 1]), rows([1, 1]))["total"] == 2
     with pytest.raises(VlmcError, match="in common"):
         paired(rows([1]), rows([1], task="scene_context"))
+
+
+def test_questions_of_one_task_about_one_picture_are_compared_one_by_one() -> None:
+    result = paired(five_questions([[1, 0, 1]]), five_questions([[0, 1, 1]]))
+    assert (result["total"], result["won"], result["lost"]) == (3, 1, 1)
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 1]), st.sampled_from([0, 1])), min_size=1, max_size=60))

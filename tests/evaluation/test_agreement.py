@@ -14,6 +14,10 @@ def test_cosine_is_of_directions_and_zero_where_a_number_is_missing() -> None:
     assert cosine(np.zeros(2), np.ones(2)) == 0.0
 
 
+def test_arrays_of_different_sizes_do_not_agree_at_all() -> None:
+    assert cosine(np.ones(3), np.ones(2)) == 0.0
+
+
 def test_equal_tokens_do_not_diverge() -> None:
     assert first_divergence([5, 6, 7], [5, 6, 7]) is None
     assert first_divergence([], []) is None

@@ -63,6 +63,31 @@ def test_profile_measures_reports_and_judges(measurable: Artifact, question_set:
     assert not (folder / "unfinished").exists()
 
 
+def run_json(artifact: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is known of a measurement in which no variant was run."""
+    monkeypatch.setattr(harness, "measure", lambda *_: {})
+    monkeypatch.setattr(experiment, "_idle", lambda _: 1.0)
+    settings = harness.Settings(1, 0, 2, 2, 0)
+    folder = experiment.profile(artifact, build, load_device("cpu"), settings, "unavailable: -", lambda *_: None)
+    record: dict[str, Any] = json.loads((folder / "samples" / "run.json").read_text())
+    return record
+
+
+def test_limits_are_measured_before_and_after_and_the_higher_counts(
+    measurable: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = iter([RATES, RATES | {"read_gb_per_s": 12.0, "float32_gflop_per_s": 90.0}])
+    monkeypatch.setattr(limits, "measure", lambda threads: next(tries))
+    assert run_json(measurable, build, monkeypatch)["limits"] == RATES | {"read_gb_per_s": 12.0}
+
+
+def test_engines_are_stored_together_and_built_one_after_the_other(
+    measurable: Artifact, build: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variant in run_json(measurable, build, monkeypatch)["variants"]:
+        assert (variant["disk_bytes"], variant["build_peak_bytes"]) == (3 * 1_000_000, 5_000_000)
+
+
 def test_ctrl_c_leaves_a_measurement_that_the_same_command_finishes(
     measurable: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from vlmc.artifact import Artifact
+from vlmc.errors import VlmcError
 from vlmc.profiles import harness, memory, samples
 from vlmc.profiles.harness import Measurement, Settings
 from vlmc.profiles.questions import read_set
@@ -120,6 +121,43 @@ def test_a_time_bound_ends_every_turn_after_at_least_one_run(measurement: Measur
     assert runs(tmp_path / "cpu", "Slow one") == [0, 1, 2, 3]
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What workers are asked, who are no processes and do nothing."""
+    requests: list[dict[str, Any]] = []
+
+    class Idle:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def ask(self, do: str, item: Any, **request: Any) -> None:
+            requests.append({"do": do} | request)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(harness, "Process", Idle)
+    return requests
+
+
+def test_the_time_bound_is_shared_by_the_turns(
+    measurement: Measurement, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    harness.fresh(tmp_path)
+    harness.measure(tmp_path, replace(measurement, settings=replace(measurement.settings, seconds=8)), Watch())
+    assert [request["seconds"] for request in asked if request["do"] == "time"] == [2.0] * 4
+
+
+def test_a_turn_that_ran_out_of_time_is_not_gone_on_with(
+    measurement: Measurement, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    log = harness.fresh(tmp_path) / "slow-one.jsonl"
+    for turn in (0, 1):  # of the two runs of turn 0 one was done, of turn 1 all
+        samples.append(log, {"kind": "run", "index": turn, "turn": turn}, {"kind": "turn", "turn": turn})
+    harness.measure(tmp_path, measurement, Watch())
+    assert [request["indices"] for request in asked if request["do"] == "time"] == [[2], [3]]
+
+
 def test_where_memory_is_short_variants_are_not_kept_waiting(
     measurement: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,13 +174,22 @@ def test_only_the_same_measurement_is_gone_on_with(measurement: Measurement, tmp
     run = {"key": key, "limits": {}, "machine": here}
     harness.begin(tmp_path, run)
     assert harness.unfinished(tmp_path, measurement.key(here | {"load_average": 0.0})) == run
+    first, *rest = measurement.questions
+    changed = [
+        replace(first, prompt="How many?"),
+        replace(first, gold="a cat"),
+        replace(first, task="scene_context"),
+        replace(first, facts=("a cat",)),
+    ]
     others = [
         measurement.key(here | {"cpu": "another"}),
+        measurement.key(here | {"versions": {"onnxruntime": "another"}}),
         replace(measurement, settings=replace(measurement.settings, tokens=7)).key(here),
         replace(measurement, variants=[replace(measurement.variants[0], identity="rebuilt")]).key(here),
         replace(measurement, questions=measurement.questions[:1]).key(here),
+        *(replace(measurement, questions=[question, *rest]).key(here) for question in changed),
     ]
-    assert len({key, *others}) == 5
+    assert len({key, *others}) == 1 + len(others)
     assert harness.unfinished(tmp_path, others[0]) is None
     assert (harness.fresh(tmp_path) / "run.json").exists() is False
 
@@ -165,6 +212,37 @@ def test_finished_samples_replace_only_finished_samples(tmp_path: Path) -> None:
         harness.finish(tmp_path, {"number": number})
     assert sorted(os.listdir(tmp_path)) == ["samples"]
     assert sorted(os.listdir(tmp_path / "samples")) == ["2.jsonl", "run.json"]
+
+
+def test_the_samples_before_are_deleted_only_once_the_new_ones_are_in_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "old.jsonl").touch()
+    harness.fresh(tmp_path)
+    move = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if target == tmp_path / "samples":
+            raise OSError("the disk is gone")
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(VlmcError, match="cannot be written"):
+        harness.finish(tmp_path, {})
+    assert list(tmp_path.rglob("old.jsonl"))
+    monkeypatch.undo()
+    harness.finish(tmp_path, {})  # as the same command does
+    assert os.listdir(tmp_path / "samples") == ["run.json"]
+    assert os.listdir(tmp_path) == ["samples"]
+
+
+def test_a_run_that_was_killed_between_the_renames_leaves_nothing_behind(tmp_path: Path) -> None:
+    harness.fresh(tmp_path)
+    nobody = 2**22 + 1  # above the kernel's largest process number
+    (tmp_path / f".samples.{nobody}.old").mkdir()
+    harness.finish(tmp_path, {})
+    assert os.listdir(tmp_path) == ["samples"]
 
 
 @pytest.mark.parametrize(

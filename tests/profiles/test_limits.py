@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -40,6 +41,20 @@ def test_every_rate_is_a_positive_number(monkeypatch: pytest.MonkeyPatch) -> Non
     assert limits.read_gb_per_s(1 << 20, 2) > 0
     assert limits.float32_gflop_per_s(64) > 0
     assert isinstance(limits.int8_gop_per_s(64, 1), float)
+
+
+def test_rates_are_in_units_of_ten_to_the_ninth_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_best", lambda work: 0.001)
+    assert limits.read_gb_per_s(8_000_000, 2) == pytest.approx(8.0)
+    assert limits.float32_gflop_per_s(100) == pytest.approx(2.0)
+    assert limits.int8_gop_per_s(100, 1) == pytest.approx(2.0)
+
+
+def test_a_limit_is_the_fastest_of_all_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, tries = [0.0], iter([0.3, 0.1, 0.2])
+    monkeypatch.setattr(limits, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    assert limits._best(lambda: now.append(now.pop() + next(tries))) == pytest.approx(0.1)
 
 
 def test_the_hand_written_model_is_valid_onnx_and_multiplies() -> None:

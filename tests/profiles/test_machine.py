@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vlmc.profiles import machine, memory
@@ -145,6 +147,24 @@ def test_without_proc_memory_is_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("garbage", ["", "VmHWM: lots\n", "VmHWM:\t 12\n", "\0\0"])
 def test_a_garbled_status_is_unknown_rather_than_wrong(tmp_path: Path, garbage: str) -> None:
     assert memory.peak_rss_bytes(tree(tmp_path, {"proc/self/status": garbage})) is None
+
+
+@pytest.mark.parametrize("own", [None, 300])
+def test_the_gpus_memory_of_other_processes_is_not_ours(own: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = [
+        SimpleNamespace(pid=os.getpid() + 1, usedGpuMemory=900),
+        SimpleNamespace(pid=os.getpid(), usedGpuMemory=own),
+    ]
+    fake = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=lambda gpu: running,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    unknown = "unavailable: the driver does not tell this process's share (as inside a container)"
+    assert memory.device_bytes() == (own or unknown)
 
 
 def test_waiting_is_told_in_seconds(tmp_path: Path) -> None:

@@ -76,6 +76,13 @@ class TestRapl:
         write(tmp_path, {"sys/class/powercap/intel-rapl:0:1/energy_uj": 2_000_000})
         assert meter.joules() == 7.0
 
+    def test_the_whole_platform_is_not_added_to_its_package(self, tmp_path: Path) -> None:
+        zone = "sys/class/powercap/intel-rapl:1"
+        platform = {f"{zone}/name": "psys", f"{zone}/energy_uj": 0, f"{zone}/max_energy_range_uj": 10**9}
+        meter = power.open_meter("rapl", write(tmp_path, RAPL | platform))
+        write(tmp_path, {f"{zone}/energy_uj": 9_000_000})
+        assert meter.joules() == 0.0
+
     def test_the_counter_may_start_again_at_zero(self, tmp_path: Path) -> None:
         meter = power.open_meter("rapl", write(tmp_path, RAPL))
         write(tmp_path, {"sys/class/powercap/intel-rapl:0/energy_uj": 50_000_000})
@@ -307,6 +314,14 @@ class TestIntegrator:
         with pytest.raises(OSError, match="went away"):
             meter.joules()
         meter.close()
+
+
+def test_idle_power_leaves_out_what_was_counted_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(power, "time", clock)
+    meter = types.SimpleNamespace(joules=lambda: 500.0 + 3.0 * now[0], close=lambda: None)
+    assert power.idle_watts(meter, seconds=2.0) == 3.0
 
 
 def test_idle_power_is_a_mean_over_the_time_watched() -> None:

@@ -18,6 +18,20 @@ def test_an_interpreter_that_cannot_be_started_is_a_worker_that_died(tmp_path: P
         Process(job, tmp_path / "job.json", tmp_path / "log")
 
 
+@pytest.mark.parametrize(("threads", "told"), [(3, "3"), (0, "7")])
+def test_a_worker_has_its_own_thread_count_and_its_own_session(
+    threads: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session, for Ctrl-C in the terminal would end the workers before their parent."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    python = tmp_path / "python"
+    told_by_it = "os.environ['OMP_NUM_THREADS'] + f' threads, {os.getsid(0) == os.getpid()}'"
+    python.write_text(f"#!{sys.executable}\nimport os\nexit({told_by_it})\n")
+    python.chmod(0o755)
+    with pytest.raises(Died, match=f"its last words: {told} threads, True$"):
+        Process({"python": str(python), "arguments": {"threads": threads}}, tmp_path / "job.json", tmp_path / "log")
+
+
 def test_a_module_gets_its_arguments_and_takes_none_of_its_own_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,12 @@ def test_tokens_per_second_memory_and_energy(folder: Path) -> None:
     assert found["waited_share"] == pytest.approx(0.5)
 
 
+def test_no_variant_waits_on_more_processors_than_the_machine_has(folder: Path) -> None:
+    record = folder / "samples" / "run.json"
+    record.write_text(record.read_text().replace('"threads": 2', '"threads": 8'))
+    assert variant(summarize(folder), "Int8")["waited_share"] == pytest.approx(0.5)
+
+
 def test_a_number_that_was_not_measured_says_why(folder: Path) -> None:
     eager = variant(summarize(folder), "Eager")
     assert eager["energy"]["watts"] == "unavailable: rapl gave no reading"
@@ -184,6 +190,13 @@ def test_speedups_are_ratios_of_medians_with_their_range_over_turns(folder: Path
             "turns": 2,
         }
     )
+
+
+def test_only_turns_that_both_had_are_compared(folder: Path) -> None:
+    path = folder / "samples" / "float.jsonl"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"turn": 1' not in line))
+    (entry,) = [one for one in summarize(folder)["speedups"] if (one["of"], one["over"]) == ("Int8", "Float")]
+    assert entry["turns"] == 1
 
 
 def test_a_ratio_lies_within_its_own_range_whatever_the_machine_does() -> None:

@@ -93,6 +93,15 @@ def test_another_build_of_an_engine_is_another_identity(artifact: Artifact, buil
     assert before[1].identity != after[1].identity
 
 
+def test_another_plan_is_another_identity_of_what_computes_by_it(artifact: Artifact, build: BuildSpec) -> None:
+    found = []
+    for hashes in (["a"], ["b"]):
+        write_json(artifact.root / "plans" / "int8.json", {"calibrated_on": {"pictures": hashes}})
+        found.append({variant.name: variant.identity for variant in variants(artifact, build).measured})
+    before, after = found
+    assert [name for name in before if before[name] != after[name]] == ["PyTorch fake-quant int8"]
+
+
 def test_engines_that_were_deleted_are_no_variant(artifact: Artifact, build: BuildSpec) -> None:
     shutil.rmtree(artifact.engine_folder("cpu", "decoder", "onnxruntime-int8"))
     assert names(artifact, build, baselines=False) == ["ONNX Runtime float", "ONNX Runtime int8"]

@@ -112,6 +112,19 @@ def test_noise_other_programs_and_throttling_are_told() -> None:
     assert any("throttled while it measured (before: no; after: 3 thermal" in line for line in said)
 
 
+def test_other_programs_are_told_where_they_delayed_only_some_variants() -> None:
+    said = sentences(report(variant("Int8", waited_share=0.0), variant("Float", waited_share=0.4)), CHOICES)
+    assert any("waited for a processor 0 to 40 % of the time" in line for line in said)
+
+
+def test_throttling_of_before_the_measurement_is_no_doubt() -> None:
+    throttled = "3 thermal events since the machine started"
+    said = sentences(
+        report(variant("Int8"), machine={"throttled": throttled, "after": {"throttled": throttled}}), CHOICES
+    )
+    assert not any("throttled" in line for line in said)
+
+
 def test_a_quiet_machine_raises_no_doubts() -> None:
     machine = {"throttled": "no", "after": {"throttled": "no"}}
     said = sentences(report(variant("Int8"), machine=machine), CHOICES)

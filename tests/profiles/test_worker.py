@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,15 @@ def test_the_first_run_of_a_turn_is_not_recorded(job: dict[str, Any], monkeypatc
     list(worker.time([3, 4], turn=1, seconds=0))
     assert done == [0, 3, 3, 4], "the caches were another variant's"
     assert len(samples.of_kind(samples.read(Path(job["samples"])), "run")) == 2
+
+
+def test_a_turn_ends_with_its_time_and_not_before_one_run(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, readings = Worker(job), itertools.count()
+    monkeypatch.setattr(worker_module, "perf_counter", lambda: float(next(readings)))
+    assert list(worker.time([0, 4, 8], turn=0, seconds=0.5)) == ["run"]
+    rows = samples.read(Path(job["samples"]))
+    assert [row["index"] for row in samples.of_kind(rows, "run")] == [0]
+    assert len(samples.of_kind(rows, "turn")) == 1
 
 
 def test_unified_memory_is_what_the_machine_lost(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

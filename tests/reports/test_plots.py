@@ -28,6 +28,12 @@ def test_what_is_drawn_is_also_told_in_words(sample: dict[str, Any]) -> None:
     assert "ONNX Runtime int8, decoder, a step: 21 % of the limit" in found["limits"].told
 
 
+def test_the_rest_of_an_answer_is_never_less_than_nothing(sample: dict[str, Any]) -> None:
+    sample["variants"][3]["latency_ms"]["end_to_end"]["median"] = 20.0  # medians need not add up
+    told = "ONNX Runtime int8: 21.1 ms (preprocessing 3.00, vision 10.4, prefill 7.70, decoding 0)"
+    assert told in drawn(sample)["latency"].told
+
+
 def test_without_a_meter_energy_is_not_drawn_but_explained(sample: dict[str, Any]) -> None:
     energy = drawn(sample)["energy"]
     assert energy.svg == ""

@@ -30,6 +30,22 @@ def test_a_printed_number_is_off_by_half_a_percent_at_most(value: float) -> None
 
 
 @pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.98, "0.98×"),
+        (3.476, "3.48×"),
+        (9.996, "10.0×"),
+        (15.24, "15.2×"),
+        (99.96, "100×"),
+        (140.3, "140×"),
+        (1400.2, "1,400×"),
+    ],
+)
+def test_ratios_keep_three_digits_and_two_below_one(value: float, text: str) -> None:
+    assert words.ratio(value) == text
+
+
+@pytest.mark.parametrize(
     ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (64000, "64.0 kB"), (13.9e6, "13.9 MB"), (1.2e9, "1.20 GB")]
 )
 def test_sizes(count: float, text: str) -> None:
@@ -47,6 +63,11 @@ def test_comparisons_are_told_in_words() -> None:
     )
     assert "a significant difference (exact McNemar test, p < 0.001)" in compare(0, 25, 6e-8)
     assert compare(0, 0, 1.0) == "int8 and float score alike on each of 500 questions."
+
+
+@pytest.mark.parametrize(("p_value", "text"), [(0.004, "p = 0.004"), (0.001, "p = 0.001"), (0.0009, "p < 0.001")])
+def test_chances_are_given_down_to_one_in_a_thousand(p_value: float, text: str) -> None:
+    assert f", {text})." in compare(1, 12, p_value)
 
 
 def test_agreement_names_the_first_difference() -> None:
@@ -78,6 +99,16 @@ def test_the_lead_says_what_is_kept_how_fast_it_is_and_whether_answers_suffer(sa
     )
     sample["comparisons"][0] |= {"lost": 30, "won": 1, "significant": True}
     assert words.lead(parse(sample)).endswith("Its answers are significantly worse than those of PyTorch eager.")
+
+
+def test_answers_that_are_significantly_better_are_not_worse(sample: dict) -> None:
+    sample["comparisons"][0] |= {"lost": 1, "won": 30, "significant": True}
+    assert words.lead(parse(sample)).endswith("On 500 questions its answers are not significantly worse.")
+
+
+def test_the_lead_claims_no_more_questions_than_every_comparison_has(sample: dict) -> None:
+    sample["comparisons"][0]["total"] = 40
+    assert words.lead(parse(sample)).endswith("On 40 questions its answers are not significantly worse.")
 
 
 def test_the_lead_claims_no_gain_where_turns_disagree(sample: dict) -> None:

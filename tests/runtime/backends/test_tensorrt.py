@@ -46,6 +46,17 @@ def test_pictures_run_in_parts_that_fit_the_profiles(make: Callable[..., Made], 
         np.testing.assert_allclose(row, wanted[index % len(pixels)], rtol=1e-3, atol=1e-4)
 
 
+def test_of_profiles_that_hold_as_many_the_first_is_taken(
+    make: Callable[..., Made], planned: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, taken = golden.read(planned)[1]["0.pixel_values"], list[int]()
+    runner = TensorrtRunner(make("vision_encoder", "fp16").engine(), planned.manifest.components["vision_encoder"])
+    monkeypatch.setattr(runner, "_run", lambda arrays, profile, alone=False: taken.append(profile))
+    runner.run({"pixel_values": pixels[:1]})
+    runner.run({"pixel_values": pixels[:2]})
+    assert taken == [0, 1]
+
+
 def test_shapes_that_come_again_run_as_a_graph_until_others_come(
     make: Callable[..., Made], planned: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
