@@ -136,6 +136,15 @@ def test_arrays_are_compared_by_their_largest_difference_and_their_direction() -
     assert parity.compare("l", "c", np.zeros(3), np.zeros(3)).passed
 
 
+def test_small_differences_everywhere_turn_the_direction() -> None:
+    reference = np.ones(1_000_000)
+    reference[0] = 1000.0  # 0.9 is below a thousandth of it
+    level = parity.compare("l", "c", reference, reference + np.tile([0.9, -0.9], 500_000))
+    assert level.max_abs < level.tolerance
+    assert level.cosine < 0.9
+    assert not level.passed
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_never_passes(bad: float) -> None:
     for left, right in ((1.0, bad), (bad, 1.0), (bad, bad)):
@@ -170,7 +179,7 @@ def test_a_tie_may_fall_either_way_and_nothing_else_may(monkeypatch: pytest.Monk
     tie = tokens_level(parity.TIE / 2, [5, 7], monkeypatch)
     assert tie.passed
     assert tie.detail == "0 of 1 cases equal, 1 split at a tie"
-    wrong = tokens_level(parity.TIE * 2, [5, 7], monkeypatch)
+    wrong = tokens_level(0.002, [5, 7], monkeypatch)
     assert not wrong.passed
     with pytest.raises(
         VlmcError, match=r"case 0 diverges at token 1: \[7\] instead of \[6\]. Expected: PyTorch's tokens"

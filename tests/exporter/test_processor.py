@@ -206,13 +206,16 @@ def test_a_chat_template_that_vlmc_cannot_follow_is_refused(template: str, reaso
         describe(folder)
 
 
+@pytest.mark.parametrize("step", ["do_resize", "do_rescale", "do_normalize"])
+def test_a_processor_that_leaves_a_step_out_is_refused(step: str, folder: Path) -> None:
+    change(folder / "processor_config.json", lambda data: data["image_processor"].update({step: False}))
+    with pytest.raises(VlmcError, match=f"{step} off"):
+        describe(folder)
+
+
 def test_a_processor_that_vlmc_cannot_follow_is_refused(folder: Path) -> None:
     config = folder / "processor_config.json"
     whole = config.read_text()
-    change(config, lambda data: data["image_processor"].update(do_resize=False))
-    with pytest.raises(VlmcError, match="do_resize off"):
-        describe(folder)
-    config.write_text(whole)
     change(config, lambda data: data.update(image_seq_len=-1))
     with pytest.raises(
         VlmcError, match=r"image_seq_len is out of range.*To mend it: fetch the checkpoint's files again"
