@@ -1,7 +1,7 @@
 """What a family's small checkpoint can be made into, found by doing it; the README's table is held against this.
 
-Every engine is built by the real builders and tried on the golden inputs: on the CPU as it is, and of TensorRT-RTX the
-very graph that it was given, in ONNX Runtime, for want of a GPU.
+Every engine is built by the real builders and tried on the golden inputs. On the CPU it runs itself; of TensorRT-RTX,
+as no GPU is here, the graph that its parser was given runs in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from vlmc.artifact import Artifact, EngineSpec
+from vlmc.artifact import Artifact, EngineSpec, parts_of
 from vlmc.calibration import recipes
 from vlmc.calibration.command import make_plan
 from vlmc.calibration.plan import write_plan
 from vlmc.engines import build, builders, candidate, tensorrt_network, trial
-from vlmc.engines.builders import MODEL
-from vlmc.engines.trial import cosine
 from vlmc.errors import VlmcError
 from vlmc.evaluation import goldens
-from vlmc.exporter import parity
 from vlmc.profiles.device import load_device
 from vlmc.runtime import backends
 from vlmc.runtime.backends import tensorrt_rtx
@@ -38,8 +35,9 @@ COLUMNS = (
     ("gb10", "tensorrt_rtx", "int8"),
     ("gb10", "tensorrt_rtx", "w4"),
 )
-# Cosines with the golden outputs, of random weights in layers of a few channels.
-NEAR = {"fp32": 0.9999, "fp16": 0.9999, "int8": 0.9, "w4": 0.5}
+# The least cosine with the golden outputs, of random weights; a decoder's is the worst of a prompt and its steps.
+NEAR = {"fp32": 0.99999, "fp16": 0.9999, "int8": 0.99, "w4": 0.93}
+OF_DECODERS = NEAR | {"int8": 0.9, "w4": 0.75}
 
 
 def row(artifact: Artifact, pictures: Path) -> list[str]:
@@ -47,14 +45,12 @@ def row(artifact: Artifact, pictures: Path) -> list[str]:
     for recipe in ("int8", "w4"):
         write_plan(artifact, make_plan(artifact, recipes.load(recipe), pictures))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "ROUNDS", 1)
-        patch.setattr(trial, "SECONDS", 0.0)
-        patch.setattr(trial, "MINIMUM", 1)
-        patch.setattr(trial, "ANSWER", 1)
-        patch.setattr(tensorrt_network, "parse", _kept(tensorrt_network.parse))
+        for name, least in {"ROUNDS": 1, "SECONDS": 0.0, "MINIMUM": 1, "ANSWER": 1}.items():  # nothing is timed
+            patch.setattr(trial, name, least)
+        patch.setattr(tensorrt_network, "parse", _keeping_the_graph(tensorrt_network.parse))
         patch.setattr(tensorrt_rtx, "unavailable", lambda: "")
-        patch.setattr(tensorrt_rtx, "load_runner", lambda spec, path, threads: OnnxRunner(_given(path)))
-        patch.setattr(tensorrt_rtx, "load_decoder", _decoder)
+        patch.setattr(tensorrt_rtx, "load_runner", lambda spec, path, threads: OnnxRunner(_graph_of(path)))
+        patch.setattr(tensorrt_rtx, "load_decoder", _decoder_of)
         return [_outcome(artifact, *column) for column in COLUMNS]
 
 
@@ -75,25 +71,26 @@ def _outcome(artifact: Artifact, device: str, backend: str, recipe: str) -> str:
             assert precision != recipe or products.get(recipe), f"{component} {one.engine} has none of {recipe}"
             made.setdefault(component, []).append(one.engine)
     for component, engines in made.items():
-        for engine, near in _agreement(artifact, device, component, engines, made.get("embed_tokens", [""])[0]).items():
-            print("NEAR", device, component, engine, near)
-            #assert near > NEAR[engine.partition("-")[2]], f"{component} {engine}: {near}"
+        if component == "embed_tokens":
+            _require_rows(artifact, device, *engines)
+        else:
+            outcome = trial.try_component(artifact, device, component, engines, *made.get("embed_tokens", [""]))
+            for engine, found in outcome.items():
+                near = (OF_DECODERS if component == "decoder" else NEAR)[parts_of(engine)[1]]
+                assert found["agreement"] > near, f"{component} {engine}: {found}"
     return "yes"
 
 
-def _agreement(artifact: Artifact, device: str, component: str, engines: list[str], embed: str) -> dict[str, float]:
-    """Of each engine the smallest cosine with the golden outputs."""
-    if component == "embed_tokens":
-        ids = {"input_ids": goldens.arrays(artifact)["0.input_ids"][None]}
-        right = parity.canonical_session(artifact).embed.run(ids)
-        found = backends.load_runner(artifact, device, component, embed, threads=0).run(ids)
-        return {embed: min(cosine(right[name], found[name]) for name in right)}
-    outcome = trial.try_component(artifact, device, component, engines, embed)
-    return {engine: found["agreement"] for engine, found in outcome.items()}
+def _require_rows(artifact: Artifact, device: str, engine: str) -> None:
+    """The look-up has no trial: whatever it finds for the golden ids is what the canonical graph finds."""
+    ids = {"input_ids": goldens.arrays(artifact)["0.input_ids"][None]}
+    found = backends.load_runner(artifact, device, "embed_tokens", engine, threads=1).run(ids)
+    for name, rows in OnnxRunner(_session(artifact.graph("embed_tokens"))).run(ids).items():
+        assert trial.cosine(rows, found[name]) > NEAR["fp32"], f"{name} of {engine}"
 
 
-def _kept(parse: Callable[..., Any]) -> Callable[..., Any]:
-    """What reads a graph, which keeps it beside the engine to be."""
+def _keeping_the_graph(parse: Callable[..., Any]) -> Callable[..., Any]:
+    """TensorRT-RTX's parser; what it reads stays beside the engine."""
 
     def keep(trt: Any, path: Path, *further: Any) -> Any:
         for file in path.parent.iterdir():
@@ -103,31 +100,43 @@ def _kept(parse: Callable[..., Any]) -> Callable[..., Any]:
     return keep
 
 
-def _given(engine: Path) -> ort.InferenceSession:
-    """The graph that an engine was made of, node for node."""
+def _graph_of(engine: Path) -> ort.InferenceSession:
+    return _session(engine.with_name(builders.MODEL))
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    """The graph node for node."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(str(engine.with_name(MODEL)), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> OnnxDecoder:
-    class Ids:
-        """In place of a look-up: the decoder does it."""
-
-        def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-            found = embed.run(inputs)
-            nothing = {name: np.zeros_like(array) for name, array in found.items()}
-            return nothing | {"input_ids": inputs["input_ids"].astype(np.int32)}
-
-    class Decoder(OnnxDecoder):
-        def forward(self, inputs_embeds: Any, start: int, **further: Array) -> Any:
-            given = {"input_ids": np.full(inputs_embeds.shape[:2], -1, np.int32)}
-            given["position_offset"] = np.array([self._ahead], np.int64)
-            return super().forward(inputs_embeds, start, **(given | further))
-
+def _decoder_of(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> OnnxDecoder:
     assert spec.kv is not None
-    return Decoder(_given(path), spec.kv, Ids())
+    return LookingUp(_graph_of(path), spec.kv, OnlyIds(embed))
+
+
+class OnlyIds:
+    """A look-up that leaves it to the decoder: it finds zeros, and passes the ids on."""
+
+    def __init__(self, embed: Runner) -> None:
+        self._embed = embed
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        zeros = {name: np.zeros_like(array) for name, array in self._embed.run(inputs).items()}
+        return zeros | {"input_ids": inputs["input_ids"].astype(np.int32)}
+
+
+class LookingUp(OnnxDecoder):
+    """A decoder that looks tokens up: in a prompt there are none, and positions go on where the prompt's end."""
+
+    def forward(self, inputs_embeds: Any, start: int, **further: Array) -> Any:
+        given = {
+            "position_offset": np.array([self._ahead]),
+            "input_ids": np.full(inputs_embeds.shape[:2], -1, np.int32),
+        }
+        return super().forward(inputs_embeds, start, **(given | further))
 
 
 def promised(family: str) -> list[str]:
