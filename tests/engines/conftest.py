@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from vlmc.artifact import Artifact
 from vlmc.calibration.plan import ModulePlan, Plan
 from vlmc.calibration.recipes import Recipe
 from vlmc.engines import child, trial
@@ -75,6 +77,12 @@ def plan_of() -> Callable[..., Plan]:
         return Plan(SCHEMA, Recipe("r", "", {}), "", None, named, divided)
 
     return make
+
+
+@pytest.fixture
+def artifact(planned: Artifact, tmp_path: Path) -> Artifact:
+    """A copy of `planned` that may be changed."""
+    return Artifact(Path(shutil.copytree(planned.root, tmp_path / "tiny")))
 
 
 @pytest.fixture

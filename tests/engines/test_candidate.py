@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +16,6 @@ from vlmc.engines.candidate import Candidate, build, cached, key, record_trial
 from vlmc.records import FileSpec
 
 VISION = Candidate("cpu", "vision_encoder", "onnxruntime", "int8")
-
-
-@pytest.fixture
-def artifact(planned: Artifact, tmp_path: Path) -> Artifact:
-    return Artifact(Path(shutil.copytree(planned.root, tmp_path / "tiny")))
 
 
 def change_graph(artifact: Artifact) -> None:
