@@ -5,7 +5,7 @@
 
 Small tensors travel as they are; large ones are the model's parameters, which the manifest's config and seed give
 again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them;
-OTHER names the components of which they are not, for another transformers may draw otherwise. STEP is what the
+OTHER names the components of which they are not, for another PyTorch may draw otherwise. STEP is what the
 canonical graph makes of a decode step at the cache's end, with nothing in the cache, which no golden has.
 """
 
@@ -75,6 +75,7 @@ def opened(path: Path) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
+    options.log_severity_level = 3  # it warns of a cache that is copied
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
