@@ -10,6 +10,7 @@ from ..evaluation.tasks import TASKS
 from .document import ABSENT, Agreement, Comparison, Report, Score, Speedup
 
 RANDOM_WEIGHTS = "Random weights: the speeds are real, the answers mean nothing and no accuracy is given."
+FAR = 2.0  # where turns lie further apart their median is nothing to lead with
 
 _COMPONENTS = {
     "embed_tokens": "token embeddings",
@@ -99,9 +100,13 @@ def lead(report: Report) -> str:
 
 
 def _faster(entry: Speedup) -> str:
-    """How much faster end to end; where turns disagree on who is faster, that is said; "" where it is not known."""
-    if entry.low is not None and entry.high is not None and entry.low < 1 < entry.high:
-        return f"no clear difference to {entry.over}"
+    """How much faster end to end, at least, where turns lie far apart; where they disagree on who is faster, that is
+    said; "" where it is not known."""
+    if entry.low is not None and entry.high is not None:
+        if entry.low < 1 < entry.high:
+            return f"no clear difference to {entry.over}"
+        if 1 <= entry.low < entry.high / FAR:
+            return f"at least {ratio(entry.low)} as fast as {entry.over}"
     return "" if isinstance(entry.end_to_end, str) else f"{ratio(entry.end_to_end)} as fast as {entry.over}"
 
 

@@ -117,6 +117,15 @@ def test_the_lead_claims_no_gain_where_turns_disagree(sample: dict) -> None:
     assert words.lead(parse(sample)).startswith("ONNX Runtime int8 is kept: no clear difference to PyTorch eager, no ")
 
 
+def test_the_lead_claims_the_least_of_turns_that_lie_far_apart(sample: dict) -> None:
+    pair = ("ONNX Runtime int8", "PyTorch eager")
+    entry = next(one for one in sample["speedups"] if (one["of"], one["over"]) == pair)
+    entry |= {"end_to_end": 30.8, "low": 5.82, "high": 128.1}
+    assert words.lead(parse(sample)).startswith(
+        "ONNX Runtime int8 is kept: at least 5.82× as fast as PyTorch eager, 15.2×"
+    )
+
+
 def test_of_random_weights_no_answers_are_judged(sample: dict) -> None:
     sample["artifact"]["random_weights"] = True
     assert "answers" not in words.lead(parse(sample))
