@@ -70,8 +70,8 @@ def test_a_decoder_has_a_profile_for_the_step_and_prompts_by_length(planned: Art
     step, prompt = builder.profiles(model, job("decoder", 128))
     assert step["inputs_embeds"] == ((1, 1, 64),) * 3
     assert prompt["position_ids"] == ((1, 1), (1, 128), (1, 128))
-    lengths = [p["input_ids"][2][1] for p in builder.profiles(model, job("decoder", 2048))]
-    assert lengths == [1, 256, 2048]
+    for capacity, lengths in ((2048, [1, 256, 2048]), (256, [1, 256])):
+        assert [p["input_ids"][2][1] for p in builder.profiles(model, job("decoder", capacity))] == lengths
 
 
 def test_vision_has_a_profile_for_one_tile_and_one_for_more(planned: Artifact, tmp_path: Path) -> None:
@@ -206,3 +206,28 @@ def test_a_fused_region_shows_none_and_the_report_says_so() -> None:
     assert builder.executed(region, asked, weak=False) == {"int8 (asked)": 9, "float32 attention (asked)": 2}
     weakly = {"int8 (asked)": 9, "float16 or float32 attention (asked)": 2}
     assert builder.executed(region, asked, weak=True) == weakly
+    beside = {"LayerType": "CaskGemm", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]}
+    assert builder.executed([beside, *region], asked, weak=True) == weakly
+
+
+@pytest.mark.parametrize(
+    ("kept", "fits", "taken"), [(b"ours", True, b"ours"), (b"another GPU's", False, b""), (b"", True, b"")]
+)
+def test_a_timing_cache_of_another_gpu_is_begun_anew(kept: bytes, fits: bool, taken: bytes, tmp_path: Path) -> None:
+    if kept:
+        (tmp_path / "timing.cache").write_bytes(kept)
+    used: list[Any] = []
+
+    def take(cache: Any, ignore_mismatch: bool) -> bool:
+        used.append(cache)
+        return not ignore_mismatch and (fits or cache.content == b"")
+
+    made = SimpleNamespace(
+        create_timing_cache=lambda content: SimpleNamespace(content=content, serialize=lambda: content + b" and more"),
+        set_timing_cache=take,
+    )
+    cache = builder._TimingCache(None, tmp_path / "timing.cache")
+    cache.use(made)
+    cache.keep()
+    assert used[-1].content == taken
+    assert (tmp_path / "timing.cache").read_bytes() == taken + b" and more"
