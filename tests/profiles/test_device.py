@@ -85,9 +85,10 @@ def test_a_field_that_is_missing_is_mended_in_the_file(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_field_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text((FOLDER / "cpu.toml").read_text() + "\nmemory_bg = 3\n")
-    with pytest.raises(VlmcError, match="memory_bg"):
-        load_device("x", tmp_path)
+    for line, field in (("memory_bg = 3", "memory_bg"), ('name = "y"', "name")):  # the file has the name
+        (tmp_path / "x.toml").write_text(f"{(FOLDER / 'cpu.toml').read_text()}\n{line}\n")
+        with pytest.raises(VlmcError, match=f"fields that no device has. Found: {field}"):
+            load_device("x", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,15 @@ def test_the_cache_can_be_filled_to_its_end_and_no_further(make: Callable[..., M
         decoder.decode(1)
 
 
+def test_decoding_in_any_portions_gives_the_same_tokens(make: Callable[..., Made], planned: Artifact) -> None:
+    decoder, embeds = make("decoder", "fp16").decoder(), golden.read(planned)[1]["0.inputs_embeds"]
+    decoder.prefill(embeds)
+    at_once = decoder.decode(9)
+    decoder.prefill(embeds)
+    assert [token for count in (2, 3, 4) for token in decoder.decode(count)] == at_once
+    assert len(set(at_once)) > 1
+
+
 def test_a_prompt_may_be_as_long_as_its_profile(make: Callable[..., Made]) -> None:
     decoder = make("decoder", "fp16").decoder()
     embeds = np.random.default_rng(1).standard_normal((1, decoder.capacity, 64)).astype(np.float32)
