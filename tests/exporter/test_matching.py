@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, golden, matching
 from vlmc.exporter.export import Options
 from vlmc.exporter.matching import Encoders, MatchingFamily, export
+from vlmc.files import sha256_of
+from vlmc.records import FileSpec
 
 PREPROCESSING = {
     "kind": "clip",
@@ -127,6 +130,18 @@ def test_the_ladder_has_every_encoder_and_what_both_make_together(exported: Arti
         ("probabilities", "vision_encoder and text_encoder"),
     ]
     assert all(level.passed for level in exported.manifest.parity)
+
+
+def test_the_last_rung_is_held_against_the_golden_cosines(exported: Artifact, tmp_path: Path) -> None:
+    made = Artifact(Path(shutil.copytree(exported.root, tmp_path / "copy")))
+    path = made.root / "golden" / "golden.npz"
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    np.savez(path, **arrays | {"cosines": arrays["cosines"][::-1]})
+    made.manifest.files["golden/golden.npz"] = FileSpec(sha256_of(path), path.stat().st_size)
+    *encoders, last = matching.climb(made)
+    assert all(level.passed for level in encoders)
+    assert (last.level, last.passed) == ("probabilities", False)
 
 
 def test_goldens_are_pytorchs_cosines_of_every_picture_with_every_prompt(exported: Artifact) -> None:

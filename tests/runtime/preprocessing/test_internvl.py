@@ -63,6 +63,11 @@ def test_odd_sizes(size: tuple[int, int]) -> None:
     assert_equal(picture(*size))
 
 
+@pytest.mark.parametrize("size", [(16, 18), (18, 16)])
+def test_a_picture_of_just_half_a_larger_grids_area_keeps_the_smaller(size: tuple[int, int]) -> None:
+    assert_equal(picture(*size), tile=8, max_tiles=12)
+
+
 @pytest.mark.parametrize("resample", range(6))
 def test_every_filter(resample: int) -> None:
     assert_equal(picture(90, 61), resample=resample)
