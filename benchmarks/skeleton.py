@@ -63,8 +63,7 @@ def step(source: Path) -> Any:
     decoder = opened(artifact.graph("decoder"))
     feeds = {}
     for value in decoder.get_inputs():
-        shape = [{"length": 1, "capacity": end + 1}.get(d, d) if isinstance(d, str) else d for d in value.shape]
-        shape = [d if isinstance(d, int) else 1 for d in shape]
+        shape = [end + 1 if size == "capacity" else 1 if isinstance(size, str) else size for size in value.shape]
         kind = np.float32 if value.type == "tensor(float)" else np.int64
         feeds[value.name] = np.broadcast_to(known.get(value.name, np.zeros(1)), shape).astype(kind)
     return decoder.run(["logits"], feeds)[0]

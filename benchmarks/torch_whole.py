@@ -21,18 +21,17 @@ from vlmc.artifact import ComponentSpec, TensorSpec
 from vlmc.calibration.cuda_baseline import GpuDecoder
 from vlmc.exporter import checkpoint, graph
 
-WHERE = torch.get_default_device() if not torch.cuda.is_available() else torch.device("cuda")
 CAPACITY, PROMPT, MODES = 1024, 160, ("eager", "graph")
 
 
 def measure(preset: str, folder: Path) -> None:
     model = checkpoint.resolve(preset, random_weights=True)
-    with WHERE:
+    with torch.device("cuda"):
         whole = checkpoint.load_model(model)
         parts = model.family.split(whole).map(lambda _, module: module.half())
     kv = model.family.kv(whole, CAPACITY)
     with torch.inference_mode():
-        made = parts.embed_tokens(torch.arange(PROMPT, device=WHERE)[None])
+        made = parts.embed_tokens(torch.arange(PROMPT, device="cuda")[None])
     arrays = [made] if isinstance(made, torch.Tensor) else list(made)
     names = graph.embed_signature(parts.embed_tokens).outputs
     outputs = tuple(
@@ -61,7 +60,7 @@ def measure(preset: str, folder: Path) -> None:
     found: dict[str, Any] = {}
     for mode in MODES:
         try:
-            runner = GpuDecoder(parts, specs, kv, mode, str(WHERE))
+            runner = GpuDecoder(parts, specs, kv, mode, "cuda")
             found[mode] = torch_times.times(artifact, {}, runner, golden)
         except Exception as error:  # PyTorch captures no graph of Gemma 3n's step
             found[mode] = f"{type(error).__name__}: {str(error)[:300]}"
@@ -72,5 +71,4 @@ def measure(preset: str, folder: Path) -> None:
 for name in sys.argv[2:]:
     measure(name, Path(sys.argv[1]) / "data" / name)
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()

@@ -148,7 +148,6 @@ class Family(ABC):
 
     model_types: ClassVar[tuple[str, ...]]
     unread_types: ClassVar[tuple[str, ...]] = ()  # of its models in a layout that `of` refuses, saying what to take
-
     left_out: ClassVar[str] = ""  # what the checkpoints have and the artefact lacks, in words: export says it
 
     def load(self, folder: Path) -> nn.Module:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...artifact import EngineSpec, KvContract
 from ...errors import VlmcError, reason
+from ...records import REMAKE
 from ..runner import Array, HostDecoder, Runner
 from . import processors
 
@@ -80,8 +81,8 @@ class OnnxRunner:
         try:
             values = self._session.run(self._outputs, dict(inputs))
         except Exception as error:  # a graph that takes less than the manifest promises, texts as long among others
-            fix = "make the artefact again with `vlmc export`, and build it"
-            raise VlmcError("ONNX Runtime cannot run a graph of this artefact", found=reason(error), fix=fix) from None
+            what, fix = "ONNX Runtime cannot run a graph of this artefact", f"{REMAKE} and `vlmc build`"
+            raise VlmcError(what, found=reason(error), fix=fix) from None
         return dict(zip(self._outputs, values, strict=True))
 
 
