@@ -8,8 +8,8 @@ For sizes at which `vlmc build` takes longer than the GPU can be had: an engine 
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
 the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, `told-half`,
 `told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, `threads-N` for the threads
-that it may build with, and `half-norms` where norms that the graph spells out may be FP16. The engines lie in
-ARTEFACT/engines/FORM.
+that it may build with, `half-norms` where norms that the graph spells out may be FP16, and `typed` for a graph in
+float16, as strong typing has it. The engines lie in ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
     from graph_forms import CHANGES, tell
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
+    from vlmc.engines.passes import half_precision
     from vlmc.engines.tensorrt_profiles import profile
     from vlmc.runtime.tensorrt_engine import APART
 
@@ -54,6 +55,8 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         for word in words:
             if word in CHANGES:
                 print(word, CHANGES[word](model), flush=True)
+        if "typed" in words:
+            print("typed", half_precision.apply(model), flush=True)
         return made
 
     def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
@@ -113,30 +116,12 @@ def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses
     kept; None where there is nothing of the same weights."""
     import numpy as np
     from vlmc.evaluation.agreement import cosine
-    from vlmc.runtime.tensorrt_engine import batch
 
-    other = artifact.root / skeleton.OTHER
-    if other.is_file() and {name, *["embed_tokens"] * (name == "decoder")} & set(json.loads(other.read_text())):
-        return None
-    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
-        golden = {key: file[key] for key in file.files}
-    spec, shapes = artifact.manifest.components[name], engine.profiles[0]
-    given = {part: golden[f"0.{part}"] for part in engine.inputs if f"0.{part}" in golden}
-    if name == "decoder":
-        given.pop("input_ids", None)  # a prompt is in its embeddings
-        wanted = {"logits": golden["0.prefill_logits"]}
-        if shapes["inputs_embeds"][1] == 1:  # whose inputs are there
-            kept = artifact.root / skeleton.STEP
-            given, wanted = {}, dict(np.load(kept, allow_pickle=False)) if kept.is_file() else {}
-    else:
-        wanted = {tensor.name: golden[key] for tensor in spec.outputs if (key := f"0.{tensor.name}") in golden}
-        apart = batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)])
-        if not apart and any(array.shape != shapes[part] for part, array in given.items()):
-            return None  # tiles that have to do with one another, and only one of them
+    given, wanted = expected(artifact, engine, name)
     if not wanted:
         return None
     for part, array in given.items():
-        gpu.upload(addresses[part], np.ascontiguousarray(array[: shapes[part][0]], engine.dtypes[part]))
+        gpu.upload(addresses[part], np.ascontiguousarray(array, engine.dtypes[part]))
     context.enqueue()
     near = 1.0
     for part, array in wanted.items():
@@ -145,6 +130,33 @@ def agreement(gpu: Any, artifact: Artifact, engine: Any, context: Any, addresses
         gpu.wait()
         near = min(near, cosine(array.ravel()[: found.size], found.ravel()))
     return near
+
+
+def expected(artifact: Artifact, engine: Any, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs by name as the engine's shapes take them, and what should come out: nothing where nobody knows. A step's
+    inputs are there already (`ready`)."""
+    import numpy as np
+    from vlmc.runtime.tensorrt_engine import batch
+
+    spec, shapes = artifact.manifest.components[name], engine.profiles[0]
+    if name == "decoder" and shapes["inputs_embeds"][1] == 1:
+        kept = artifact.root / skeleton.STEP
+        return {}, dict(np.load(kept, allow_pickle=False)) if kept.is_file() else {}
+    other = artifact.root / skeleton.OTHER
+    if other.is_file() and {name, *["embed_tokens"] * (name == "decoder")} & set(json.loads(other.read_text())):
+        return {}, {}
+    with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
+        golden = {key: file[key] for key in file.files}
+    given = {part: golden[f"0.{part}"] for part in engine.inputs if f"0.{part}" in golden}
+    if name == "decoder":
+        given.pop("input_ids", None)  # a prompt is in its embeddings
+        wanted = {"logits": golden["0.prefill_logits"]}
+    else:
+        wanted = {tensor.name: golden[key] for tensor in spec.outputs if (key := f"0.{tensor.name}") in golden}
+        apart = batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)])
+        if not apart and any(array.shape != shapes[part] for part, array in given.items()):
+            return {}, {}  # tiles that have to do with one another, and only one of them
+    return {part: array[: shapes[part][0]] for part, array in given.items()}, wanted
 
 
 def measure(folder: Path, component: str, form: str) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """An artefact with random weights, without them, for machines that large files do not reach.
 
     python benchmarks/skeleton.py strip ARTEFACT FOLDER     on the machine that exported it
+    python benchmarks/skeleton.py sketch PRESET FOLDER      where there is no memory to export it: its decoder's graphs
     python benchmarks/skeleton.py fill FOLDER               on the other, with PyTorch: draws the weights from the seed
+    python benchmarks/skeleton.py fill FOLDER cuda          there, in seconds, for sketches: other weights than a CPU's
 
 Small tensors travel as they are; large ones are the model's parameters, which the manifest's config and seed give
 again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them;
-OTHER names the components of which they are not, for another PyTorch may draw otherwise. STEP is what the
-canonical graph makes of a decode step at the cache's end, with nothing in the cache, which no golden has.
+OTHER names the components of which they are not, for another PyTorch may draw otherwise. A sketch has no goldens and no
+scales. STEP is what PyTorch makes with the filled weights of a decode step at the cache's end, with nothing in the
+cache, which no golden has.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ import onnx_ir as ir
 SMALL = 1 << 14  # bytes
 RECORD, OTHER, STEP = "skeleton.json", "other-weights.json", "step.npz"
 TOKEN = 1  # of the step
+CAPACITY = 1024
 
 
 def strip(source: Path, target: Path) -> None:
@@ -46,54 +51,71 @@ def strip(source: Path, target: Path) -> None:
         (target / "onnx" / f"{data.name}.kept").write_bytes(kept)
         files[data.name] = {"bytes": data.stat().st_size, "tensors": tensors}
     (target / RECORD).write_text(json.dumps(files))
-    if (source / "onnx" / "embed_tokens.onnx").is_file():
-        np.savez(target / STEP, logits=step(source))
 
 
-def step(source: Path) -> Any:
-    """The logits (1, vocabulary) of TOKEN as the last of a full cache of zeros, float32, by ONNX Runtime."""
-    from vlmc.artifact import Artifact
+def sketch(preset: Path, folder: Path) -> None:
+    """An artefact of embed_tokens and the decoder, whose weights were never made. The vision encoder has no graph."""
+    from transformers.initialization import no_init_weights
+    from vlmc.artifact import GRAPH_FILES, ComponentSpec, Manifest
+    from vlmc.exporter import checkpoint, graph
+    from vlmc.exporter.export import Generating
+    from vlmc.records import SCHEMA, describe_files, write_record
 
-    artifact = Artifact(source)
-    end = artifact.manifest.kv.capacity - 1
-    made = opened(artifact.graph("embed_tokens"))
-    names = [value.name for value in made.get_outputs()]
-    known = dict(zip(names, made.run(None, {"input_ids": np.array([[TOKEN]])}), strict=True))
-    known |= {"position_ids": np.array(end), "write_index": np.array([end])}
-    decoder = opened(artifact.graph("decoder"))
-    feeds = {}
-    for value in decoder.get_inputs():
-        shape = [end + 1 if size == "capacity" else 1 if isinstance(size, str) else size for size in value.shape]
-        kind = np.float32 if value.type == "tensor(float)" else np.int64
-        feeds[value.name] = np.broadcast_to(known.get(value.name, np.zeros(1)), shape).astype(kind)
-    return decoder.run(["logits"], feeds)[0]
+    model, kind = checkpoint.resolve(str(preset), random_weights=True), Generating()
+    for name in ("onnx", "golden"):
+        (folder / name).mkdir(parents=True)
+    described = kind.describe(model, folder)  # in a child: later none could be started
+    with no_init_weights():  # memory that nobody writes is never really taken
+        whole = checkpoint.load_model(model)
+        parts = model.family.split(whole)
+    kv = model.family.kv(whole, CAPACITY)
+    specs, files = {"vision_encoder": ComponentSpec(GRAPH_FILES["vision_encoder"], (), (), 0)}, {}
+    for name in ("embed_tokens", "decoder"):
+        component, path = getattr(parts, name), folder / GRAPH_FILES[name]
+        exported = graph.export_component(name, component, kind.signature(name, parts, specs, kv))
+        end = 0
+        for value in exported.graph.initializers.values():
+            tensor = value.const_value
+            assert tensor is not None
+            if tensor.nbytes > SMALL:
+                place = {"offset": end, "length": tensor.nbytes, "dtype": tensor.dtype, "base_dir": path.parent}
+                shape = ir.Shape(tensor.shape.numpy())
+                value.const_value = ir.ExternalTensor(f"{path.name}.data", shape=shape, name=str(value.name), **place)
+                end += tensor.nbytes
+        ir.save(exported, path)
+        given, made = (graph.tensor_specs(list(side)) for side in (exported.graph.inputs, exported.graph.outputs))
+        specs[name] = ComponentSpec(GRAPH_FILES[name], given, made, graph.count_parameters(component))
+        files[f"{path.name}.data"] = {"bytes": end, "tensors": []}
+        path.with_name(f"{path.name}.data.kept").touch()
+    (folder / RECORD).write_text(json.dumps(files))
+    np.savez(folder / "golden" / "golden.npz")
+    described = kind.complete(described, parts, specs)
+    own = {"name": model.name, "family": str(model.config["model_type"]), "source": model.source, "created": ""}
+    listed = {"parity": (), "files": describe_files(folder), "versions": {}}
+    manifest = Manifest(schema=SCHEMA, components=specs, kv=kv, **own, **listed, **described)
+    write_record(folder / "manifest.json", manifest)
 
 
-def opened(path: Path) -> Any:
-    """A session that holds no second copy of the weights."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # it warns of a cache that is copied
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def fill(folder: Path) -> None:
-    """Writes the weights' files, and into the manifest the checksums of those that came out otherwise."""
+def fill(folder: Path, device: str = "cpu") -> None:
+    """Writes the weights' files and STEP, and into the manifest the checksums of those that came out otherwise."""
+    import torch
     from vlmc.artifact import Artifact
     from vlmc.exporter.checkpoint import load_components
     from vlmc.files import sha256_of, write_json
 
     described = folder / "manifest.json"
     manifest = json.loads(described.read_text())
-    parts = dict(load_components(Artifact(folder)).items())
+    with torch.device(device):
+        loaded = load_components(Artifact(folder))
+        parts = dict(loaded.items())
+        if "decoder" in parts:
+            np.savez(folder / STEP, logits=step(parts, manifest))
     other = []
     record = json.loads((folder / RECORD).read_text())
     for component, spec in manifest["components"].items():
         path = folder / spec["file"]
-        data = record[f"{path.name}.data"]
+        if (data := record.get(f"{path.name}.data")) is None:
+            continue  # what a sketch leaves out
         kept = path.with_name(f"{path.name}.data.kept").read_bytes()
         small = {place["offset"]: place["kept"] for place in data["tensors"] if "kept" in place}
         content = np.memmap(path.with_name(f"{path.name}.data"), np.uint8, "w+", shape=(data["bytes"],))
@@ -106,13 +128,36 @@ def fill(folder: Path) -> None:
                 else:
                     content[start : start + size] = drawn(parts[component], name, tensor).reshape(-1).view(np.uint8)
         content.flush()
-        file = f"{spec['file']}.data"
-        if (found := sha256_of(folder / file)) != manifest["files"][file]["sha256"]:
+        known = manifest["files"].get(file := f"{spec['file']}.data")
+        if known is not None and (found := sha256_of(folder / file)) != known["sha256"]:
             print(f"{file}: not the weights that were exported", flush=True)
-            manifest["files"][file]["sha256"] = found
+            known["sha256"] = found
             other.append(component)
     write_json(described, manifest)
     (folder / OTHER).write_text(json.dumps(other))
+
+
+def step(parts: Mapping[str, Any], manifest: dict[str, Any]) -> Any:
+    """The logits (1, vocabulary) of TOKEN as the last of a full cache of zeros, float32, on PyTorch's device."""
+    import torch
+
+    end, specs = manifest["kv"]["capacity"] - 1, manifest["components"]
+    with torch.inference_mode():
+        made = parts["embed_tokens"](torch.tensor([[TOKEN]]))
+        made = [made] if isinstance(made, torch.Tensor) else made
+        known = dict(zip([output["name"] for output in specs["embed_tokens"]["outputs"]], made, strict=True))
+        known |= {"position_ids": torch.tensor(end), "write_index": torch.tensor([end])}
+        given: list[Any] = []
+        past: list[Any] = []
+        for tensor in specs["decoder"]["inputs"]:
+            shape = [end + 1 if d == "capacity" else 1 if isinstance(d, str) else d for d in tensor["shape"]]
+            value = known.get(tensor["name"], torch.zeros(1, dtype=getattr(torch, tensor["dtype"]))).expand(shape)
+            if tensor["name"].startswith("past_key_values."):
+                past.append(value.contiguous())
+            else:
+                given.append(value)
+        logits, _ = parts["decoder"](*given[:4], past, *given[4:])
+    return logits.float().cpu().numpy()
 
 
 def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
@@ -128,10 +173,14 @@ def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
     if weight is not None:
         weight = weight.t() if type(owner).__name__ == "Linear" and weight.ndim == 2 else weight
         if tuple(weight.shape) == shape:
-            return weight.contiguous().numpy()
+            return weight.contiguous().cpu().numpy()
     print(f"{name}: no parameter of shape {shape}; noise", flush=True)
     return (np.random.default_rng(0).standard_normal(shape) * 0.02).astype(tensor.dtype.numpy())
 
 
 if __name__ == "__main__":
-    {"strip": strip, "fill": fill}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    command, first, *rest = sys.argv[1:]
+    if command == "fill":
+        fill(Path(first), *rest)
+    else:
+        {"strip": strip, "sketch": sketch}[command](Path(first), Path(rest[0]))
