@@ -254,9 +254,8 @@ def _answers(rows: list[Row], run: dict[str, Any], at: Path) -> list[dict[str, A
 
 
 def _speedups(measured: list[dict[str, Any]], rows: dict[str, list[Row]], run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every engine over every baseline, the float engines and what was kept: ratios of medians, and the lowest and
-    highest end-to-end ratio of any turn. Where a busy machine puts the ratio of all outside of its turns', it counts
-    as one of them."""
+    """Every engine over every baseline, the float engines and what was kept: ratios of medians, part by part, and the
+    lowest and highest of any turn."""
     compared, kept = COMPARED_MATCHING if _matches(run) else COMPARED, verdict.kept_name(measured, run["choices"])
     references = [i for i in measured if i["kind"] == "baseline" or i["recipe"] == "fp32" or i["name"] == kept]
     found = []
@@ -265,18 +264,20 @@ def _speedups(measured: list[dict[str, Any]], rows: dict[str, list[Row]], run: d
             if info["kind"] == "engine" and over is not info:
                 a, b = (samples.of_kind(rows[one["name"]], "run") for one in (info, over))
                 ratios = {name: _median(b, part) / _median(a, part) for name, part in compared.items()}
-                by_turn = [
-                    _median(b, "end_to_end", turn) / _median(a, "end_to_end", turn)
-                    for turn in sorted({row["turn"] for row in a} & {row["turn"] for row in b})
-                ]
+                turns = sorted({row["turn"] for row in a} & {row["turn"] for row in b})
+                by_turn = {
+                    name: [_median(b, part, turn) / _median(a, part, turn) for turn in turns]
+                    for name, part in compared.items()
+                }
+                ranges = {name: spread(by_turn[name], ratios[name]) for name in compared} if turns else {}
                 entry = {"of": info["name"], "over": over["name"]} | ratios
-                found.append(entry | spread(by_turn, ratios["end_to_end"]))
+                found.append(entry | {"ranges": ranges, "turns": len(turns)})
     return found
 
 
 def spread(by_turn: list[float], whole: float) -> dict[str, float]:
-    """The range of the turns' ratios and of the whole's; empty where there are no turns."""
-    return {"low": min(*by_turn, whole), "high": max(*by_turn, whole), "turns": len(by_turn)} if by_turn else {}
+    """The lowest and the highest ratio of any turn; where a busy machine puts that of all outside, it counts as one."""
+    return {"low": min(*by_turn, whole), "high": max(*by_turn, whole)}
 
 
 def _median(runs: list[Row], part: str, turn: int | None = None) -> float:

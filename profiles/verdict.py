@@ -59,31 +59,36 @@ def _speed(kept: Group, speedups: Sequence[Group]) -> str:
 
 def ratio(entry: Group) -> str:
     """A ratio and how far it moved between turns; where turns disagree on who is faster, that is what they show."""
-    if not _clear(entry):
-        spread = f"{entry['low']:.2f} to {entry['high']:.2f} times over {entry['turns']} turns"
-        return f"no clear difference to {entry['over']} ({spread})"
-    spread = f" ({entry['low']:.2f} to {entry['high']:.2f} over {entry['turns']} turns)" if _turns(entry) else ""
-    return f"{entry['end_to_end']:.2f} times as fast as {entry['over']}{spread}"
+    if not _several(entry):
+        return f"{entry['end_to_end']:.2f} times as fast as {entry['over']}"
+    if not _clear(entry, "end_to_end"):
+        return f"no clear difference to {entry['over']} ({_range(entry, ' times')})"
+    return f"{entry['end_to_end']:.2f} times as fast as {entry['over']} ({_range(entry)})"
 
 
-def _turns(entry: Group) -> bool:
-    """Whether there are several that could disagree."""
-    several: bool = entry.get("turns", 1) > 1
+def _several(entry: Group) -> bool:
+    """Whether there are turns that could disagree."""
+    several: bool = entry["turns"] > 1
     return several
 
 
-def _clear(entry: Group) -> bool:
-    return not _turns(entry) or not entry["low"] < 1 < entry["high"]
+def _clear(entry: Group, part: str) -> bool:
+    return not _several(entry) or not entry["ranges"][part]["low"] < 1 < entry["ranges"][part]["high"]
+
+
+def _range(entry: Group, unit: str = "") -> str:
+    ends = entry["ranges"]["end_to_end"]
+    return f"{ends['low']:.2f} to {ends['high']:.2f}{unit} over {entry['turns']} turns"
 
 
 def parts(speedups: Sequence[Group], variants: Sequence[Group], names: Sequence[str]) -> Iterator[str]:
     """Where the float engine loses and where it wins; a part that got slower is said plainly, but not where turns
-    disagree on the whole."""
+    disagree."""
     engines = {variant["name"] for variant in variants if variant["kind"] == "engine"}
     for entry in speedups:
         if entry["over"] in engines:
             told = ", ".join(f"{name} {entry[name]:.2f}" for name in names)
-            slower = [name for name in names if _clear(entry) and entry[name] < 0.98]
+            slower = [name for name in names if _clear(entry, name) and entry[name] < 0.98]
             but = f"; its {' and '.join(slower)} got slower" if slower else ""
             yield f"Part by part against {entry['over']}, times as fast: {told}{but}."
 
@@ -91,13 +96,12 @@ def parts(speedups: Sequence[Group], variants: Sequence[Group], names: Sequence[
 def beaten(kept: Group, report: Group, choices: Group) -> Iterator[str]:
     """The engines that were faster than what was kept, in each of several turns; none where that was not measured."""
     for entry in report["speedups"] if _runs_the_choices(kept, choices) else ():
-        if entry["over"] == kept["name"] and entry.get("turns", 1) > 1 and entry["low"] > 1:
-            turns = f"{entry['low']:.2f} to {entry['high']:.2f} over {entry['turns']} turns"
+        if entry["over"] == kept["name"] and _several(entry) and entry["ranges"]["end_to_end"]["low"] > 1:
+            times = f"{entry['end_to_end']:.2f} times ({_range(entry)})"
             yield (
-                f"{entry['of']} was faster here than what was kept, {entry['end_to_end']:.2f} times ({turns}): `vlmc "
-                f"build` had found otherwise in its own trials, or had left it out for computing something else, as "
-                f"its table says. To have it choose anew, remove engines/{report['device']['name']} from the artefact "
-                f"and build on a quiet machine."
+                f"{entry['of']} was faster here than what was kept, {times}: `vlmc build` had found otherwise in its "
+                f"own trials, or had left it out for computing something else, as its table says. To have it choose "
+                f"anew, remove engines/{report['device']['name']} from the artefact and build on a quiet machine."
             )
 
 

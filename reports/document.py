@@ -118,8 +118,14 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Range:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Speedup:
-    """How many times as fast `of` is as `over`; `low` and `high` are the end-to-end ratio's ends over `turns` turns."""
+    """How many times as fast `of` is as `over`; `ranges` are the ratios' ends over `turns` turns, part by part."""
 
     of: str
     over: str
@@ -128,8 +134,7 @@ class Speedup:
     prefill: Number = ABSENT
     decode: Number = ABSENT
     end_to_end: Number = ABSENT
-    low: float | None = None
-    high: float | None = None
+    ranges: dict[str, Range] = field(default_factory=dict)
     turns: int = 0
 
 

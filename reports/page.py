@@ -68,10 +68,9 @@ def key_figures(report: Report) -> list[Figure]:
     kept = report.kept
     if kept is None:
         return []
-    faster = next((entry for entry in report.speedups_of(kept) if entry.over == report.reference.name), None)
-    vision = f"{words.ratio(faster.vision)} as fast" if faster and isinstance(faster.vision, float) else ""
-    quicker = faster and (faster.end_to_end if report.artifact.matching else faster.decode)
-    rate = f"{words.ratio(quicker)} as fast" if isinstance(quicker, float) else ""
+    against = next((entry for entry in report.speedups_of(kept) if entry.over == report.reference.name), None)
+    vision = words.faster(against, "vision") if against else ""
+    rate = words.faster(against, "end_to_end" if report.artifact.matching else "decode") if against else ""
     terms = report.terms
     first, right = tables.statistics(kept, terms.first[0]), kept.accuracy
     slowest = "" if isinstance(first, str) else f"99 % within {words.number(first.p99)} ms"

@@ -40,8 +40,16 @@ def report(*variants: dict[str, Any], **changes: Any) -> dict[str, Any]:
 CHOICES = {"decoder": {"engine": "onnxruntime-int8"}}
 
 
-def speedup(over: str, **ratios: float) -> dict[str, Any]:
-    return {"of": "Int8", "over": over, "vision": 1.0, "prefill": 1.0, "decode": 1.0, "end_to_end": 1.0} | ratios
+def speedup(over: str, of: str = "Int8", **ratios: float) -> dict[str, Any]:
+    """In one turn."""
+    ratios = {"vision": 1.0, "prefill": 1.0, "decode": 1.0, "end_to_end": 1.0} | ratios
+    return {"of": of, "over": over, "ranges": {}, "turns": 1} | ratios
+
+
+def over_turns(entry: dict[str, Any], **ranges: tuple[float, float]) -> dict[str, Any]:
+    """The same in four turns, with these ratios lowest and highest."""
+    found = {part: {"low": low, "high": high} for part, (low, high) in ranges.items()}
+    return entry | {"ranges": found, "turns": 4}
 
 
 def test_the_kept_variant_is_the_one_that_runs_what_was_chosen() -> None:
@@ -54,23 +62,26 @@ def test_the_kept_variant_is_the_one_that_runs_what_was_chosen() -> None:
 
 
 def test_turns_that_disagree_are_no_difference() -> None:
-    entry = speedup("Float", end_to_end=1.05, low=0.9, high=1.2, turns=4)
+    entry = over_turns(
+        speedup("Float", end_to_end=1.05), end_to_end=(0.9, 1.2), vision=(1, 1), prefill=(1, 1), decode=(1, 1)
+    )
     (first, *_) = sentences(report(variant("Int8"), speedups=[entry]), CHOICES)
     assert first.endswith("no clear difference to Float (0.90 to 1.20 times over 4 turns).")
 
 
 def test_a_part_that_got_slower_is_said_plainly() -> None:
-    entry = speedup("Float", vision=0.75, decode=2.0, end_to_end=1.1)
+    entry = speedup("Float", vision=0.75, prefill=0.9, decode=2.0, end_to_end=1.1)
     said = sentences(report(variant("Int8"), variant("Float"), speedups=[entry]), CHOICES)
-    assert any(line.endswith("vision 0.75, prefill 1.00, decode 2.00; its vision got slower.") for line in said)
-    unsure = entry | {"low": 0.9, "high": 1.2, "turns": 4}
-    said = sentences(report(variant("Int8"), variant("Float"), speedups=[unsure]), CHOICES)
-    assert any(line.endswith("vision 0.75, prefill 1.00, decode 2.00.") for line in said)
+    assert any(line.endswith("decode 2.00; its vision and prefill got slower.") for line in said)
+    turns = over_turns(entry, vision=(0.7, 0.8), prefill=(0.7, 1.1), decode=(1.9, 2.1), end_to_end=(1.0, 1.2))
+    said = sentences(report(variant("Int8"), variant("Float"), speedups=[turns]), CHOICES)
+    assert any(line.endswith("vision 0.75, prefill 0.90, decode 2.00; its vision got slower.") for line in said)
 
 
 def test_an_engine_that_was_faster_than_what_was_kept_in_every_turn_is_told() -> None:
-    faster = {"of": "Other", "over": "Int8", "end_to_end": 1.1, "low": 1.02, "high": 1.2, "turns": 4}
-    others = [faster | {"of": "Unsure", "low": 0.97}, faster | {"of": "Once", "turns": 1}]
+    faster = over_turns(speedup("Int8", of="Other", end_to_end=1.1), end_to_end=(1.02, 1.2))
+    unsure = over_turns(speedup("Int8", of="Unsure", end_to_end=1.1), end_to_end=(0.97, 1.2))
+    others = [unsure, faster | {"of": "Once", "turns": 1}]
     said = sentences(report(variant("Int8"), speedups=[faster, *others], device={"name": "orin"}), CHOICES)
     (told,) = [line for line in said if "faster here than what was kept" in line]
     assert told.startswith("Other was faster here than what was kept, 1.10 times (1.02 to 1.20 over 4 turns)")

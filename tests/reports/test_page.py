@@ -154,6 +154,21 @@ def test_the_page_can_be_read_without_seeing_it(sample: dict[str, Any]) -> None:
     assert [tag for tag, _ in outline.tags if tag == "h1"] == ["h1"]
 
 
+def test_beside_the_first_token_stands_within_what_99_of_100_come(sample: dict[str, Any]) -> None:
+    kept = next(variant for variant in sample["variants"] if variant["name"] == "ONNX Runtime int8")
+    kept["latency_ms"]["time_to_first_token"] |= {"median": 18.1, "p90": 18.6, "p99": 42.5, "max": 50.0}
+    assert ("first token", "18.1 ms", "99 % within 42.5 ms") in page.key_figures(parse(sample))
+
+
+def test_a_key_figure_claims_no_more_than_every_turn_shows(sample: dict[str, Any]) -> None:
+    pair = ("ONNX Runtime int8", "PyTorch eager")
+    entry = next(one for one in sample["speedups"] if (one["of"], one["over"]) == pair)
+    apart, level = {"low": 3.2, "high": 128.1}, {"low": 0.9, "high": 1.3}
+    entry |= {"vision": 90.0, "decode": 1.1, "ranges": {"vision": apart, "decode": level}}
+    notes = {figure.name: figure.note for figure in page.key_figures(parse(sample))}
+    assert (notes["vision"], notes["tokens/s"]) == ("at least 3.20× as fast", "no clear difference")
+
+
 def luminance(colour: str) -> float:
     """Relative luminance, WCAG 2.2."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

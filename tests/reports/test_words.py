@@ -113,14 +113,14 @@ def test_the_lead_claims_no_more_questions_than_every_comparison_has(sample: dic
 
 def test_the_lead_claims_no_gain_where_turns_disagree(sample: dict) -> None:
     for entry in sample["speedups"]:
-        entry |= {"end_to_end": 1.1, "low": 0.9, "high": 1.3}
+        entry |= {"end_to_end": 1.1, "ranges": {"end_to_end": {"low": 0.9, "high": 1.3}}}
     assert words.lead(parse(sample)).startswith("ONNX Runtime int8 is kept: no clear difference to PyTorch eager, no ")
 
 
 def test_the_lead_claims_the_least_of_turns_that_lie_far_apart(sample: dict) -> None:
     pair = ("ONNX Runtime int8", "PyTorch eager")
     entry = next(one for one in sample["speedups"] if (one["of"], one["over"]) == pair)
-    entry |= {"end_to_end": 30.8, "low": 5.82, "high": 128.1}
+    entry |= {"end_to_end": 30.8, "ranges": {"end_to_end": {"low": 5.82, "high": 128.1}}}
     assert words.lead(parse(sample)).startswith(
         "ONNX Runtime int8 is kept: at least 5.82× as fast as PyTorch eager, 15.2×"
     )
