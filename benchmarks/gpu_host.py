@@ -57,19 +57,26 @@ class Model:
         self.run, self.name, self.folder, self.place = run, name, DATA / name, place
         self.earlier, self.again = earlier, again
         self.manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text())
-        self.parts = [part for part in self.manifest["components"] if part != "embed_tokens"]
+        specs = self.manifest["components"]
+        self.parts = [p for p in specs if p != "embed_tokens" and (self.folder / specs[p]["file"]).is_file()]
+        self.precisions = [one for one in BOTH if one == "fp16" or (self.folder / "plans" / f"{one}.json").is_file()]
+        skeleton = self.folder / "skeleton.json"
+        self.skeleton: dict[str, Any] = json.loads(skeleton.read_text()) if skeleton.is_file() else {}
+        self.sketch = not any(name.endswith(".data") for name in self.manifest["files"])
         modes = ["eager"] + ["graph"] * (name != HARD)
         modes += ["compile"] * (name in (*SIZES, STUDY))
         modes += ["onnxruntime", "fake-quant"] * (name in SIZES)
         known = earlier.get(name, {}).get("torch", {})
-        self.modes = [mode for mode in modes if not isinstance(known.get(mode), dict)]  # of PyTorch; errors are text
+        # Of PyTorch, where there are goldens; errors are text.
+        self.modes = [mode for mode in modes if not isinstance(known.get(mode), dict) and not self.sketch]
         self.filled = threading.Event()
 
     def bytes(self, part: str) -> int:
         """Of the component's float32 weights, in the decoder's those of the embeddings that it is built with."""
         components = [part] + ["embed_tokens"] * (part == "decoder")
         names = [f"{self.manifest['components'][name]['file']}.data" for name in components]
-        return sum(int(self.manifest["files"][name]["bytes"]) for name in names)
+        known = {f"onnx/{name}": entry for name, entry in self.skeleton.items()} | self.manifest["files"]
+        return sum(int(known[name]["bytes"]) for name in names)
 
     def known(self, part: str, form: str) -> dict[str, Any]:
         """What earlier runs have of the component's engines. A cut decoder's vision encoder is the whole model's."""
@@ -99,17 +106,17 @@ class Model:
 
     def fill(self) -> bool:
         """Gives a skeleton its weights; whether all are there."""
-        if not (self.folder / "skeleton.json").is_file():
+        if not self.skeleton:
             return True
         with self.run.filling:
             given = ("benchmarks/skeleton.py", "fill", str(self.folder))
-            return self.run.step(f"{self.name}-fill", None, TORCH, *given)
+            return self.run.step(f"{self.name}-fill", 0 if self.sketch else None, TORCH, *given)
 
     def group(self, part: str, form: str) -> None:
         """Asks for the component's engines in that form, and for their times once all are there: those that nobody has
         measured and, if asked to, those that are marked."""
         known = self.known(part, form)
-        engines = {precision: known.get(f"tensorrt-{precision}") for precision in BOTH}
+        engines = {precision: known.get(f"tensorrt-{precision}") for precision in self.precisions}
         missing = [precision for precision, found in engines.items() if found is None]
         marked = [precision for precision, found in engines.items() if found and found.get("mark")]
         precisions = missing + marked * self.again
@@ -308,8 +315,9 @@ def main() -> None:
 
 def order(name: str) -> tuple[bool, int, str]:
     """The demo, whose profile takes longest, then the large ones first."""
-    files = json.loads((DATA / name / "manifest.json").read_text())["files"]
-    return (name != DEMO, -sum(file["bytes"] for file in files.values()), name)
+    files, skeleton = json.loads((DATA / name / "manifest.json").read_text())["files"], DATA / name / "skeleton.json"
+    weights = json.loads(skeleton.read_text()) if skeleton.is_file() else files
+    return (name != DEMO, -sum(file["bytes"] for file in weights.values()), name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""One JSON file of what gpu_host.py left on the GPU host (brought here as a folder with `data` and `logs`).
+"""One JSON file of what gpu_host.py, or the scripts that it calls, left on the GPU host (brought here as a folder with
+`data` and, of gpu_host.py, `logs`).
 
     python benchmarks/gpu_results.py FOLDER benchmarks/results/h100-DATE.json
 
@@ -21,11 +22,11 @@ from gpu_steps import DEVICE
 def main(folder: Path, output: Path) -> None:
     data, logs = folder / "data", folder / "logs"
     models = {path.parent.name: model(path.parent) for path in sorted(data.glob("*/manifest.json"))}
-    steps = (logs / "steps.txt").read_text().splitlines()
+    steps = (logs / "steps.txt").read_text().splitlines() if (logs / "steps.txt").is_file() else []
     record = {
         "what": f"TensorRT 8.6.0 and PyTorch on an {DEVICE.upper()}; random weights but for the demo; batch 1",
         "device": DEVICE,
-        "command": "benchmarks/gpu_host.py (benchmarks/README.md says how)",
+        "command": f"{'benchmarks/gpu_host.py' if steps else 'by hand'} (benchmarks/README.md says how)",
         "steps": {line.split()[2]: [float(line.split()[3]), line.split()[7]] for line in steps if "GPU" in line},
         "models": models,
     }

@@ -3,13 +3,12 @@
     python benchmarks/skeleton.py strip ARTEFACT FOLDER     on the machine that exported it
     python benchmarks/skeleton.py sketch PRESET FOLDER      where there is no memory to export it: its decoder's graphs
     python benchmarks/skeleton.py fill FOLDER               on the other, with PyTorch: draws the weights from the seed
-    python benchmarks/skeleton.py fill FOLDER cuda          there, in seconds, for sketches: other weights than a CPU's
 
 Small tensors travel as they are; large ones are the model's parameters, which the manifest's config and seed give
 again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them;
 OTHER names the components of which they are not, for another PyTorch may draw otherwise. A sketch has no goldens and no
-scales. STEP is what PyTorch makes with the filled weights of a decode step at the cache's end, with nothing in the
-cache, which no golden has.
+scales, so its weights may be any and a GPU draws them. STEP is what PyTorch makes with the filled weights of a decode
+step at the cache's end, with nothing in the cache, which no golden has.
 """
 
 from __future__ import annotations
@@ -69,7 +68,8 @@ def sketch(preset: Path, folder: Path) -> None:
         whole = checkpoint.load_model(model)
         parts = model.family.split(whole)
     kv = model.family.kv(whole, CAPACITY)
-    specs, files = {"vision_encoder": ComponentSpec(GRAPH_FILES["vision_encoder"], (), (), 0)}, {}
+    seen = graph.count_parameters(parts.vision_encoder)
+    specs, files = {"vision_encoder": ComponentSpec(GRAPH_FILES["vision_encoder"], (), (), seen)}, {}
     for name in ("embed_tokens", "decoder"):
         component, path = getattr(parts, name), folder / GRAPH_FILES[name]
         exported = graph.export_component(name, component, kind.signature(name, parts, specs, kv))
@@ -96,7 +96,7 @@ def sketch(preset: Path, folder: Path) -> None:
     write_record(folder / "manifest.json", manifest)
 
 
-def fill(folder: Path, device: str = "cpu") -> None:
+def fill(folder: Path) -> None:
     """Writes the weights' files and STEP, and into the manifest the checksums of those that came out otherwise."""
     import torch
     from vlmc.artifact import Artifact
@@ -104,14 +104,14 @@ def fill(folder: Path, device: str = "cpu") -> None:
     from vlmc.files import sha256_of, write_json
 
     described = folder / "manifest.json"
-    manifest = json.loads(described.read_text())
-    with torch.device(device):
+    manifest, record = json.loads(described.read_text()), json.loads((folder / RECORD).read_text())
+    sketched = not any(name.endswith(".data") for name in manifest["files"])
+    with torch.device("cuda" if sketched and torch.cuda.is_available() else "cpu"):
         loaded = load_components(Artifact(folder))
         parts = dict(loaded.items())
         if "decoder" in parts:
             np.savez(folder / STEP, logits=step(parts, manifest))
     other = []
-    record = json.loads((folder / RECORD).read_text())
     for component, spec in manifest["components"].items():
         path = folder / spec["file"]
         if (data := record.get(f"{path.name}.data")) is None:
@@ -179,8 +179,4 @@ def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
 
 
 if __name__ == "__main__":
-    command, first, *rest = sys.argv[1:]
-    if command == "fill":
-        fill(Path(first), *rest)
-    else:
-        {"strip": strip, "sketch": sketch}[command](Path(first), Path(rest[0]))
+    {"strip": strip, "sketch": sketch, "fill": fill}[sys.argv[1]](*map(Path, sys.argv[2:]))
