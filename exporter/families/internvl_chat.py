@@ -124,11 +124,13 @@ def _config(original: dict[str, Any]) -> Any:
     vision, text = original["vision_config"], original["llm_config"]
     decoder = text.get("architectures", [None])[0]
     size = original.get("force_image_size") or vision["image_size"]
+    eps, normed = vision.get("layer_norm_eps", 1e-6), vision.get("qk_normalization", True)
     for what, found, expected in (
         ("decoder", decoder, tuple(_DECODERS)),
         ("bias in the decoder", bool(text.get("bias")), (False,)),  # of InternLM2, which no checkpoint has
         ("size of tiles", size, (vision["image_size"],)),  # another one needs positions in between
         ("ps_version", original.get("ps_version", "v2"), ("v2",)),
+        ("layer_norm_eps beside qk_normalization", eps if normed else 1e-6, (1e-6,)),  # transformers' is fixed there
     ):
         if found not in expected:
             raise VlmcError(
@@ -142,10 +144,10 @@ def _config(original: dict[str, Any]) -> Any:
         | {
             "image_size": size,
             "hidden_act": vision.get("hidden_act", "gelu"),
-            "layer_norm_eps": vision.get("layer_norm_eps", 1e-6),
+            "layer_norm_eps": eps,
             "norm_type": vision.get("norm_type", "rms_norm"),
             "attention_bias": vision.get("qkv_bias", False),
-            "use_qk_norm": vision.get("qk_normalization", True),
+            "use_qk_norm": normed,
         },
         text_config=decoder_config(_DECODERS[decoder], text),
         downsample_ratio=original.get("downsample_ratio", 0.5),

@@ -69,12 +69,23 @@ def test_a_step_builds_and_another_tries_what_was_built(tiny_copy: Path) -> None
     assert outcome["onnxruntime-fp32"]["latency_ms"]["run"] > 0
 
 
+def run_step(parent: int) -> tuple[str, str]:
+    """What a step answers that writes to stdout, and what goes to stderr; `parent` is who is said to have begun it."""
+    program = f"import os, sys; from vlmc.engines import child; sys.argv[1:] = ['{parent}']; "
+    program += "child.main(lambda: str(os.write(1, b'noise')))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return done.stdout, done.stderr
+
+
 def test_what_a_library_prints_is_no_part_of_the_answer() -> None:
     """TensorRT's native code for one."""
-    step = "import os, sys; from vlmc.engines import child; sys.argv[1:] = [str(os.getppid())]; "
-    step += "child.main(lambda: str(os.write(1, b'noise')))"
-    done = subprocess.run([sys.executable, "-c", step], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("5", "noise")
+    assert run_step(os.getpid()) == ("5", "noise")
+
+
+def test_a_step_whose_build_is_gone_already_does_nothing() -> None:
+    """The build may end before the step has asked the kernel to be ended with it."""
+    nobody = 2**22 + 1  # above the kernel's largest process number
+    assert run_step(nobody) == ("", "")
 
 
 def test_its_own_sentence_is_passed_on_as_it_is(tmp_path: Path) -> None:

@@ -217,18 +217,27 @@ def test_a_tensorrt_that_does_not_start_is_a_sentence(said: str, found: str) -> 
     assert found in caught.value.found
 
 
+def why_a_build_failed(*said: str) -> str:
+    """What is told as found of these errors of TensorRT's."""
+    old: Any = SimpleNamespace(__name__="tensorrt", __version__="8.6.0")
+    failing = SimpleNamespace(create_builder_config=lambda: None, build_serialized_network=lambda network, config: None)
+    parsed = tensorrt_network.Parsed(old, "vision_encoder", failing, None, None, errors=list(said))
+    with pytest.raises(VlmcError, match=r"TensorRT 8\.6\.0 does not build the vision_encoder") as caught:
+        tensorrt_network.serialise(parsed, [], lambda config: None)
+    return caught.value.found
+
+
 def test_a_build_that_fails_repeats_what_tensorrt_said() -> None:
     """The words of TensorRT 8.6.0 on an H100 for int8 constants behind DequantizeLinear."""
     said = (
         "2: [graphOptimizer.cpp::convertMyelinWeightsToFp32::7903] Error Code 2: Internal Error (Assertion "
         "params.weights.type() != DataType::kINT8 failed. )"
     )
-    old: Any = SimpleNamespace(__name__="tensorrt", __version__="8.6.0")
-    failing = SimpleNamespace(create_builder_config=lambda: None, build_serialized_network=lambda network, config: None)
-    parsed = tensorrt_network.Parsed(old, "vision_encoder", failing, None, None, errors=[said])
-    with pytest.raises(VlmcError, match=r"TensorRT 8\.6\.0 does not build the vision_encoder") as caught:
-        tensorrt_network.serialise(parsed, [], lambda config: None)
-    assert "DataType::kINT8" in caught.value.found
+    assert "DataType::kINT8" in why_a_build_failed(said)
+
+
+def test_of_a_long_message_300_characters_are_told() -> None:
+    assert why_a_build_failed("a" * 300, "b" * 301, "c") == f"{'a' * 300}; {'b' * 300}; c"
 
 
 def test_attention_builds_in_float16_and_says_in_a_sentence_why_not_in_float32(parse: Parse) -> None:

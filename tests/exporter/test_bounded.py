@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import time
 
 import pytest
 from vlmc.exporter import bounded as module
-from vlmc.exporter.bounded import LENGTH, bounded
+from vlmc.exporter.bounded import LENGTH, SECONDS, bounded
 
 
 def test_what_is_rendered_comes_back_and_what_fails_says_why() -> None:
@@ -14,6 +15,10 @@ def test_what_is_rendered_comes_back_and_what_fails_says_why() -> None:
     assert bounded(lambda: "x" * LENGTH) == "x" * LENGTH
     with pytest.raises(ValueError, match=r"^no such turn$"):
         bounded(lambda: (_ for _ in ()).throw(RuntimeError("no such turn")))
+
+
+def test_the_system_bounds_the_processors_time_too() -> None:
+    assert bounded(lambda: resource.getrlimit(resource.RLIMIT_CPU)) == str((SECONDS, SECONDS))
 
 
 def test_too_much_time_memory_or_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

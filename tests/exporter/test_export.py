@@ -203,21 +203,35 @@ def test_a_bad_processor_is_refused_before_anything_slow(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_a_picture_that_fills_more_than_the_cache_is_refused_before_anything_slow(
-    tmp_path: Path, tiny_checkpoint: Path, options: Options, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def longest(tiny: Artifact) -> int:
+    """Tokens of the longest golden prompt, that of its picture included."""
+    rows = json.loads(tiny.path_of("golden/golden.json").read_text())["cases"]
+    session = canonical_session(tiny)
+    return max(len(session.prepare([open_image(tiny.root / row["image"])], row["prompt"]).input_ids) for row in rows)
+
+
+def test_a_prompt_that_surely_fills_more_than_the_cache_is_refused_before_anything_slow(
+    tmp_path: Path, tiny_checkpoint: Path, options: Options, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("this takes a minute"))
-    with pytest.raises(VlmcError, match=r"longer than the KV cache.*larger --capacity"):
-        again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=20))
+    says = rf"longer than the KV cache\. Found: {longest} tokens\. Expected: at most {longest - 2}\..*larger --capacity"
+    with pytest.raises(VlmcError, match=says):
+        again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=longest - 2))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prompt_one_token_longer_than_the_cache_is_refused_in_the_end(
-    tmp_path: Path, tiny: Artifact, tiny_checkpoint: Path, options: Options, traced_before: None
+def test_whether_a_prompts_last_token_fits_is_known_only_of_a_loaded_model(
+    tmp_path: Path, tiny_checkpoint: Path, options: Options, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = json.loads(tiny.path_of("golden/golden.json").read_text())["cases"]
-    session = canonical_session(tiny)
-    longest = max(len(session.prepare([open_image(tiny.root / row["image"])], row["prompt"]).input_ids) for row in rows)
+    monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("it is asked for"))
+    with pytest.raises(pytest.fail.Exception, match="it is asked for"):
+        again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=longest - 1))
+
+
+def test_a_prompt_one_token_longer_than_the_cache_is_refused_in_the_end(
+    tmp_path: Path, tiny_checkpoint: Path, options: Options, longest: int, traced_before: None
+) -> None:
     with pytest.raises(VlmcError, match=r"longer than the KV cache.*larger --capacity"):
         again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=longest - 1))
     assert list(tmp_path.iterdir()) == []

@@ -94,6 +94,17 @@ def test_a_model_much_larger_than_its_weights_is_refused(part: str, folder: Path
         sketch(resolve(str(folder)))
 
 
+def test_shards_hold_at_least_half_of_what_the_config_asks_for(folder: Path) -> None:
+    """What may lack, as weights that are tied to others do, is for loading to find out."""
+    half = -(-sum(weight.numel() for weight in sketch(resolve(str(folder))).parameters()) // 2)
+    for held in (half, half - 1):
+        save_file({"weights": torch.zeros(held)}, folder / "model.safetensors")
+        if held == half:
+            sketch(resolve(str(folder)))
+    with pytest.raises(VlmcError, match=rf"config\.json is not of the weights beside it. Found: {half - 1:,} values"):
+        sketch(resolve(str(folder)))
+
+
 def test_random_weights_have_to_fit_into_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = resolve(str(folder), random_weights=True)
     size = 4 * sum(weight.numel() for weight in sketch(model).parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from transformers import AutoProcessor, AutoTokenizer
 from vlmc.errors import VlmcError
 from vlmc.exporter import bounded
@@ -75,6 +77,13 @@ def test_smolvlms_own_processor_is_read_without_its_video_part(folder: Path) -> 
 
     change(folder / "processor_config.json", smolvlm)
     assert describe(folder)[0]["kind"] == "idefics3"
+
+
+def test_a_tile_has_as_many_tokens_as_transformers_gives_it_where_no_file_says_how_many(folder: Path) -> None:
+    change(folder / "processor_config.json", lambda data: data.pop("image_seq_len"))
+    found = describe(folder)[0]["image_seq_len"]
+    for kind in (transformers.Idefics3Processor, transformers.SmolVLMProcessor):
+        assert found == inspect.signature(kind).parameters["image_seq_len"].default
 
 
 def test_the_older_layout_of_the_files_is_read_too(folder: Path, processor_folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from vlmc.exporter import checkpoint, graph, parity
 from vlmc.exporter.checkpoint import resolve
 from vlmc.exporter.export import Options, export
 
-# Where a child is killed (see PROGRAM), and the graphs that are traced when the same command is run again.
+# Where an export is killed (by killed_exports.py), and the graphs that are traced when the same command is run again.
 KILLED = {
     "loading the weights": list(COMPONENTS),
     "graph 1 of 3, vision_encoder: tracing": list(COMPONENTS),
@@ -30,54 +29,6 @@ KILLED = {
     "parity ladder": [],
     "the last step": [],
 }
-# One process that has imported torch is forked for each place: importing it nine times would take a minute.
-PROGRAM = """
-    import json, os, signal, sys
-    from pathlib import Path
-    import onnx_ir as ir
-    from vlmc import files
-    from vlmc.exporter import export, graph
-    from vlmc.exporter.checkpoint import resolve
-
-    source, tiny, pictures, out, places = sys.argv[1:]
-    graphs = json.loads(tiny)
-
-    def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def tell(stage, done, total):
-        if stage == place:
-            die()
-
-    def run():
-        graph.export_component = lambda name, *_: ir.load(graphs[name])
-        save, write = graph.save, export.write_record
-        def half(model, path, report):
-            save(model, path, report)
-            if "decoder" in path.name:
-                os.truncate(path.with_name(path.name + ".data"), 1000)
-                die()
-        def record(path, value):
-            golden = path.name == "manifest.json" and (path.parent / "golden/golden.json").exists()
-            if path.name == "decoder.json" if place == "a graph without its record" else golden:
-                die()
-            write(path, value)
-        if place == "half a graph":
-            graph.save = half
-        if place in ("a graph without its record", "goldens that are not in the manifest"):
-            export.write_record = record
-        if place == "the last step":
-            files._sync = die
-        options = export.Options(128, 2, Path(pictures), 2)
-        export.export(resolve(source), Path(out) / str(index) / "out", options, tell)
-
-    for index, place in enumerate(json.loads(places)):
-        child = os.fork()
-        if not child:
-            run()
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == signal.SIGKILL, place
-"""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +39,7 @@ def killed(tiny: Artifact, tiny_checkpoint: Path, picture_set: Path, tmp_path_fa
         (folder / str(index)).mkdir()
     graphs = json.dumps({name: str(tiny.graph(name)) for name in COMPONENTS})
     given = [str(tiny_checkpoint), graphs, str(picture_set), str(folder), json.dumps(list(KILLED))]
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *given]
+    command = [sys.executable, str(Path(__file__).with_name("killed_exports.py")), *given]
     subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
     return folder
 

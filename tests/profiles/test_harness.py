@@ -12,6 +12,7 @@ from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.profiles import harness, memory, samples
 from vlmc.profiles.harness import Measurement, Settings
+from vlmc.profiles.process import Died
 from vlmc.profiles.questions import read_set
 from vlmc.profiles.variants import Variant
 
@@ -87,6 +88,27 @@ def test_all_variants_do_the_same_work_in_turns_and_a_dying_one_does_not_stop_th
     changes = [now for before, now in zip(["", *measured], measured, strict=False) if before != now]
     assert changes[:4] == ["Slow one", "Other one", "Slow one", "Other one"]
     assert watch.said[-1][1:] == (5 * (RUNS + 2 + 4),) * 2
+
+
+@pytest.mark.parametrize("dies", ["while it loads", "at work"])
+def test_a_variant_that_died_is_not_started_again(
+    dies: str, measurement: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying:
+        def __init__(self, *_: Any) -> None:
+            if dies == "while it loads":
+                raise Died("it fell over")
+
+        def ask(self, *_: Any, **request: Any) -> None:
+            raise Died("it fell over")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(harness, "Process", Dying)
+    harness.fresh(tmp_path)
+    watch = Watch()
+    assert harness.measure(tmp_path, measurement, watch) == {"Slow one": "it fell over"}
+    assert [what for what, _, _ in watch.said].count("loading Slow one") == 1
 
 
 def test_an_interrupted_measurement_goes_on_where_it_stopped(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,18 +38,22 @@ def test_the_buffer_is_far_larger_than_the_caches(tmp_path: Path, caches: list[s
     assert limits.buffer_bytes(limits.largest_cache(root), root) == wanted
 
 
-def test_every_rate_is_a_positive_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "SECONDS", 0.0)
-    assert limits.read_gb_per_s(1 << 20, 2) > 0
-    assert limits.float32_gflop_per_s(64) > 0
-    assert isinstance(limits.int8_gop_per_s(64, 1), float)
+def test_rates_are_those_of_the_work_that_is_timed_in_units_of_ten_to_the_ninth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[Any] = []
 
+    def best(work: Callable[[], Any]) -> float:
+        done.append(work())
+        return 0.001
 
-def test_rates_are_in_units_of_ten_to_the_ninth_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "_best", lambda work: 0.001)
+    monkeypatch.setattr(limits, "_best", best)
     assert limits.read_gb_per_s(8_000_000, 2) == pytest.approx(8.0)
+    assert done.pop() == [1, 1]  # each thread's maximum
     assert limits.float32_gflop_per_s(100) == pytest.approx(2.0)
+    np.testing.assert_array_equal(done.pop(), np.full((100, 100), 0.5 * 0.5 * 100))
     assert limits.int8_gop_per_s(100, 1) == pytest.approx(2.0)
+    np.testing.assert_array_equal(done.pop(), np.full((1, 100, 100), 1 * 3 * 100))
 
 
 def test_a_limit_is_the_fastest_of_all_tries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +29,19 @@ def write(root: Path, files: dict[str, object]) -> Where:
     return Where(root=root)
 
 
-def test_every_source_answers_or_says_why() -> None:
-    assert power.names() == ["hwmon", "jtop", "nvml", "rapl", "rpi_pmic"]
-    for name in power.names():
-        assert isinstance(power.probe(name), str)
+def test_where_there_is_no_sensor_every_source_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for package in ("jtop", "pynvml"):
+        monkeypatch.setitem(sys.modules, package, None)
+    reasons = {name: power.probe(name, Where(("VIN",), tmp_path)) for name in power.names()}
+    folder = tmp_path / "sys/class"
+    assert reasons == {
+        "hwmon": f"{folder}/hwmon has no INA3221 or INA238 (not a Jetson, or JetPack older than 5)",
+        "jtop": "jetson-stats is not installed (`pip install jetson-stats`)",
+        "nvml": "pynvml is not installed (`pip install nvidia-ml-py`)",
+        "rapl": f"{folder}/powercap does not exist (no RAPL in this kernel or virtual machine)",
+        "rpi_pmic": "no command vcgencmd (not a Raspberry Pi)",
+    }
 
 
 def test_every_source_that_a_device_names_exists() -> None:
@@ -295,11 +305,16 @@ class TestIntegrator:
         meter.close()
 
     def test_the_thread_samples_by_itself(self) -> None:
-        ticks = iter(range(10**6))
-        meter = Integrator(lambda: 1.0, period=0.001, clock=lambda: float(next(ticks)))
-        while meter._last[0] < 5:
-            pass
+        seconds, sampled = iter(range(10**6)), threading.Semaphore(0)
+
+        def watts() -> float:
+            sampled.release()
+            return 2.0
+
+        meter = Integrator(watts, period=0.001, clock=lambda: float(next(seconds)))
+        assert all(sampled.acquire(timeout=10) for _ in range(6)), "the thread takes no samples"
         meter.close()
+        assert meter.joules() >= 2.0 * 6  # by this clock a second lies between two samples, of which here is the last
 
     def test_a_sensor_that_stops_answering_is_reported_at_the_reading(self) -> None:
         answers = iter([1.0])

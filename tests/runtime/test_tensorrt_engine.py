@@ -12,9 +12,9 @@ from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.runtime import tensorrt_engine
-from vlmc.runtime.tensorrt_engine import batch, new_context
+from vlmc.runtime.tensorrt_engine import Engine, batch, new_context
 
-from .backends.fake_tensorrt import Bound, Made, fake_trt
+from .backends.fake_tensorrt import Bound, FakeEngine, Made, fake_trt, spec
 
 CLASSES = ("Runtime", "ICudaEngine", "IExecutionContext")
 TODAY = {kind: set(dir(getattr(tensorrt_rtx, kind))) for kind in CLASSES}  # 1.7's; TensorRT 11.4 has what is used of it
@@ -44,6 +44,21 @@ def test_of_tensorrts_api_only_names_that_the_bindings_have_are_used(
     cases, arrays = golden.read(planned)
     assert [decoder.prefill(arrays["0.inputs_embeds"]), *decoder.decode(2)] == cases[0]["tokens"][:3]
     assert np.isfinite(decoder.logits()).all()
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["the largest last", "the largest first"])
+def test_a_buffer_is_as_large_as_the_largest_profile_needs(
+    order: int, planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_engine, "architecture", lambda: 90)
+    made = Made(planned, "vision_encoder", "fp16", tmp_path)
+    profiles = made.shapes[::order]
+    trt = fake_trt(lambda data: FakeEngine(made.gpu, made.path, profiles))
+    engine = Engine(trt, made.gpu, spec(), made.path)  # type: ignore[arg-type]
+    monkeypatch.setattr(made.gpu, "allocate", lambda size: size)
+    most = max(shapes["pixel_values"][2][0] for shapes in profiles)
+    sizes = {"pixel_values": 4 * most * 3 * 32 * 32, "image_features": 4 * most * 4 * 64}
+    assert engine.allocate(engine.context()) == sizes
 
 
 def test_an_engine_that_can_have_no_context_is_refused_in_a_sentence() -> None:

@@ -98,6 +98,15 @@ def test_onnx_runtime_executes_the_products_in_the_recipes_precision(
         assert built.kv is None
 
 
+def test_onnx_runtime_1_23_has_a_kernel_for_what_quantises(planned: Artifact, tmp_path: Path) -> None:
+    """Its newest opset is 23, and there it has none of ONNX's own QuantizeLinear."""
+    built = build(planned, "onnxruntime", "vision_encoder", "int8", tmp_path)
+    model = ir.load(tmp_path / built.file)
+    domains = [node.domain for node in model.graph if node.op_type == "QuantizeLinear"]
+    assert domains and set(domains) == {"com.microsoft"}
+    assert dict(model.opset_imports) == {"": 23, "com.microsoft": 1}
+
+
 @pytest.mark.parametrize("recipe", ["fp32", "int8"])
 def test_openvino_sees_what_pytorch_sees(recipe: str, planned: Artifact, tmp_path: Path) -> None:
     """Float: float32 sums in another order. int8: OpenVINO keeps sums in int32 where the fake-quant model has floats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from vlmc.artifact import Artifact
-from vlmc.calibration.plan import read_plan
+from vlmc.calibration.plan import ModulePlan, Plan, read_plan
 from vlmc.engines.passes import float_weights, forget, opset17, patches_as_matmul, quantize
 from vlmc.exporter import golden
 
@@ -61,3 +62,15 @@ def test_the_numbers_stay_the_same(quantised: ir.Model, planned: Artifact, tmp_p
     before = features(quantised, tmp_path, pixels)
     float_weights.apply(quantised)
     np.testing.assert_array_equal(features(quantised, tmp_path, pixels), before)
+
+
+@pytest.mark.parametrize("inputs", [40, 64, 72])
+def test_blocks_become_the_same_floats_where_the_last_one_is_shorter_too(
+    inputs: int, linear: Callable[..., ir.Model], plan_of: Callable[..., Plan], run: Callable[..., np.ndarray]
+) -> None:
+    model = linear(np.random.default_rng(0).normal(size=(inputs, 8)).astype(np.float32))
+    quantize.apply(model, plan_of(fc=ModulePlan(8, 32)), "part")
+    before = run(model, np.eye(inputs, dtype=np.float32))
+    assert float_weights.without_blocks(model) == 1
+    assert "DequantizeLinear" not in [node.op_type for node in model.graph]
+    np.testing.assert_array_equal(run(model, np.eye(inputs, dtype=np.float32)), before)

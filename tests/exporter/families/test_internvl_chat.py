@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers, processors
 from torch import Tensor
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
@@ -30,130 +28,11 @@ from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 
 from .conftest import change
-from .reference import Equations, SlowTokenizer, Weights, turned
+from .internvl_chat import HEADS, KV_HEADS, TILE, VIT_6B, Published, config, tensors
+from .reference import SlowTokenizer
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-WIDTH, HEADS, KV_HEADS, INNER, LAYERS, TILE, PATCH = 32, 2, 1, 48, 2, 28, 7
 ADDED = ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
-
-
-def config(vocabulary_size: int, **changes: Any) -> dict[str, Any]:
-    """config.json as OpenGVLab/InternVL2-2B has it, but for what vlmc does not read."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS}
-    sizes |= {"num_attention_heads": HEADS}
-    vision = {"image_size": TILE, "patch_size": PATCH, "norm_type": "layer_norm", "qkv_bias": True}
-    vision |= {"qk_normalization": False, "layer_norm_eps": 1e-06, "model_type": "intern_vit_6b"}
-    text = {"num_key_value_heads": KV_HEADS, "vocab_size": vocabulary_size, "rms_norm_eps": 1e-05, "bias": False}
-    text |= {"rope_theta": 1000000, "rope_scaling": {"factor": 2.0, "type": "dynamic"}, "model_type": "internlm2"}
-    text |= {"max_position_embeddings": 32768, "architectures": ["InternLM2ForCausalLM"], "eos_token_id": 2}
-    found = {
-        "architectures": ["InternVLChatModel"],
-        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
-        "model_type": "internvl_chat",
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": TILE,
-        "llm_config": text | sizes,
-        "max_dynamic_patch": 4,
-        "min_dynamic_patch": 1,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "internlm2-chat",
-        "use_thumbnail": True,
-        "vision_config": vision | sizes,
-    }
-    return found | changes
-
-
-def tensors(vocabulary_size: int) -> dict[str, Tensor]:
-    """Random weights under the original names."""
-    random = Weights(3)
-    add, linear, norm = random.add, random.linear, random.norm
-
-    add("vision_model.embeddings.class_embedding", 1, 1, WIDTH)
-    add("vision_model.embeddings.position_embedding", 1, 1 + (TILE // PATCH) ** 2, WIDTH)
-    add("vision_model.embeddings.patch_embedding.weight", WIDTH, 3, PATCH, PATCH)
-    add("vision_model.embeddings.patch_embedding.bias", WIDTH)
-    head = WIDTH // HEADS
-    for index in range(LAYERS):
-        layer = f"vision_model.encoder.layers.{index}"
-        linear(f"{layer}.attn.qkv", 3 * WIDTH, WIDTH)
-        linear(f"{layer}.attn.proj", WIDTH, WIDTH)
-        linear(f"{layer}.mlp.fc1", INNER, WIDTH)
-        linear(f"{layer}.mlp.fc2", WIDTH, INNER)
-        for name in ("norm1", "norm2"):
-            norm(f"{layer}.{name}", WIDTH)
-        for name in ("ls1", "ls2"):
-            add(f"{layer}.{name}", WIDTH, around=1.0)
-        layer = f"language_model.model.layers.{index}"
-        linear(f"{layer}.attention.wqkv", (HEADS + 2 * KV_HEADS) * head, WIDTH, bias=False)
-        linear(f"{layer}.attention.wo", WIDTH, WIDTH, bias=False)
-        for name, shape in (("w1", (INNER, WIDTH)), ("w2", (WIDTH, INNER)), ("w3", (INNER, WIDTH))):
-            linear(f"{layer}.feed_forward.{name}", *shape, bias=False)
-        for name in ("attention_norm", "ffn_norm"):
-            norm(f"{layer}.{name}", WIDTH, bias=False)
-    norm("mlp1.0", 4 * WIDTH)
-    linear("mlp1.1", WIDTH, 4 * WIDTH)
-    linear("mlp1.3", WIDTH, WIDTH)
-    add("language_model.model.tok_embeddings.weight", vocabulary_size, WIDTH, scale=1.0)
-    norm("language_model.model.norm", WIDTH, bias=False)
-    linear("language_model.output", vocabulary_size, WIDTH, bias=False)
-    return random.found
-
-
-class Published(Equations):
-    """The equations of InternViT (arXiv:2312.14238) and InternLM2 (arXiv:2403.17297), one after the other."""
-
-    def __init__(self, weights: dict[str, Tensor], context_id: int) -> None:
-        super().__init__(weights)
-        self.context_id = context_id
-
-    def features(self, pixel_values: Tensor) -> Tensor:
-        prefix = "vision_model.embeddings"
-        kernel, bias = (self.weights[f"{prefix}.patch_embedding.{name}"] for name in ("weight", "bias"))
-        patches = functional.conv2d(pixel_values, kernel, bias, stride=PATCH).flatten(2).mT
-        first = self.weights[f"{prefix}.class_embedding"].expand(len(patches), 1, -1)
-        x = torch.cat((first, patches), dim=1) + self.weights[f"{prefix}.position_embedding"]
-        for index in range(LAYERS):
-            layer = f"vision_model.encoder.layers.{index}"
-            qkv = self.linear(f"{layer}.attn.qkv", self.layer_norm(f"{layer}.norm1", x, 1e-6))
-            q, k, v = qkv.unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-            attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
-            attention = self.linear(f"{layer}.attn.proj", attention.transpose(1, 2).flatten(2))
-            x = x + attention * self.weights[f"{layer}.ls1"]
-            inner = self.linear(f"{layer}.mlp.fc1", self.layer_norm(f"{layer}.norm2", x, 1e-6))
-            x = x + self.linear(f"{layer}.mlp.fc2", functional.gelu(inner)) * self.weights[f"{layer}.ls2"]
-        side = TILE // PATCH
-        grid = x[:, 1:].unflatten(1, (side, side))
-        corners = [grid[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
-        tokens = self.layer_norm("mlp1.0", torch.cat(corners, dim=-1).flatten(1, 2), 1e-5)
-        return self.linear("mlp1.3", functional.gelu(self.linear("mlp1.1", tokens)))
-
-    def rotated(self, x: Tensor) -> Tensor:
-        """(length, heads, dim): the pairs (i, i + dim/2) turned by position · θ^(−2i/dim)."""
-        half = x.shape[-1] // 2
-        angle = torch.arange(len(x))[:, None, None] * 1e6 ** -(torch.arange(half) / half)
-        return turned(x, angle)
-
-    def logits(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        x = self.weights["language_model.model.tok_embeddings.weight"][input_ids[0]].clone()
-        if pixel_values is not None:
-            x[input_ids[0] == self.context_id] = self.features(pixel_values).flatten(0, 1)
-        group, dim = HEADS // KV_HEADS, WIDTH // HEADS
-        for index in range(LAYERS):
-            layer = f"language_model.model.layers.{index}"
-            fused = self.linear(f"{layer}.attention.wqkv", self.rms_norm(f"{layer}.attention_norm", x))
-            fused = fused.unflatten(-1, (KV_HEADS, group + 2, dim))
-            q = self.rotated(fused[:, :, :group].flatten(1, 2)).transpose(0, 1)
-            k = self.rotated(fused[:, :, -2]).transpose(0, 1).repeat_interleave(group, dim=0)
-            v = fused[:, :, -1].transpose(0, 1).repeat_interleave(group, dim=0)
-            unseen = torch.full((len(x), len(x)), -math.inf).triu(1)
-            attention = (q @ k.mT / math.sqrt(dim) + unseen).softmax(-1) @ v
-            x = x + self.linear(f"{layer}.attention.wo", attention.transpose(0, 1).flatten(1))
-            inner = self.rms_norm(f"{layer}.ffn_norm", x)
-            gate = functional.silu(self.linear(f"{layer}.feed_forward.w1", inner))
-            x = x + self.linear(f"{layer}.feed_forward.w2", gate * self.linear(f"{layer}.feed_forward.w3", inner))
-        return self.linear("language_model.output", self.rms_norm("language_model.model.norm", x))
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +50,11 @@ def folder(vocabulary: Any, sentence_piece: Any, tmp_path_factory: pytest.TempPa
     added = {str(first + index): {"content": token, "special": True} for index, token in enumerate(ADDED)}
     settings = {"added_tokens_decoder": added, "tokenizer_class": "InternLM2Tokenizer"}
     (target / "tokenizer_config.json").write_text(json.dumps(settings))
-    (target / "config.json").write_text(json.dumps(config(first + len(ADDED))))
+    whole = config(first + len(ADDED))
+    (target / "config.json").write_text(json.dumps(whole))
     (target / "generation_config.json").write_text('{"eos_token_id": [2]}')
     (target / "preprocessor_config.json").write_text('{"feature_extractor_type": "CLIPFeatureExtractor"}')
-    weights = tensors(first + len(ADDED))
+    weights = tensors(whole)
     names = sorted(weights)
     for index, part in enumerate((names[::2], names[1::2]), 1):
         save_file({name: weights[name] for name in part}, target / f"model-0000{index}-of-00002.safetensors")
@@ -194,8 +74,21 @@ def test_the_onnx_graphs_compute_the_published_equations(
     folder: Path, artifact: Artifact, assert_parity: Any, make_picture: Any
 ) -> None:
     context_id = Tokenizer(artifact.path_of("tokenizer.json")).token_id("<IMG_CONTEXT>")
+    published = Published(original(folder), json.loads((folder / "config.json").read_text()), context_id)
     one, wide, tall = make_picture(28, 28), make_picture(90, 31), make_picture(17, 60)
-    assert_parity(artifact, Published(original(folder), context_id), [[], [one], [wide], [tall, one]])
+    assert_parity(artifact, published, [[], [one], [wide], [tall, one]])
+
+
+def test_the_vision_encoder_is_that_of_the_config(tmp_path: Path) -> None:
+    """InternViT-6B, with other features and larger blocks of patches than the checkpoint above has."""
+    found = config(64, VIT_6B, select_layer=-2, downsample_ratio=0.25)
+    weights, family = tensors(found), family_for("internvl_chat", "here")
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    pixels = torch.randn((2, 3, TILE, TILE), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        features = family.split(family.load(tmp_path)).vision_encoder(pixels)
+        torch.testing.assert_close(features, Published(weights, found, 0).features(pixels), atol=2e-4, rtol=2e-4)
 
 
 def test_every_tensor_of_the_checkpoint_is_used_once(folder: Path) -> None:
@@ -305,6 +198,7 @@ def test_the_template_of_2_5_ends_its_turns_with_a_line(folder: Path, tmp_path: 
         ({"llm_config": {"bias": True}}, "bias in the decoder"),
         ({"force_image_size": 56}, "size of tiles"),
         ({"ps_version": "v1"}, "ps_version"),
+        ({"vision_config": VIT_6B | {"layer_norm_eps": 1e-5}}, "layer_norm_eps beside qk_normalization.*1e-05"),
     ],
 )
 def test_what_the_family_does_not_cover_is_refused(
@@ -349,7 +243,7 @@ def test_other_decoders_keep_their_names(kind: str, randomise: Any, tmp_path: Pa
         )
     )
     randomise(own, 0)
-    weights = {name: weight for name, weight in tensors(64).items() if not name.startswith("language_model")}
+    weights = {name: weight for name, weight in tensors(found).items() if not name.startswith("language_model")}
     weights |= {f"language_model.{name}": weight for name, weight in own.state_dict().items()}
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(found))
