@@ -22,6 +22,7 @@ import onnx_ir as ir
 
 from ...artifact import ASKED, FLOATS, KvContract
 from ...calibration import recipes
+from ...errors import VlmcError
 from ...files import write_bytes
 from ...profiles.device import Device
 from ...runtime import cuda
@@ -172,10 +173,14 @@ def build(model: ir.Model, job: Job) -> Built:
         cache.use(config)
 
     engine = tensorrt_network.serialise(parsed, shapes, configure)
+    try:
+        inspected = _inspected(trt, parsed, engine, weak)
+    except VlmcError:  # of six engines of CLIP's text encoder by 8.6 three could not run; those built next could
+        engine = tensorrt_network.serialise(parsed, shapes, configure)
+        inspected = _inspected(trt, parsed, engine, weak)
     (job.folder / ENGINE).write_bytes(engine)
     cache.keep()
-    settings = {"version": str(trt.__version__), "sm": cuda.architecture(), "optimization_level": level}
-    settings |= _inspected(trt, parsed, engine, weak)
+    settings = {"version": str(trt.__version__), "sm": cuda.architecture(), "optimization_level": level} | inspected
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
     return Built(ENGINE, settings, contract)

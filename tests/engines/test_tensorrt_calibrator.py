@@ -204,3 +204,28 @@ def test_elsewhere_the_float_engine_is_built_and_the_sentence_said(
         "builds on the device"
     ) in reason
     assert "int8-implicit" not in record.choices["decoder"].reason
+
+
+# What the same stand-in shows of a build
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_an_engine_that_cannot_run_is_built_once_more(
+    bad: int, artifact: Artifact, trt: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 8.6 builds CLIP's text encoder so at times: then the next engine may run, of the same network."""
+    built = iter(range(9))
+    monkeypatch.setattr(tensorrt_network, "serialise", lambda *_: f"engine {next(built)}".encode())
+
+    def inspected(trt: Any, parsed: Any, engine: bytes, weak: bool) -> dict[str, Any]:
+        if int(engine.split()[1]) < bad:
+            raise VlmcError(f"{engine.decode()} cannot run")
+        return {"products": {}}
+
+    monkeypatch.setattr(builder, "_inspected", inspected)
+    one = replace(VISION, precision="fp16")
+    if bad == 1:
+        assert engine(artifact, one) == b"engine 1"
+    else:
+        with pytest.raises(VlmcError, match="engine 1 cannot run"):
+            engine(artifact, one)
