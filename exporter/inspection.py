@@ -68,7 +68,7 @@ def sketch(checkpoint: Checkpoint) -> nn.Module:
         model = checkpoint.family.randomise(checkpoint.config, 0)
     count = sum(weight.numel() for weight in model.parameters())
     if checkpoint.source.random_weights:
-        require_memory(f"Random weights, {count:,} of them,", 4 * count, "take a smaller config, or a larger machine")
+        require_memory(f"Random weights, {count:,} of them,", 4 * count, "take a smaller config, or add swap")
     elif count > 2 * (held := _count_values(checkpoint.folder)):  # what precisely is lacking, loading finds out
         raise VlmcError(
             f"{checkpoint.folder / 'config.json'} is not of the weights beside it",
@@ -80,10 +80,10 @@ def sketch(checkpoint: Checkpoint) -> nn.Module:
 
 
 def require_memory(what: str, size: int, fix: str) -> None:
-    """Raises where `what` is larger, in bytes, than the memory that is free on this machine, if that is known."""
-    free = memory.available_bytes()
+    """Raises where `what` is larger, in bytes, than the memory and swap that are free here, if that is known."""
+    free = memory.obtainable_bytes()
     if free is not None and size > free:
-        found, expected = f"{size / 1e9:,.1f} GB", f"at most {free / 1e9:,.1f} GB"
+        found, expected = f"{size / 1e9:,.1f} GB", f"at most {free / 1e9:,.1f} GB with swap"
         raise VlmcError(f"{what} would not fit into this machine's memory", found=found, expected=expected, fix=fix)
 
 

@@ -21,8 +21,14 @@ def peak_rss_bytes(root: Path = ROOT) -> int | None:
 
 
 def available_bytes(root: Path = ROOT) -> int | None:
-    """What programs can still get on the whole machine."""
+    """What programs can still get on the whole machine without swapping."""
     return _kibibytes(root / "proc/meminfo", "MemAvailable")
+
+
+def obtainable_bytes(root: Path = ROOT) -> int | None:
+    """What programs can still get at all: what is available, and the swap that is free."""
+    available, swap = available_bytes(root), _kibibytes(root / "proc/meminfo", "SwapFree")
+    return None if available is None else available + (swap or 0)
 
 
 def total_bytes(root: Path = ROOT) -> int | None:

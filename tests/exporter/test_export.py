@@ -164,7 +164,7 @@ def test_a_cache_that_no_memory_holds_is_refused_before_anything_slow(
     tmp_path: Path, tiny_checkpoint: Path, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "load_model", lambda _: pytest.fail("this takes a minute"))
-    monkeypatch.setattr(inspection.memory, "available_bytes", lambda: 4 * 2 * 2 * 2 * 16 * 1000)
+    monkeypatch.setattr(inspection.memory, "obtainable_bytes", lambda: 4 * 2 * 2 * 2 * 16 * 1000)
     says = r"A KV cache of 1,001 positions would not fit into this machine's memory. Found: .*smaller --capacity"
     with pytest.raises(VlmcError, match=says):
         again(tiny_checkpoint, tmp_path / "out", replace(options, capacity=1001))

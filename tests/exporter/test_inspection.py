@@ -108,12 +108,12 @@ def test_shards_hold_at_least_half_of_what_the_config_asks_for(folder: Path) -> 
 def test_random_weights_have_to_fit_into_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = resolve(str(folder), random_weights=True)
     size = 4 * sum(weight.numel() for weight in sketch(model).parameters())
-    monkeypatch.setattr(inspection.memory, "available_bytes", lambda: size)
+    monkeypatch.setattr(inspection.memory, "obtainable_bytes", lambda: size)
     sketch(model)
-    monkeypatch.setattr(inspection.memory, "available_bytes", lambda: size - 1)
+    monkeypatch.setattr(inspection.memory, "obtainable_bytes", lambda: size - 1)
     with pytest.raises(VlmcError, match=r"Random weights, .* would not fit into this machine's memory"):
         sketch(model)
-    monkeypatch.setattr(inspection.memory, "available_bytes", lambda: None)  # the system does not tell
+    monkeypatch.setattr(inspection.memory, "obtainable_bytes", lambda: None)  # the system does not tell
     sketch(model)
 
 

@@ -131,17 +131,23 @@ def test_memory_is_read_in_bytes(tmp_path: Path) -> None:
         tmp_path,
         {
             "proc/self/status": "Name:\tx\nVmPeak:\t  900 kB\nVmHWM:\t  100 kB\nVmRSS:\t   50 kB\n",
-            "proc/meminfo": "MemTotal:       4096 kB\nMemFree:  1 kB\nMemAvailable:   2048 kB\n",
+            "proc/meminfo": "MemTotal:       4096 kB\nMemFree:  1 kB\nMemAvailable:   2048 kB\nSwapFree: 512 kB\n",
         },
     )
     assert memory.peak_rss_bytes(root) == 100 * 1024
     assert memory.available_bytes(root) == 2048 * 1024
+    assert memory.obtainable_bytes(root) == (2048 + 512) * 1024
     assert memory.total_bytes(root) == 4096 * 1024
 
 
 def test_without_proc_memory_is_unknown(tmp_path: Path) -> None:
     assert memory.peak_rss_bytes(tmp_path) is None
     assert memory.available_bytes(tmp_path) is None
+    assert memory.obtainable_bytes(tmp_path) is None
+
+
+def test_a_system_without_swap_has_what_is_available(tmp_path: Path) -> None:
+    assert memory.obtainable_bytes(tree(tmp_path, {"proc/meminfo": "MemAvailable:  7 kB\n"})) == 7 * 1024
 
 
 @pytest.mark.parametrize("garbage", ["", "VmHWM: lots\n", "VmHWM:\t 12\n", "\0\0"])
