@@ -19,7 +19,7 @@ from typing import Any
 
 import tomllib
 
-DEVICES = Path(__file__).parent.parent / "profiles" / "devices"
+DEVICES = Path(__file__).resolve().parent.parent / "profiles" / "devices"
 TOKENS = 64  # of an answer
 CUT_TOWER = "smolvlm-2.2b-8of24"  # one layer of vision, for its decoder alone is looked at
 COLUMNS = (
