@@ -7,7 +7,6 @@ and back. It shows what a recipe costs in accuracy and, being slower than the fl
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -58,16 +57,13 @@ class QuantisedConv2d(QuantisedLinear):
 
     def __init__(self, module: nn.Conv2d, plan: ModulePlan) -> None:
         super().__init__(module, plan)
-        self._convolve = functools.partial(
-            functional.conv2d,
-            stride=module.stride,
-            padding=module.padding,
-            dilation=module.dilation,
-            groups=module.groups,
-        )
+        shape = copy.copy(module)  # of strides and padding, which a kind of convolution may have its own way with
+        shape._parameters = {}
+        self._convolve = shape._conv_forward
 
     def product(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.weight(), self.bias)
+        convolved: Tensor = self._convolve(x, self.weight(), self.bias)
+        return convolved
 
 
 def apply_plan(component: nn.Module, plan: Plan, name: str) -> nn.Module:
@@ -121,8 +117,8 @@ def _fitting(factors: Sequence[float], module: nn.Module, axis: int, path: str) 
 
 
 def _quantised(module: nn.Module, plan: ModulePlan, path: str) -> QuantisedLinear:
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and type(module).forward is nn.Conv2d.forward:
         return QuantisedConv2d(module, plan)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return QuantisedLinear(module, plan)
     raise VlmcError(f"The plan quantises {path}, which is no linear layer or convolution", found=type(module).__name__)

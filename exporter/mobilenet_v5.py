@@ -92,14 +92,15 @@ LAYOUTS = {
 
 
 class SameConv(nn.Conv2d):
-    """A convolution that gives ⌈size / stride⌉ places and pads the far side more where the padding is odd."""
+    """A convolution that gives ⌈size / stride⌉ places and pads the far side more where the padding is odd, also with
+    the weight of a fake-quant model in the place of its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
         pads = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in (x.shape[3], x.shape[2])]
         if any(pads):
             x = functional.pad(x, [side for pad in pads for side in (pad // 2, pad - pad // 2)])
-        convolved: Tensor = self._conv_forward(x, self.weight, self.bias)
+        convolved: Tensor = super()._conv_forward(x, weight, bias)
         return convolved
 
 

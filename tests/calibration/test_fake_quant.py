@@ -83,6 +83,33 @@ def test_a_convolution_is_quantised_by_output_channel() -> None:
         assert not torch.equal(made(x), part(x))
 
 
+class Wrapped(nn.Conv2d):
+    """Pads by itself, as Gemma 3n's do."""
+
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(torch.nn.functional.pad(x, (0, 1, 0, 1), mode="circular"), weight, bias)
+
+
+def test_a_kind_of_convolution_keeps_its_own_way_and_only_the_integers_of_its_weight() -> None:
+    torch.manual_seed(0)
+    part = nn.Sequential(Wrapped(3, 4, 2))
+    made = apply_plan(part, plan_of(**{"0": ModulePlan(8, 0)}), "part")
+    x = torch.rand(1, 3, 6, 6)
+    with torch.inference_mode():
+        assert (made(x) - part(x)).abs().max() < 0.03
+    assert [name for name, _ in made.named_parameters()] == ["0.bias"]
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_computes_something_of_its_own_is_refused() -> None:
+    with pytest.raises(VlmcError, match=r"part/0, which is no linear layer or convolution. Found: Doubled"):
+        apply_plan(nn.Sequential(Doubled(4, 4)), plan_of(**{"0": ModulePlan(8, 0)}), "part")
+
+
 def test_other_components_of_the_plan_do_not_matter(part: nn.Module) -> None:
     plan = replace(plan_of(), modules={"other/0": ModulePlan(8, 0)}, absorbers={"other/5": (1.0,)})
     assert isinstance(apply_plan(part, plan, "part")[0], nn.Linear)
