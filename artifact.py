@@ -79,7 +79,7 @@ class KvSpec:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """The chat template, rendered for one question: `{image}` (once a picture) and `{text}` are replaced. `trim`: the
+    """The chat template, rendered for one question: `{image}` (of all pictures) and `{text}` are replaced. `trim`: the
     question without the white space around it, as templates with Jinja's filter of that name write it."""
 
     with_image: str
@@ -213,7 +213,7 @@ class EngineSpec:
     report: BuildReport
     versions: dict[str, str]
     kv: KvContract | None = None
-    settings: dict[str, Any] = field(default_factory=dict)  # what the backend is to be started with
+    settings: dict[str, Any] = field(default_factory=dict)  # of TensorRT: its version, the SM, products and the like
 
     def is_of(self, manifest: Manifest, component: str) -> bool:
         """Whether it is of this checkpoint, takes and gives what that component does, and a decoder has the artefact's

@@ -37,7 +37,7 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
     from vlmc.engines.passes import half_precision
-    from vlmc.engines.tensorrt_profiles import profile
+    from vlmc.engines.tensorrt_profiles import Range, profile
     from vlmc.runtime.tensorrt_engine import APART
 
     words, lower, serialise, usual = form.split("+"), tensorrt.lower, tensorrt_network.serialise, tensorrt.profiles
@@ -45,9 +45,10 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
     def profiles(model: Any, job: Any) -> Any:
         if "whole" in words:
             return usual(model, job)
-        sizes = {name: (one.usual,) * 3 for name, one in job.sizes.items()} | dict.fromkeys(APART, (1, 1, 1))
+        single = Range(1, 1, 1)
+        sizes = {name: Range(*(one.usual,) * 3) for name, one in job.sizes.items()} | dict.fromkeys(APART, single)
         if component == "decoder" and "prefill" not in words:
-            sizes["length"] = (1, 1, 1)
+            sizes["length"] = single
         return [one for one in [profile(model, sizes)] if one]  # none where nothing is free
 
     def lowered(model: Any, job: Any) -> str:

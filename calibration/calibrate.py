@@ -46,17 +46,25 @@ def plan_for(
 ) -> Plan:
     """`calibrate`, for a session that runs these components in PyTorch. What TensorRT is to calibrate itself is written
     to the session's artefact, ahead of the plan that names it."""
-    layers = layers_of(components)
-    source = session.artifact.manifest.source.sha256
-    rules = {path: recipe.precision(path) for path in layers}
     if not recipe.needs_data:
+        rules = {path: recipe.precision(path) for path in layers_of(components)}
         modules = {path: ModulePlan(rule.weight_bits, rule.block) for path, rule in rules.items() if rule.weight_bits}
-        return Plan(SCHEMA, recipe, source, None, modules, {})
+        return Plan(SCHEMA, recipe, session.artifact.manifest.source.sha256, None, modules, {})
     if data is None:
         raise VlmcError(f"The recipe {recipe.name!r} needs a calibration set", fix="give one with --set")
-    if recipe.implicit:
-        return _sampled(session, recipe, data)
+    return _sampled(session, recipe, data) if recipe.implicit else _observed(session, components, recipe, data, report)
 
+
+def _observed(
+    session: Session | Matcher,
+    components: Components | Encoders,
+    recipe: Recipe,
+    data: CalibrationSet,
+    report: Report,
+) -> Plan:
+    """The plan of a recipe whose scales are found here, from what the layers get of the set."""
+    layers = layers_of(components)
+    rules = {path: recipe.precision(path) for path in layers}
     rounded = [path for path, rule in rules.items() if rule.weight_bits and rule.output_bits]
     observation = Observation(session, components, data, report, outputs=rounded)
     groups = observation.groups()
@@ -100,7 +108,7 @@ def plan_for(
     return Plan(
         schema=SCHEMA,
         recipe=recipe,
-        source_sha256=source,
+        source_sha256=session.artifact.manifest.source.sha256,
         calibrated_on=SetRecord(data.name, data.sha256, len(data.rows), data.pictures),
         modules=modules,
         absorbers={path: _numbers(values) for path, values in absorbers.items()},

@@ -1,6 +1,7 @@
 """Running the whole VLM in float over a calibration set, and seeing what its layers get and, where asked, make.
 
-Phases are observed apart: `vision`; `prefill`, the prompt with the picture's features in it; `decode`, what follows.
+Phases are observed apart: `vision`; `prefill`, the prompt with the picture's features in it; `decode`, what follows;
+of a model that matches `vision` and `text`.
 A row with an answer is decoded along it: all its tokens are read in one call behind the prompt, where the causal mask
 gives each the activations that it would have had in a step of its own. Without an answer the model's own greedy answer
 is followed, GREEDY tokens at most. So what decoding shows depends on the set, not on how well the model answers.

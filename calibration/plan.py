@@ -42,7 +42,7 @@ class SetRecord:
 class ModulePlan:
     """One linear layer or convolution.
 
-    Of its input, per tensor and after smoothing, for each phase ("vision", "prefill", "decode"): `peaks`, the largest
+    Of its input, per tensor and after smoothing, for each phase (see `observation`): `peaks`, the largest
     magnitude seen, and `ranges`, what the observer kept of it. `activation_scale` is the largest range / 127, since
     one engine serves all phases. `smoothing` multiplies the weight's input channels, and the module `absorbed_by` is
     divided to match (see `Plan.absorbers`). With 0 weight bits the layer is only here for its smoothing.

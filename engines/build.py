@@ -8,7 +8,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -40,41 +40,18 @@ def build(
     """Builds, tries and chooses; returns the record, which is also written, and the engines that were in the cache.
     `only`: as for `candidates`."""
     start = time.perf_counter()
-    todo = list(candidates(artifact, device, recipe, only))
-    hits, specs = [], {}
-    for index, candidate in enumerate(todo):
-        report(f"building {candidate.component} {candidate.engine}", index, len(todo))
-        spec = cached(artifact, candidate)
-        if spec is None:
-            _build(artifact, candidate)
-            spec = cached(artifact, candidate)
-            assert spec is not None, "the builder's process ended well and left its engine"
-        else:
-            hits.append(f"{candidate.component} {candidate.engine}")
-        specs[candidate] = spec
-    here = reason_not_here(device)
+    specs, hits = _build_all(artifact, list(candidates(artifact, device, recipe, only)), report)
+    elsewhere = reason_not_here(device)
     choices: dict[str, Choice] = {}
     for component in artifact.components:
-        own = {c: s for c, s in specs.items() if c.component == component}
-        first, refused = next(iter(own)).backend, ""
-        if quantises(artifact, component, recipe):
-            why = refuses(builders.load(first), component, recipe, device)
-            refused = f"; {recipe} is not offered: {why}" if why else ""
-        if here:
-            preferred = [candidate.engine for candidate in own if candidate.backend == first]
-            choices[component] = verdict.unmeasured(preferred[-1], here + refused, [c.engine for c in own])
-        else:
-            if component != "embed_tokens":
-                report(f"trying {component}", len(todo), len(todo))
-            embed = next((c.engine for c in todo if c.component == "embed_tokens"), "")
-            choice = _verdict(artifact, device, component, own, embed)
-            why = "" if any(candidate.precision == recipe for candidate in own) else refused
-            choices[component] = dataclasses.replace(choice, reason=choice.reason + why)
+        if not elsewhere and component != "embed_tokens":
+            report(f"trying {component}", len(specs), len(specs))
+        choices[component] = _choice(artifact, device, recipe, component, specs, elsewhere)
     path = artifact.root / "engines" / device.name / f"{recipe}.json"
     answers: tuple[AnswerTrial, ...] = ()
     mixes = verdict.mixes(choices, artifact.manifest.source.random_weights)
-    if mixes and not here and artifact.manifest.matching is None:
-        report("trying whole answers", len(todo), len(todo))
+    if mixes and not elsewhere and artifact.manifest.matching is None:
+        report("trying whole answers", len(specs), len(specs))
         keys = {(candidate.component, candidate.engine): spec.key for candidate, spec in specs.items()}
         answers = _answers(artifact, device, mixes, keys, _earlier(path))
         choices = verdict.together(choices, answers)
@@ -85,7 +62,7 @@ def build(
         choices=choices,
         seconds=round(time.perf_counter() - start, 3),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds"),
-        remaining=device.handover if here else "",
+        remaining=device.handover if elsewhere else "",
         answers=answers,
     )
     write_record(path, record)
@@ -104,27 +81,37 @@ def candidates(artifact: Artifact, device: Device, recipe: str, only: Collection
         del known[device.backends[0]]
         known = {"handover": builders.load("handover")} | known  # TensorRT builds on the device
         wanted |= {"handover"} if device.backends[0] in only else set()
-    usable = {name: builder for name, builder in known.items() if not builder.unavailable()}
     for component in artifact.components:
+        yield from _candidates_of(artifact, device, component, recipe, known, wanted)
 
-        def refusal(builder: ModuleType, precision: str = "", component: str = component) -> str:
-            return refuses(builder, component, precision or builder.FLOAT, device)
 
-        def offered(name: str, precision: str, component: str = component) -> bool:
-            if name not in usable and not cached(artifact, Candidate(device.name, component, name, precision)):
-                return False  # an engine that was built elsewhere needs no builder here
-            return not refusal(known[name], precision)
+def _candidates_of(
+    artifact: Artifact,
+    device: Device,
+    component: str,
+    recipe: str,
+    known: Mapping[str, ModuleType],
+    wanted: Collection[str],
+) -> Iterator[Candidate]:
+    """`candidates` of one component, by the builders `known`."""
 
-        floats = {name: builder.FLOAT for name, builder in known.items() if offered(name, builder.FLOAT)}
-        if not floats:
-            reasons = [f"{name}: {builder.unavailable() or refusal(builder)}" for name, builder in known.items()]
-            what = f"No backend of the device {device.name!r} can build the {component} here"
-            raise VlmcError(what, found="; ".join(reasons), fix="see `vlmc doctor`")
-        floats = {name: precision for name, precision in floats.items() if name in wanted} or floats
-        yield from (Candidate(device.name, component, name, precision) for name, precision in floats.items())
-        if quantises(artifact, component, recipe):
-            quantising = [name for name in floats if offered(name, recipe)]
-            yield from (Candidate(device.name, component, name, recipe) for name in quantising)
+    def offered(name: str, precision: str) -> bool:
+        if known[name].unavailable() and not cached(artifact, Candidate(device.name, component, name, precision)):
+            return False  # an engine that was built elsewhere needs no builder here
+        return not refuses(known[name], component, precision, device)
+
+    floats = {name: builder.FLOAT for name, builder in known.items() if offered(name, builder.FLOAT)}
+    if not floats:
+        reasons = [
+            f"{name}: {builder.unavailable() or refuses(builder, component, builder.FLOAT, device)}"
+            for name, builder in known.items()
+        ]
+        what = f"No backend of the device {device.name!r} can build the {component} here"
+        raise VlmcError(what, found="; ".join(reasons), fix="see `vlmc doctor`")
+    floats = {name: precision for name, precision in floats.items() if name in wanted} or floats
+    yield from (Candidate(device.name, component, name, precision) for name, precision in floats.items())
+    if quantises(artifact, component, recipe):
+        yield from (Candidate(device.name, component, name, recipe) for name in floats if offered(name, recipe))
 
 
 def refuses(builder: ModuleType, component: str, precision: str, device: Device) -> str:
@@ -154,18 +141,61 @@ def reason_not_here(device: Device) -> str:
     return machine.other_than(device)
 
 
+def _build_all(
+    artifact: Artifact, todo: Sequence[Candidate], report: Report
+) -> tuple[dict[Candidate, EngineSpec], list[str]]:
+    """The engine of every candidate, and the names of those that were in the cache."""
+    specs, hits = {}, []
+    for index, candidate in enumerate(todo):
+        report(f"building {candidate.component} {candidate.engine}", index, len(todo))
+        spec = cached(artifact, candidate)
+        if spec is None:
+            _build(artifact, candidate)
+            spec = cached(artifact, candidate)
+            assert spec is not None, "the builder's process ended well and left its engine"
+        else:
+            hits.append(f"{candidate.component} {candidate.engine}")
+        specs[candidate] = spec
+    return specs, hits
+
+
+def _choice(
+    artifact: Artifact,
+    device: Device,
+    recipe: str,
+    component: str,
+    specs: Mapping[Candidate, EngineSpec],
+    elsewhere: str,
+) -> Choice:
+    """The component's choice by trials, or without any where the device is elsewhere (the reason, else empty); and why
+    its first backend does not offer the recipe, where no engine has it."""
+    own = {candidate: spec for candidate, spec in specs.items() if candidate.component == component}
+    first, refused = next(iter(own)).backend, ""
+    if quantises(artifact, component, recipe):
+        why = refuses(builders.load(first), component, recipe, device)
+        refused = f"; {recipe} is not offered: {why}" if why else ""
+    if elsewhere:
+        preferred = [candidate.engine for candidate in own if candidate.backend == first]
+        return verdict.unmeasured(preferred[-1], elsewhere + refused, [candidate.engine for candidate in own])
+    embed = next((candidate.engine for candidate in specs if candidate.component == "embed_tokens"), "")
+    choice = _verdict(artifact, device, component, own, embed)
+    if any(candidate.precision == recipe for candidate in own):
+        return choice
+    return dataclasses.replace(choice, reason=choice.reason + refused)
+
+
 def _verdict(
     artifact: Artifact, device: Device, component: str, own: dict[Candidate, EngineSpec], embed: str
 ) -> Choice:
     """The choice among those that this interpreter can run; of the others it says why they were not tried."""
-    elsewhere = {candidate: why for candidate in own if (why := backends.unavailable(candidate.backend))}
-    tried = {candidate: spec for candidate, spec in own.items() if candidate not in elsewhere}
+    untried = {candidate: why for candidate in own if (why := backends.unavailable(candidate.backend))}
+    tried = {candidate: spec for candidate, spec in own.items() if candidate not in untried}
     if component == "embed_tokens" and len(tried) == 1:  # a look-up, which cannot be wrong by degrees
         choice = Choice(next(iter(tried)).engine, "nothing else is offered for it", {})
     else:
         reports = _try(artifact, device, component, tried, embed)
         choice = verdict.choose(component, reports, artifact.manifest.source.random_weights)
-    for candidate, why in elsewhere.items():
+    for candidate, why in untried.items():
         record_trial(artifact, candidate, {"work": _work(artifact, candidate, own[candidate])})
         reason = f"{choice.reason}; {candidate.engine} was not tried here: {why}"
         choice = Choice(choice.engine, reason, choice.candidates | {candidate.engine: {}})

@@ -20,7 +20,7 @@ from ..files import staged_folder, write_json
 from ..profiles import machine
 from ..profiles.device import load_device
 from ..profiles.memory import peak_rss_bytes
-from ..records import SCHEMA, FileSpec, describe_files, read_record, to_json, write_record
+from ..records import SCHEMA, describe_files, read_record, to_json, write_record
 from . import builders, child, tensorrt_profiles
 from .passes import quantize
 
@@ -99,7 +99,7 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
         report = BuildReport(
             seconds=round(time.perf_counter() - start, 3),
             peak_memory_bytes=peak_rss_bytes() or 0,
-            size_bytes=_size(files),
+            size_bytes=sum(known.bytes for known in files.values()),
             products=products,
         )
         engine = EngineSpec(
@@ -139,17 +139,14 @@ def record_trial(artifact: Artifact, candidate: Candidate, trial: dict[str, Any]
     return read_record(EngineSpec, path)
 
 
-def _size(files: dict[str, FileSpec]) -> int:
-    return sum(known.bytes for known in files.values())
-
-
 def _versions(backend: str) -> dict[str, str]:
     """Of a backend that is not here there is none, so its engines are other ones."""
     return {"vlmc": __version__} | machine.versions(("onnx-ir", *builders.load(backend).PACKAGES))
 
 
 def main(root: str, device: str, component: str, backend: str, precision: str) -> str:
-    """`child.run("candidate", …, ARTEFACT, DEVICE, COMPONENT, BACKEND, PRECISION)`; the engine is the answer."""
+    """`child.run("candidate", …, ARTEFACT, DEVICE, COMPONENT, BACKEND, PRECISION)`; it answers nothing, for the engine
+    is in the artefact."""
     build(Artifact(Path(root)), Candidate(device, component, backend, precision))
     return ""
 

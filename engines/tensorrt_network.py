@@ -15,8 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from ..errors import VlmcError
-from ..runtime import backends
-from ..runtime.tensorrt_engine import logger
+from ..runtime.tensorrt_engine import logger, title
 from .tensorrt_profiles import Profile
 
 WEIGHT_ONLY = {"INT4": "w4", "INT8": "w8"}
@@ -44,11 +43,6 @@ class Parsed:
     parser: Any
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-
-def title(trt: Any) -> str:
-    """`TensorRT-RTX 1.7.1.116`."""
-    return f"{backends.title(trt.__name__)} {trt.__version__}"
 
 
 def fix_dimension(model: ir.Model, name: str, size: int) -> None:

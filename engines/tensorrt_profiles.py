@@ -59,11 +59,11 @@ def _limits(artifact: Artifact) -> dict[str, int]:
     return limits
 
 
-def profile(model: ir.Model, sizes: Mapping[str, tuple[int, int, int]]) -> Profile:
+def profile(model: ir.Model, sizes: Mapping[str, Range]) -> Profile:
     """The smallest, usual and largest shape of every input of the graph that has free sizes, for these by name."""
 
     def shapes(value: ir.Value) -> tuple[Shape, Shape, Shape]:
-        axes = [(d, d, d) if isinstance(d, int) else sizes[str(d.value)] for d in value.shape or ()]
+        axes = [Range(d, d, d) if isinstance(d, int) else sizes[str(d.value)] for d in value.shape or ()]
         smallest, usual, largest = (tuple(axis[i] for axis in axes) for i in range(3))
         return smallest, usual, largest
 
@@ -77,11 +77,11 @@ def one_and_more(model: ir.Model, sizes: Mapping[str, Range], most: int) -> list
     name = batch([_names(value) for value in (*model.graph.inputs, *model.graph.outputs)])
     if not name:
         return [profile(model, sizes)]
-    single, size = [profile(model, {**sizes, name: (1, 1, 1)})], sizes[name]
+    single, size = [profile(model, {**sizes, name: Range(1, 1, 1)})], sizes[name]
     if size.largest == 1:
         return single
     largest = min(size.largest, most)
-    return [*single, profile(model, {**sizes, name: (2, min(max(size.usual, 2), largest), largest)})]
+    return [*single, profile(model, {**sizes, name: Range(2, min(max(size.usual, 2), largest), largest)})]
 
 
 def _names(value: ir.Value) -> list[int | str]:

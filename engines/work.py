@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from ..artifact import ComponentSpec, KvSpec
 from .passes import module_of, weight_of
 
-FLOAT32 = 4
-WIDTHS = {"fp32": FLOAT32, "fp16": 2}  # bytes of a number
+WIDTHS = {"fp32": 4, "fp16": 2}  # bytes of a number
 
 
 def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collection[str] | None = None) -> float:
@@ -59,14 +58,14 @@ def free_sizes(spec: ComponentSpec, inputs: Mapping[str, NDArray[Any]]) -> dict[
     }
 
 
-def kv_bytes(kv: KvSpec, positions: int, itemsize: int = FLOAT32) -> float:
+def kv_bytes(kv: KvSpec, positions: int, itemsize: int) -> float:
     """Bytes of keys and values that a decode step at that position reads."""
     return 2.0 * kv.layers * kv.kv_heads * kv.head_dim * positions * itemsize
 
 
 def io_bytes(model: ir.Model, sizes: Mapping[str, int]) -> float:
-    """Bytes of inputs and outputs of one run, each once."""
-    return float(sum(FLOAT32 * prod(_dims(v, sizes)) for v in (*model.graph.inputs, *model.graph.outputs)))
+    """Bytes of inputs and outputs of one run, each once: they are float32 whatever the engine computes in."""
+    return float(sum(WIDTHS["fp32"] * prod(_dims(v, sizes)) for v in (*model.graph.inputs, *model.graph.outputs)))
 
 
 def _dims(value: ir.Value | None, sizes: Mapping[str, int]) -> list[int]:

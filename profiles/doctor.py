@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,19 @@ PACKAGES = {  # distribution: what it is for
 }
 
 
-def examine(folder: Path = Path()) -> dict[str, Any]:
+def examine() -> dict[str, Any]:
     """{"machine", "backends", "power", "packages", "devices"}: of each thing "" where it can be used here, else the
-    reason; of packages the version, or "unavailable: ...". `folder` is where free disk space is looked up."""
+    reason; of packages the version, or "unavailable: ...". Free disk space is the working folder's."""
+    here = machine.describe(0)
     return {
         "machine": {
-            "cpu": machine.describe(0)["cpu"],
-            "cores": backends.processors(),
+            "cpu": here["cpu"],
+            "cores": here["cores"],
             "memory_gb": _gigabytes(memory.total_bytes()),
             "memory_free_gb": _gigabytes(memory.available_bytes()),
-            "disk_free_gb": _gigabytes(shutil.disk_usage(folder).free),
-            "os": machine.describe(0)["os"],
-            "python": platform.python_version(),
+            "disk_free_gb": _gigabytes(shutil.disk_usage(Path()).free),
+            "os": here["os"],
+            "python": here["python"],
         },
         "backends": {name: backends.unavailable(name) for name in backends.names() if name != "handover"},
         "power": {name: power.probe(name) for name in power.names()},

@@ -144,7 +144,6 @@ def _description(
         "skipped": found.skipped,
         "choices": {name: asdict(choice) for name, choice in build.choices.items()},
         "labels": list(measurement.labels),
-        "examples": [],
     }
 
 

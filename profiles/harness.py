@@ -19,8 +19,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def slug(name: str) -> str:
 
 def measure(folder: Path, measurement: Measurement, progress: Progress) -> dict[str, str]:
     """Runs all that is not done yet. Returns by name why a variant failed; the others are measured all the same."""
-    with _crew(folder / "unfinished", measurement, progress) as crew:
+    with closing(_Crew(folder / "unfinished", measurement, progress)) as crew:
         for turn in range(TURNS):
             for variant in measurement.variants:
                 crew.time(variant, turn)
@@ -125,15 +125,6 @@ def measure(folder: Path, measurement: Measurement, progress: Progress) -> dict[
             crew.measure_energy(variant)
             crew.ask_questions(variant)
         return crew.failures
-
-
-@contextmanager
-def _crew(folder: Path, measurement: Measurement, progress: Progress) -> Iterator[_Crew]:
-    crew = _Crew(folder, measurement, progress)
-    try:
-        yield crew
-    finally:
-        crew.close()
 
 
 class _Crew:

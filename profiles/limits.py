@@ -106,13 +106,13 @@ def read_gb_per_s(size: int, threads: int) -> float:
     parts = np.array_split(np.ones(size // 8, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
         # The maximum of integers: one comparison a word, vectorised and without the GIL; it reads as fast as C does.
-        return size / _best(lambda: list(pool.map(np.max, parts))) / 1e9
+        return size / _fastest(lambda: list(pool.map(np.max, parts))) / 1e9
 
 
 def float32_gflop_per_s(side: int) -> float:
     """10^9 operations a second, a multiply-add being two; numpy's BLAS has its thread count from the environment."""
     left = np.full((side, side), 0.5, np.float32)
-    return 2 * side**3 / _best(lambda: left @ left) / 1e9
+    return 2 * side**3 / _fastest(lambda: left @ left) / 1e9
 
 
 def int8_gop_per_s(side: int, threads: int) -> float | str:
@@ -125,10 +125,10 @@ def int8_gop_per_s(side: int, threads: int) -> float | str:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(_int8_model(side), options, providers=["CPUExecutionProvider"])
     left = np.full((side, side), 129, np.uint8)
-    return 2 * side**3 / _best(lambda: session.run(None, {"x": left})) / 1e9
+    return 2 * side**3 / _fastest(lambda: session.run(None, {"x": left})) / 1e9
 
 
-def _best(work: Callable[[], object]) -> float:
+def _fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest try."""
     best, end = float("inf"), time.perf_counter() + SECONDS
     while time.perf_counter() < end or best == float("inf"):

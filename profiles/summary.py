@@ -67,7 +67,7 @@ def _report(at: Path, run: dict[str, Any]) -> dict[str, Any]:
     rows = {info["name"]: samples.read(at / f"{slug(info['name'])}.jsonl") for info in run["variants"]}
     measured = [info for info in run["variants"] if samples.of_kind(rows[info["name"]], "run")]
     if not measured:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in run["failures"].items())
+        reasons = "; ".join(f"{name}: {why}" for name, why in run["failures"].items())
         raise VlmcError("No variant could be measured", found=reasons or "no runs", fix="see `vlmc doctor`")
     report = {
         "schema": SCHEMA,
@@ -129,10 +129,10 @@ def _waited(runs: list[Row], machine: dict[str, Any]) -> float | str:
 
 
 def _memory(info: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
-    def highest(key: str, reason: str) -> int | str:
+    def highest(key: str, why: str) -> int | str:
         values = [row[key] for row in rows if row.get(key) is not None]
         numbers = [value for value in values if isinstance(value, int)]
-        return max(numbers) if numbers else next(iter(values), f"unavailable: {reason}")
+        return max(numbers) if numbers else next(iter(values), f"unavailable: {why}")
 
     return {
         "peak_rss_bytes": highest("peak_rss_bytes", "the kernel tells no VmHWM"),
@@ -159,11 +159,11 @@ def _energy(rows: list[Row], power: dict[str, Any], matches: bool) -> dict[str, 
     if len(spent) < len(costs) or not spent[0]["joules"]:
         faults, source = samples.of_kind(rows, "power"), str(power["source"])
         silent = "the meter did not move" if spent else f"{source} gave no reading"
-        reason = (
+        why = (
             source if source.startswith("unavailable") else f"unavailable: {faults[0]['reason'] if faults else silent}"
         )
         above = [f"{name}_above_idle" for name in costs]
-        return dict.fromkeys((*costs, *above, "watts", *(() if matches else ("tokens_per_s_per_watt",))), reason)
+        return dict.fromkeys((*costs, *above, "watts", *(() if matches else ("tokens_per_s_per_watt",))), why)
     idle = power["idle_watts"]
     found: dict[str, Any] = dict(zip(costs, _costs(spent, 0.0), strict=True))
     for name, cost in zip(costs, _costs(spent, 0.0 if isinstance(idle, str) else idle), strict=True):

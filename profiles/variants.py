@@ -137,8 +137,7 @@ def _of_backend(specs: Mapping[tuple[str, str], EngineSpec], component: str, bac
 def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, threads: int, python: str) -> None:
     """PyTorch with the float weights, and with the plan that the quantised engines were made from."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    plan = artifact.plan_path(build.recipe)
-    known = plans.read(artifact, build.recipe)
+    path, plan = artifact.plan_path(build.recipe), plans.read(artifact, build.recipe)
     on_gpu = load_device(build.device).sm is not None
     opener = f"vlmc.calibration.{'cuda_baseline' if on_gpu else 'baseline'}:open_session"
     wanted = [(name, "fp32", {"mode": mode}) for mode, name in GPU_FLOATS.items()] if on_gpu else [(EAGER, "fp32", {})]
@@ -147,11 +146,11 @@ def _add_baselines(found: Variants, artifact: Artifact, build: BuildSpec, thread
     for name, recipe, mode in wanted:
         if missing and not python:
             found.skipped[name] = f"{' and '.join(missing)} not installed (`pip install vlm-compile[export]`)"
-        elif recipe != "fp32" and not plan.is_file():
-            found.skipped[name] = f"no plan {plan} (`vlmc calibrate {artifact.root} --recipe {recipe}`)"
-        elif recipe != "fp32" and known and known.samples:
+        elif recipe != "fp32" and plan is None:
+            found.skipped[name] = f"no plan {path} (`vlmc calibrate {artifact.root} --recipe {recipe}`)"
+        elif recipe != "fp32" and plan and plan.samples:
             found.skipped[name] = "the plan has no scales: TensorRT found them itself"
         else:
-            identity = artifact.manifest.source.sha256 + (sha256_of(plan) if recipe != "fp32" else "")
+            identity = artifact.manifest.source.sha256 + (sha256_of(path) if recipe != "fp32" else "")
             arguments = {"recipe": recipe, "threads": threads, **mode}
             found.measured.append(Variant(name, "baseline", opener, arguments, {}, recipe, identity, python))

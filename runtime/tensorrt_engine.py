@@ -40,6 +40,11 @@ def logger(trt: Any) -> Any:
     return Logger()
 
 
+def title(trt: Any) -> str:
+    """`TensorRT-RTX 1.7.1.116`."""
+    return f"{backends.title(trt.__name__)} {trt.__version__}"
+
+
 def scratch_bytes(engine: Any) -> int:
     """Device memory that an ICudaEngine needs while it runs. Its name has changed: 8.6 knows the older one alone,
     TensorRT 11 and TensorRT-RTX the newer one alone."""
@@ -57,7 +62,7 @@ def new_context(trt: Any, engine: Any) -> Any:
         made = engine.create_execution_context_without_device_memory()
     if made is None:  # 8.6 and half of its engines of CLIP's text encoder: "Myelin internal error"
         raise VlmcError(
-            f"{backends.title(trt.__name__)} {trt.__version__} cannot run an engine that it has built",
+            f"{title(trt)} cannot run an engine that it has built",
             found="; ".join(log.errors[-2:]) or "no message",
             fix="build it again; should that fail too, delete timing.cache in the folder of the device's engines first,"
             " so that it times its kernels anew and may take others",
@@ -78,7 +83,6 @@ class Engine:
 
     def __init__(self, trt: Any, gpu: Gpu, spec: EngineSpec, path: Path) -> None:
         self.gpu, self._trt = gpu, trt
-        title = backends.title(trt.__name__)
         self._check(spec, path)
         log = logger(trt)
         log.errors = []
@@ -86,7 +90,7 @@ class Engine:
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise VlmcError(
-                f"{title} {trt.__version__} cannot load {path}",
+                f"{title(trt)} cannot load {path}",
                 found="; ".join(log.errors[-2:]) or "no message",
                 fix="build the engine again on this machine; if memory is short, end what else runs on the GPU",
             )

@@ -61,7 +61,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """What a builder wrote: the engine's file in the folder, how to start it, and how it wants its KV cache."""
+    """What a builder wrote: the engine's file in the folder, what there is to know of it (`EngineSpec.settings`), and
+    how it wants its KV cache."""
 
     file: str
     settings: dict[str, Any] = field(default_factory=dict)

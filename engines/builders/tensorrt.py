@@ -43,6 +43,7 @@ from ..passes import (
     token_loop,
     two_segment_attention,
 )
+from ..passes.half_precision import STATES
 from ..tensorrt_network import Parsed
 from ..tensorrt_profiles import Profile, Range, one_and_more, profile
 from . import Built, Job, block_bits
@@ -56,7 +57,6 @@ LEVELS = (8, 6)  # optimisation levels
 CONVOLUTIONS = 8  # from so many on a network is convolutional
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST = 8  # tiles or texts at once; more run in parts
-STATES = ("past_key_values.", "present.")
 PRODUCTS = (
     "CaskConvolution",
     "Convolution",

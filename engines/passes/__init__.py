@@ -1,4 +1,5 @@
-"""Lowering passes, one a file: each takes an `onnx_ir.Model`, changes it in place, and says how many places it changed.
+"""Lowering passes, one a file: `apply` takes an `onnx_ir.Model`, changes it in place, and says how many places it
+changed. Two files are parts of passes: `causal` of those for attention over a cache, `decompositions` of `opset17`.
 
 This file holds the few moves that every pass is made of.
 """
@@ -114,6 +115,11 @@ def array_of(value: ir.Value | None) -> NDArray[Any]:
 def module_of(node: ir.Node) -> str:
     """The path of the module whose call the node is: of a module that is called again they are PATH, PATH#2, …"""
     return str(node.name or "").partition("#")[0]
+
+
+def is_bias(value: ir.Value | None, node: ir.Node) -> bool:
+    """Whether the value is the bias of the node's own layer, by its name, smoothed (`quantize`) or not."""
+    return value is not None and value.name in (f"{node.name}.bias", f"{node.name}.bias.smoothed")
 
 
 def weight_of(node: ir.Node) -> NDArray[np.float32] | None:

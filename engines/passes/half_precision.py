@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from . import array_of, constant, drop, insert, norms, prune
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-STATE = ("past_key_values.", "present.")  # the KV cache stays on the device, in float16
+STATES = ("past_key_values.", "present.")  # the KV cache stays on the device, in float16
 NORMS = ("LayerNormalization", "RMSNormalization", "GroupNormalization", "InstanceNormalization", "ReduceL2")
 HALF_SCALES = 19  # the first opset whose Q/DQ take float16
 LARGEST = float(np.finfo(np.float16).max)
@@ -65,7 +65,7 @@ def apply(model: ir.Model) -> int:
 
 
 def _is_state(value: ir.Value) -> bool:
-    return (value.name or "").startswith(STATE)
+    return (value.name or "").startswith(STATES)
 
 
 def _fits(node: ir.Node, opset: int) -> bool:

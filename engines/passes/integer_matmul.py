@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from . import MICROSOFT, constant, insert, only_user, producer, prune, replace
+from . import MICROSOFT, constant, insert, is_bias, only_user, producer, prune, replace
 
 
 def apply(model: ir.Model) -> int:
@@ -42,5 +42,4 @@ def apply(model: ir.Model) -> int:
 
 def _bias(add: ir.Node | None, node: ir.Node) -> ir.Value | None:
     """The layer's own bias where the Add behind it adds that, and not a residual."""
-    names = (f"{node.name}.bias", f"{node.name}.bias.smoothed")
-    return next((value for value in add.inputs if value is not None and value.name in names), None) if add else None
+    return next((value for value in add.inputs if is_bias(value, node)), None) if add else None

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ...calibration.plan import ModulePlan, Plan
 from ...calibration.weights import quantize_weight
 from ...errors import VlmcError
-from . import array_of, constant, drop, insert, module_of, prune, weight_of
+from . import array_of, constant, drop, insert, is_bias, module_of, prune, weight_of
 
 OUTPUT = "output"  # in the names of Q/DQ behind a layer
 
@@ -74,18 +74,14 @@ def _absorb(graph: ir.Graph, node: ir.Node, divisor: NDArray[np.float32]) -> Non
     if len(node.inputs) > 2:
         _put(graph, node, 2, array_of(node.inputs[2]) / divisor)
     if add := _bias(node):
-        position = next(i for i, value in enumerate(add.inputs) if _is_bias(value, node))
+        position = next(i for i, value in enumerate(add.inputs) if is_bias(value, node))
         _put(graph, add, position, array_of(add.inputs[position]) / divisor)
 
 
 def _bias(node: ir.Node) -> ir.Node | None:
     """The Add behind the product that adds the layer's own bias, which carries its name."""
     adds = (use.node for use in node.outputs[0].uses() if use.node.op_type == "Add")
-    return next((add for add in adds if any(_is_bias(value, node) for value in add.inputs)), None)
-
-
-def _is_bias(value: ir.Value | None, node: ir.Node) -> bool:
-    return value is not None and value.name in (f"{node.name}.bias", f"{node.name}.bias.smoothed")
+    return next((add for add in adds if any(is_bias(value, node) for value in add.inputs)), None)
 
 
 def _put(graph: ir.Graph, node: ir.Node, position: int, smoothed: NDArray[Any]) -> None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime: every CPU, and NVIDIA GPUs where onnxruntime-gpu is installed.
+"""ONNX Runtime on every CPU. What `onnxruntime_gpu` runs on NVIDIA GPUs is here too, for it differs in little.
 
 The decoder's buffers are bound once: keys and values are read and written in place, whatever the KV contract's form.
 """
@@ -30,17 +30,18 @@ def unavailable() -> str:
 
 
 def load_runner(spec: EngineSpec, path: Path, threads: int) -> OnnxRunner:
-    return OnnxRunner(session(path, spec.settings, threads))
+    return OnnxRunner(session(path, {}, threads))
 
 
 def load_decoder(spec: EngineSpec, path: Path, embed: Runner, threads: int) -> OnnxDecoder:
     assert spec.kv is not None
-    return OnnxDecoder(session(path, spec.settings, threads), spec.kv, embed)
+    return OnnxDecoder(session(path, {}, threads), spec.kv, embed)
 
 
 def session(path: Path, settings: Mapping[str, Any], threads: int = 0, optimised: Path | None = None) -> Any:
-    """An InferenceSession. settings: `disabled_optimizers` (list) and `session_config` (dict of strings), as the
-    builder found them to be fastest; `optimised`: where to write the graph that is really executed."""
+    """An InferenceSession. settings: `session_config` (dict of strings) and `providers` (list), none of them from an
+    engine's record, where one could name a file to write to; `optimised`: where to write the graph that is really
+    executed."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -60,7 +61,6 @@ def session(path: Path, settings: Mapping[str, Any], threads: int = 0, optimised
             str(path),
             options,
             providers=settings.get("providers", ["CPUExecutionProvider"]),
-            disabled_optimizers=settings.get("disabled_optimizers", []),
         )
     except Exception as error:  # onnxruntime's own exceptions share no base class of their own
         raise VlmcError(

@@ -23,7 +23,7 @@ from ..images import to_rgb
 @dataclass(frozen=True)
 class Prepared:
     """`vision`: what the vision encoder takes, by name; mostly `pixel_values`, float32 (tiles, 3, height, width), all
-    pictures' tiles in order, of which every pixel counts. `image_texts[i]` replaces the i-th `{image}` of the prompt.
+    pictures' tiles in order, of which every pixel counts. `image_texts`: what stands for each picture in the prompt.
     `rows` (image tokens,): which row of the image features, flattened to (…, hidden), stands at each image token;
     None is all of them in order."""
 

@@ -47,7 +47,7 @@ def test_weights_count_once_at_the_width_that_they_have(tiny: Artifact) -> None:
 
 
 def test_bytes_of_the_cache_and_of_inputs_and_outputs(tiny: Artifact) -> None:
-    assert work.kv_bytes(KvSpec(2, 3, 16, 128), 10) == 2 * 2 * 3 * 16 * 10 * 4
+    assert work.kv_bytes(KvSpec(2, 3, 16, 128), 10, 4) == 2 * 2 * 3 * 16 * 10 * 4
     model = ir.load(tiny.graph("vision_encoder"))
     assert work.io_bytes(model, {"tiles": 3}) == 4 * (3 * 3 * 32 * 32 + 3 * 4 * 64)
 

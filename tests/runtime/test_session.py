@@ -263,8 +263,6 @@ def test_an_artefact_whose_tokenizer_lacks_the_image_token_is_refused(session: S
         ({"component": "vision_encoder"}, "another model's or was altered"),
         ({"inputs": []}, "another model's or was altered"),
         ({"source_sha256": "1" * 64}, "another model's or was altered"),
-        ({"settings": {"session_config": [1]}}, "cannot load"),
-        ({"settings": {"session_config": {"a": 1}}}, "cannot load"),
     ],
 )
 def test_an_altered_record_of_an_engine_is_refused(changes: dict[str, Any], says: str, built_copy: Path) -> None:

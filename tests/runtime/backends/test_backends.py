@@ -79,11 +79,27 @@ def test_threads_are_those_that_were_asked_for(built: Artifact) -> None:
         assert onnxruntime.session(path, {}, asked).get_session_options().intra_op_num_threads == given
 
 
-def test_an_engine_is_started_with_its_builders_settings(built: Artifact) -> None:
+def test_a_session_is_started_with_its_callers_settings(built: Artifact) -> None:
     _, path = built.engine("cpu", "embed_tokens", "onnxruntime-fp32")
     settings = {"session_config": {"session.disable_prepacking": "1"}, "providers": ["CPUExecutionProvider"]}
     options = onnxruntime.session(path, settings).get_session_options()
     assert options.get_session_config_entry("session.disable_prepacking") == "1"
+
+
+@pytest.mark.parametrize("component", ["vision_encoder", "decoder"])
+def test_an_engines_record_cannot_have_a_file_written(
+    component: str, built: Artifact, built_copy: Path, tmp_path: Path
+) -> None:
+    written = {"session.collect_node_memory_stats_to_file": str(tmp_path / "stats.csv")}
+    change_record(built_copy, component, "onnxruntime-fp32", settings={"session_config": written})
+    artifact, arrays = Artifact(built_copy), golden.read(built)[1]
+    if component == "decoder":
+        embed = backends.load_runner(artifact, "cpu", "embed_tokens", "onnxruntime-fp32", 1)
+        backends.load_decoder(artifact, "cpu", "onnxruntime-fp32", embed, 1).prefill(arrays["0.inputs_embeds"])
+    else:
+        pixels = {"pixel_values": arrays["0.pixel_values"]}
+        backends.load_runner(artifact, "cpu", component, "onnxruntime-fp32", 1).run(pixels)
+    assert not (tmp_path / "stats.csv").exists()
 
 
 def test_a_decoders_states_are_read_and_written_in_place(built: Artifact) -> None:
