@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 WIDTH = 100  # tables fit it; a wider terminal does not change them, so that logs and screens agree
+Report = Callable[[str, int, int], None]  # what is being done, how much of it, and of how much: 0 where nobody can tell
 
 
 def completing(names: Callable[[], Iterable[str]]) -> Callable[..., list[str]]:
@@ -37,6 +39,14 @@ def progress() -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+@contextmanager
+def reporting(first: str) -> Iterator[Report]:
+    """A progress bar with one task, which the Report given says more of; `first` is what it is until then."""
+    with progress() as bar:
+        task = bar.add_task(first, total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
 
 
 def note(text: str) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..artifact import Artifact
+from ..console import Report
 from ..errors import VlmcError
 from ..exporter.checkpoint import load_components
 from ..exporter.family import Components
@@ -21,7 +22,7 @@ from ..records import SCHEMA
 from ..runtime.matching import Matcher
 from ..runtime.session import Session
 from . import samples
-from .observation import Layer, Observation, Place, Report, layers_of
+from .observation import Layer, Observation, Place, layers_of
 from .observers import LEVELS, RANGES
 from .plan import ModulePlan, Plan, SetRecord
 from .recipes import Precision, Recipe

@@ -53,17 +53,11 @@ def make_plan(artifact: Artifact, recipe: recipes.Recipe, set_file: Path | None 
     from .calibrate import calibrate as run
     from .sets import demo_set, load_set
 
-    with tempfile.TemporaryDirectory(prefix="vlmc-") as folder, console.progress() as bar:
-        task = bar.add_task("loading", total=None)
+    with tempfile.TemporaryDirectory(prefix="vlmc-") as folder, console.reporting("loading") as report:
         data = None
         if recipe.needs_data:
             data = load_set(set_file, limit) if set_file else demo_set(Path(folder), limit or DEMO_PICTURES)
-        plan = run(
-            artifact,
-            recipe,
-            data,
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+        plan = run(artifact, recipe, data, report)
     if recipe.rules and not (plan.modules or plan.samples):
         raise VlmcError(
             f"The recipe {recipe.name} names nothing that is in {artifact.root}",

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..console import Report
 from ..errors import VlmcError
 from ..exporter.family import Components
 from ..exporter.matching import Encoders
@@ -31,7 +32,6 @@ from .smoothing import Group, Trace
 GREEDY = 32
 PHASES = {"vision_encoder": "vision", "fusion": "prefill", "text_encoder": "text"}  # a decoder's depends on its place
 Layer = nn.Linear | nn.Conv2d
-Report = Callable[[str, int, int], None]  # what is being done, rows done, rows in all
 Place = tuple[str, Literal["input", "output"]]  # a layer, and which side of it
 Observe = Callable[[Place, str, NDArray[np.float32]], None]  # where, phase, what is there (rows, channels)
 

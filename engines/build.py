@@ -8,7 +8,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +20,7 @@ import onnx_ir as ir
 from ..artifact import FLOATS, AnswerTrial, Artifact, BuildReport, BuildSpec, Choice, EngineSpec
 from ..calibration import recipes
 from ..calibration.plan import read_plan
+from ..console import Report
 from ..errors import VlmcError
 from ..evaluation import goldens
 from ..files import remove_leftovers
@@ -31,7 +32,6 @@ from . import builders, child, trial, verdict, work
 from .candidate import Candidate, cached, record_trial
 
 TURNS = 3  # of each mix, so that a slow minute falls on all of them
-Report = Callable[[str, int, int], None]  # what is being done, done, total
 
 
 def build(

@@ -56,15 +56,8 @@ def build(
     require_precision(target, chosen.name, chosen.kind)
     require_backends(target, only)
     _ensure_plan(opened, chosen, set_file, target)
-    with console.progress() as bar:
-        task = bar.add_task("building", total=None)
-        record, hits = run(
-            opened,
-            target,
-            recipe,
-            lambda t, n, m: bar.update(task, description=t, completed=n, total=m if n < m else None),
-            only,
-        )
+    with console.reporting("building") as report:
+        record, hits = run(opened, target, recipe, report, only)
     rows = results(opened, record)
     if as_json:
         answers = [asdict(answer) for answer in record.answers]

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+from rich.progress import Progress
 
 from .. import console
 from ..artifact import Artifact
-
-if TYPE_CHECKING:  # torch and rich's bars are imported where they are used
-    from rich.progress import Progress
-
-    from .export import Report
 
 
 @click.command()
@@ -67,7 +62,7 @@ def export(
         _print(artifact, resolved.family.left_out)
 
 
-def follow(bar: Progress) -> Report:
+def follow(bar: Progress) -> console.Report:
     """Shows the stage in work on the bar: how far it is, or, where nobody can tell, that something moves."""
 
     def show(stage: str, done: int, total: int) -> None:

@@ -10,7 +10,7 @@ import json
 import platform
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import __version__
 from ..artifact import GRAPH_FILES, Artifact, ComponentSpec, KvSpec, Manifest, ParityLevel
+from ..console import Report
 from ..errors import VlmcError
 from ..files import inside, read_json, sha256_of, staged_folder
 from ..profiles import memory
@@ -30,8 +31,6 @@ from ..runtime.prompt import Tokenizer, render
 from . import checkpoint, golden, graph, inspection, parity, processor
 from .family import Components
 from .torch_runner import torch_session
-
-Report = Callable[[str, int, int], None]  # stage, done, total; 0 of 0 where nobody can tell
 
 
 @dataclass(frozen=True)

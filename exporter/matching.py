@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import GRAPH_FILES, Artifact, ComponentSpec, KvSpec, MatchSpec, ParityLevel, PromptSpec
+from ..console import Report
 from ..errors import VlmcError, mended_by
 from ..files import write_json
 from ..runtime import preprocessing
@@ -25,7 +26,7 @@ from ..runtime.images import open_image
 from ..runtime.matching import Matcher
 from ..runtime.runner import Array
 from . import checkpoint, golden, graph, parity, processor
-from .export import Kind, Options, Report, export_as
+from .export import Kind, Options, export_as
 from .family import Family
 from .inspection import AGAIN
 from .torch_runner import TorchRunner

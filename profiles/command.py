@@ -61,18 +61,10 @@ def profile(
     opened = Artifact(artefact)
     build, target = choose_build(opened, device, recipe)
     settings = Settings(runs, seconds, tokens, ANSWER_TOKENS, threads)
-    with alone(opened.root), console.progress() as bar:
+    with alone(opened.root), console.reporting("measuring") as progress:
         asked = _questions(opened, build.recipe, set_file, samples)
-        task = bar.add_task("measuring", total=None)
         folder = run(
-            opened,
-            build,
-            target,
-            settings,
-            asked,
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-            baselines=not no_baselines,
-            torch_python=torch_python,
+            opened, build, target, settings, asked, progress, baselines=not no_baselines, torch_python=torch_python
         )
     report = summarize(folder)
     write_json(folder / "report.json", report)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import Artifact, BuildSpec, EngineSpec
+from ..console import Report
 from ..errors import VlmcError
 from ..evaluation import goldens
 from ..files import writing
@@ -19,7 +20,7 @@ from ..runtime import backends
 from ..runtime.images import open_image
 from . import harness, limits, machine, power, questions
 from .device import Device, load_device
-from .harness import Measurement, Progress, Settings
+from .harness import Measurement, Settings
 from .matching import labels_of
 from .questions import Question
 from .variants import Variant, Variants, engine_specs, variants
@@ -33,7 +34,7 @@ def profile(
     device: Device,
     settings: Settings,
     asked: list[Question] | str,
-    progress: Progress,
+    progress: Report,
     baselines: bool = True,
     torch_python: str = "",
 ) -> Path:

@@ -19,12 +19,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..console import Report
 from ..errors import VlmcError
 from ..files import read_json, remove_leftovers, write_json, writing
 from . import memory, samples
@@ -33,7 +34,6 @@ from .questions import Question
 from .variants import Variant
 
 TURNS = 4
-Progress = Callable[[str, int, int], None]  # what is going on, items done, items in all
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "variant"
 
 
-def measure(folder: Path, measurement: Measurement, progress: Progress) -> dict[str, str]:
+def measure(folder: Path, measurement: Measurement, progress: Report) -> dict[str, str]:
     """Runs all that is not done yet. Returns by name why a variant failed; the others are measured all the same."""
     with closing(_Crew(folder / "unfinished", measurement, progress)) as crew:
         for turn in range(TURNS):
@@ -130,7 +130,7 @@ def measure(folder: Path, measurement: Measurement, progress: Progress) -> dict[
 class _Crew:
     """The workers, started when they are needed."""
 
-    def __init__(self, folder: Path, measurement: Measurement, progress: Progress) -> None:
+    def __init__(self, folder: Path, measurement: Measurement, progress: Report) -> None:
         self._folder, self._todo, self._progress = folder, measurement, progress
         self._workers: dict[str, Process] = {}
         self._room = _Room(measurement.device_memory)
