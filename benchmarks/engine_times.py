@@ -137,7 +137,7 @@ def expected(artifact: Artifact, engine: Any, name: str) -> tuple[dict[str, Any]
     """Inputs by name as the engine's shapes take them, and what should come out: nothing where nobody knows. A step's
     inputs are there already (`ready`)."""
     import numpy as np
-    from vlmc.runtime.tensorrt_engine import batch
+    from vlmc.runtime.tensorrt_engine import batch_dimension
 
     spec, shapes = artifact.manifest.components[name], engine.profiles[0]
     if name == "decoder" and shapes["inputs_embeds"][1] == 1:
@@ -156,7 +156,7 @@ def expected(artifact: Artifact, engine: Any, name: str) -> tuple[dict[str, Any]
         wanted = {"logits": golden["0.prefill_logits"]}
     else:
         wanted = {tensor.name: golden[key] for tensor in spec.outputs if (key := f"0.{tensor.name}") in golden}
-        apart = batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)])
+        apart = batch_dimension([tensor.shape for tensor in (*spec.inputs, *spec.outputs)])
         if not apart and any(array.shape != shapes[part] for part, array in given.items()):
             return {}, {}  # tiles that have to do with one another, and only one of them
     return {part: array[: shapes[part][0]] for part, array in given.items()}, wanted

@@ -16,7 +16,7 @@ from ..artifact import Artifact
 from ..evaluation import goldens
 from ..runtime import preprocessing
 from ..runtime.matching import TEXTS
-from ..runtime.tensorrt_engine import batch
+from ..runtime.tensorrt_engine import batch_dimension
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # the smallest, usual and largest shape of inputs that vary
@@ -74,7 +74,7 @@ def profile(model: ir.Model, sizes: Mapping[str, Range]) -> Profile:
 def one_and_more(model: ir.Model, sizes: Mapping[str, Range], most: int) -> list[Profile]:
     """The profiles of a component without state whose kernels are chosen by timing: where a run can be parted, one for
     a single part, which is what most runs are, and one for up to `most`; otherwise one for all sizes."""
-    name = batch([_names(value) for value in (*model.graph.inputs, *model.graph.outputs)])
+    name = batch_dimension([_names(value) for value in (*model.graph.inputs, *model.graph.outputs)])
     if not name:
         return [profile(model, sizes)]
     single, size = [profile(model, {**sizes, name: Range(1, 1, 1)})], sizes[name]

@@ -70,7 +70,7 @@ def new_context(trt: Any, engine: Any) -> Any:
     return made
 
 
-def batch(shapes: Sequence[Sequence[int | str]]) -> str:
+def batch_dimension(shapes: Sequence[Sequence[int | str]]) -> str:
     """The name of the size that is the first axis of all inputs and outputs of a component, these being their shapes,
     and counts things that are apart: the inputs can then be run in parts. Empty where there is none."""
     first = {shape[0] if shape else 1 for shape in shapes}

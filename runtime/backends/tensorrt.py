@@ -13,7 +13,7 @@ from ...errors import VlmcError
 from ..cuda import Gpu, architecture
 from ..runner import Array, Decoder, Runner
 from ..tensorrt_decoder import TensorrtDecoder
-from ..tensorrt_engine import Engine, batch
+from ..tensorrt_engine import Engine, batch_dimension
 
 TITLE = "TensorRT"
 Shape = tuple[int, ...]
@@ -63,7 +63,7 @@ class TensorrtRunner:
         self._engine, self._context, self._graphs = engine, engine.context(), graphs
         self._addresses = engine.allocate(self._context)
         self._context.bind(self._addresses)
-        self._batched = bool(batch([tensor.shape for tensor in (*spec.inputs, *spec.outputs)]))
+        self._batched = bool(batch_dimension([tensor.shape for tensor in (*spec.inputs, *spec.outputs)]))
         self._ready: object = None  # the profile and shapes that the context has
         self._launch: Callable[[], None] | None = None  # the graph of these
 

@@ -12,7 +12,7 @@ from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.runtime import tensorrt_engine
-from vlmc.runtime.tensorrt_engine import Engine, batch, new_context
+from vlmc.runtime.tensorrt_engine import Engine, batch_dimension, new_context
 
 from .backends.fake_tensorrt import Bound, FakeEngine, Made, fake_trt, spec
 
@@ -89,4 +89,4 @@ def test_an_engine_that_can_have_no_context_is_refused_in_a_sentence() -> None:
 def test_a_batch_is_the_first_axis_of_everything_and_of_things_that_are_apart(
     shapes: list[tuple[int | str, ...]], name: str
 ) -> None:
-    assert batch(shapes) == name
+    assert batch_dimension(shapes) == name
