@@ -20,7 +20,7 @@ from ..artifact import Artifact, Source
 from ..errors import VlmcError, mended_by, reason
 from ..files import read_json, sha256_of
 from .family import Family, family_for
-from .inspection import AGAIN, check_sizes, making
+from .inspection import AGAIN, check_config, making
 from .nearest import PRESETS
 
 DEMO = Path(__file__).parent.parent / "demo" / "model"
@@ -129,6 +129,13 @@ def load_components(artifact: Artifact) -> Any:
 
 def _local(kind: str, location: str, folder: Path, revision: str = "") -> Checkpoint:
     config = _read_config(folder)
+    if (folder / "adapter_config.json").exists():  # which transformers would put in, but only where peft is installed
+        raise VlmcError(
+            f"{folder} holds an adapter beside its weights",
+            found="adapter_config.json",
+            expected="one model",
+            fix="merge the adapter with peft's merge_and_unload and save that model, or take the adapter's files away",
+        )
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -195,5 +202,5 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise VlmcError(f"{folder / 'config.json'} names no model_type", fix="use a transformers checkpoint")
     family_for(config["model_type"], str(folder), config).of(config)  # a layout that is not read is refused first
-    check_sizes(config, folder / "config.json")
+    check_config(config, folder / "config.json")
     return config

@@ -26,6 +26,10 @@ from . import families, onnx_ops
 from .nearest import nearest
 from .onnx_ops import IMPLEMENTATION
 
+# What a model has until `use_canonical_attention`. config.json is not asked, for it may name a kernel of the hub, which
+# transformers would fetch and run.
+_ATTENTION = "eager"
+
 
 @dataclass(frozen=True)
 class Components:
@@ -158,13 +162,10 @@ class Family(ABC):
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
         """A model of the config's size with seeded random weights, as transformers initialises them."""
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText
 
         torch.manual_seed(seed)
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        model: nn.Module = AutoModelForImageTextToText.from_config(
-            AutoConfig.for_model(config["model_type"], **values), dtype=torch.float32
-        )
+        model: nn.Module = AutoModelForImageTextToText.from_config(config_of(config), dtype=torch.float32)
         return model
 
     def of(self, config: dict[str, Any]) -> Family:
@@ -216,22 +217,58 @@ class Composed(nn.Module):
         self.text.set_attn_implementation(name)
 
 
+def layers_up_to(state: int, layers: Any) -> Any:
+    """Those of a vision encoder's `layers` that make the hidden state `state`, counted as transformers does: 0 is what
+    enters the first layer, -1 what leaves the last."""
+    count = len(layers)
+    if not -count - 1 <= state <= count:
+        found, expected = f"{state} of a vision encoder of {count} layers", f"from {-count - 1} to {count}"
+        raise VlmcError("config.json takes features of a layer that there is not", found=found, expected=expected)
+    return layers[: state % (count + 1)]
+
+
 def standard_kv(text: Any, capacity: int) -> KvSpec:
-    """The cache of a decoder whose layers are all alike, from its config."""
+    """The cache of a decoder whose layers are all alike, from its config: refused where its attention is another than
+    `Decoder` computes, to all tokens before."""
+    slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    # A config keeps any value that it is given; of a decoder that has windows the field is its class's.
+    window = text.sliding_window if slides and hasattr(type(text), "sliding_window") else None
+    if window is not None and window < capacity:
+        raise VlmcError(
+            "The decoder attends in a sliding window, which vlmc does not follow",
+            found=f"a window of {window} tokens, a KV cache of {capacity}",
+            expected=f"at most {window} positions",
+            fix=f"export with --capacity {window} or less",
+        )
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise VlmcError(
+            "The decoder caps its attention's logits, which vlmc does not follow",
+            found=f"attn_logit_softcapping {text.attn_logit_softcapping}",
+        )
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return KvSpec(text.num_hidden_layers, text.num_key_value_heads, head_dim, capacity)
+
+
+def config_of(values: Mapping[str, Any], model_type: str = "") -> Any:
+    """transformers' config of a config.json or a part of it; `model_type`: in the place of its own."""
+    from transformers import AutoConfig
+
+    given = {name: value for name, value in values.items() if name != "model_type"}
+    config = AutoConfig.for_model(model_type or values["model_type"], **given)
+    config._attn_implementation = _ATTENTION
+    return config
 
 
 def decoder_config(model_type: str, original: dict[str, Any]) -> Any:
     """transformers' config of the decoder `model_type` from one of the checkpoint's own that names its fields as Llama
     does; only what decides about the computation is taken."""
-    from transformers import AutoConfig
-
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
-    rest = ("num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "attention_bias")
+    rest = ("num_key_value_heads", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias")
+    rope = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")  # the third: of transformers 5
+    windows = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
     ends = ("max_position_embeddings", "tie_word_embeddings", "bos_token_id", "eos_token_id")
-    known = {name: original[name] for name in sizes + rest + ends if original.get(name) is not None}
-    return AutoConfig.for_model(model_type, **known)
+    wanted = sizes + rest + rope + windows + ends
+    return config_of({name: original[name] for name in wanted if original.get(name) is not None}, model_type)
 
 
 def loaded(kind: Any, folder: Path) -> nn.Module:
@@ -250,9 +287,8 @@ def _made(kind: Any, folder: Path | None, **given: Any) -> tuple[nn.Module, list
     """What transformers makes of that, and the names of the weights that it lacks; one of another shape is refused, and
     so are layers that the config leaves out."""
     model: nn.Module
-    model, report = kind.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **given
-    )
+    given |= {"dtype": torch.float32, "attn_implementation": _ATTENTION}
+    model, report = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **given)
     for name, found, expected in sorted(report["mismatched_keys"]):
         raise VlmcError(
             f"The checkpoint's weight {name} has another shape than config.json gives it",

@@ -33,13 +33,16 @@ _INTEGER_BUFFERS = ("position_ids", "token_type_ids", "num_batches_tracked", "re
 _INDEX = "model.safetensors.index.json"
 
 
-def check_sizes(config: dict[str, Any], path: Path) -> None:
-    """Raises where a size in config.json, at `path`, is none that a model can have."""
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Raises where config.json, at `path`, has a size that no model can have, or a part that timm would make: of what
+    that is given, one option names a file of weights to load, and another a model to fetch."""
     parts = [("", config)]
     for where, part in parts:  # grows
         for name, value in part.items():
             if isinstance(value, dict):
                 parts.append((f"{where}{name}.", value))
+            elif (name == "model_type" and str(value).startswith("timm_")) or (name == "use_timm_backbone" and value):
+                _refuse(path, where + name, value, "a part that vlmc's families know, not one of timm's")
             elif name in _PARTS:
                 _refuse(path, where + name, value, "an object")
             elif name in _LARGEST and value is not None and not isinstance(value, list):

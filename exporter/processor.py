@@ -100,7 +100,10 @@ def _own(folder: Path) -> OwnProcessor | None:
     if family is None:
         return None
     with reading("config or tokenizer", folder):
-        return family.own_processor(folder)
+        own = family.own_processor(folder)
+        if own is not None:
+            _require_usable(own.tokenizer, folder)
+        return own
 
 
 def _family(folder: Path) -> tuple[Family | None, dict[str, Any]]:
@@ -117,6 +120,12 @@ def read_tokenizer(folder: Path) -> Any:
         raise VlmcError(f"There is no checkpoint folder {folder}", fix="check the path")
     with reading("tokenizer", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    _require_usable(tokenizer, folder)
+    return tokenizer
+
+
+def _require_usable(tokenizer: Any, folder: Path) -> None:
+    """Raises where the checkpoint's tokenizer cannot be written as tokenizer.json."""
     if not tokenizer.is_fast:
         raise VlmcError(
             f"The tokenizer of {folder} has no tokenizer.json",
@@ -125,7 +134,6 @@ def read_tokenizer(folder: Path) -> Any:
         )
     if (largest := max(tokenizer.get_vocab().values(), default=0)) > MOST_TOKENS:  # what writes it counts up to there
         raise VlmcError(f"The tokenizer in {folder} numbers a token {largest}", expected=f"at most {MOST_TOKENS}")
-    return tokenizer
 
 
 @contextlib.contextmanager
@@ -141,7 +149,7 @@ def reading(what: str, folder: Path) -> Iterator[None]:
 
 def _idefics3(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """`runtime/preprocessing/idefics3.py`'s config. Idefics3's and SmolVLM's processors follow the same rules."""
-    return _values(pictures) | {
+    return describe_values(pictures) | {
         "kind": "idefics3",
         "longest_edge": pictures["size"]["longest_edge"],
         "tile": pictures["max_image_size"]["longest_edge"],
@@ -163,7 +171,7 @@ def describe_clip(pictures: dict[str, Any], settings: dict[str, Any], tokenizer:
     if not settings.get("patch_size"):
         raise VlmcError("processor_config.json does not say patch_size", fix="take the checkpoint's newest revision")
     tokens = (crop["height"] // settings["patch_size"]) ** 2 + settings.get("num_additional_image_tokens", 0)
-    return _values(pictures) | {
+    return describe_values(pictures) | {
         "kind": "clip",
         "shortest_edge": size["shortest_edge"],
         "tile": crop["height"],
@@ -180,7 +188,7 @@ def _internvl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any
     size = dict(pictures["size"])
     if size.get("height") != size.get("width") or not size.get("height"):
         raise VlmcError("The picture processor's tiles are not square", found=str(size))
-    return _values(pictures) | {
+    return describe_values(pictures) | {
         "kind": "internvl",
         "tile": size["height"],
         "min_tiles": pictures["min_patches"],
@@ -196,7 +204,7 @@ def _internvl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any
 
 def _qwen2_5_vl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """`runtime/preprocessing/qwen2_5_vl.py`'s config but for its `window`."""
-    return _values(pictures) | {
+    return describe_values(pictures) | {
         "kind": "qwen2_5_vl",
         "min_pixels": pictures["size"]["shortest_edge"],
         "max_pixels": pictures["size"]["longest_edge"],
@@ -209,8 +217,8 @@ def _qwen2_5_vl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: A
     }
 
 
-def _values(pictures: dict[str, Any]) -> dict[str, Any]:
-    """What every kind says of filter and values."""
+def describe_values(pictures: dict[str, Any]) -> dict[str, Any]:
+    """What every kind says of filter and values; a step that is left out is refused."""
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not pictures[step]:
             raise VlmcError(f"The picture processor has {step} off, which vlmc does not support")

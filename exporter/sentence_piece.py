@@ -41,6 +41,8 @@ def fast_tokenizer(path: Path, added: Mapping[int, str], legacy: bool = True, **
     from transformers.tokenization_utils_base import generate_merges
 
     pieces, prefix = _read(path)
+    if not all(0 <= id < len(pieces) + len(added) for id in added):
+        raise VlmcError(f"{path} and the tokens added to it leave numbers out", found=f"{min(added)} to {max(added)}")
     pieces += [_Piece("", _CONTROL)] * (max([*added, len(pieces) - 1]) + 1 - len(pieces))
     for id, token in added.items():
         pieces[id] = _Piece(token, _CONTROL)

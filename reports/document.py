@@ -6,7 +6,6 @@ all the way to the reader; nothing turns it into 0.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -287,6 +286,7 @@ def parse(data: Any, where: str = "report.json") -> Report:
 
 
 _AGAIN = "measure again with `vlmc profile DIR`"
+_LARGEST = 1e100  # of a number: sums and axes of far larger ones overflow
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # also no escape codes for the terminal
 
 
@@ -306,20 +306,13 @@ def _order(variant: Variant) -> tuple[int, bool]:
 
 
 def _clean(value: Any, where: str) -> Any:
-    """Plain values with printable text; a number that is not finite is refused."""
+    """Plain values with printable text; a number that is not finite, or that nothing measures, is refused."""
     if isinstance(value, dict):
         return {_clean(key, where): _clean(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list):
         return [_clean(item, f"{where}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, str):
         return _UNPRINTABLE.sub("\ufffd", value)
-    if isinstance(value, (int, float)) and not _is_finite(value):
-        raise VlmcError(f"{where} is no finite number", found=str(value)[:40], fix=_AGAIN)
+    if isinstance(value, (int, float)) and not abs(value) <= _LARGEST:  # so it is for NaN
+        raise VlmcError(f"{where} is no finite number that could be measured", found=str(value)[:40], fix=_AGAIN)
     return value
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False

@@ -18,7 +18,8 @@ from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
 from .. import onnx_ops
-from ..family import Components, Family, OwnProcessor, VisionInput, loaded
+from ..family import Components, Family, OwnProcessor, VisionInput, config_of, loaded
+from ..processor import describe_values, read_tokenizer
 
 _CAPTIONS, _ANSWERS = "BlipForConditionalGeneration", "BlipForQuestionAnswering"
 _MATCHES = "BlipForImageTextRetrieval"
@@ -183,11 +184,8 @@ class Checkpoint:
         return loaded(_class_of(read_json(folder / "config.json"), folder), folder)
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
-        from transformers import BlipConfig
-
         torch.manual_seed(seed)
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        model: nn.Module = _class_of(config, "the config")(BlipConfig(**values))
+        model: nn.Module = _class_of(config, "the config")(config_of(config))
         return model
 
     def use_canonical_attention(self, model: Any) -> None:
@@ -233,12 +231,10 @@ class Blip(Checkpoint, Family):
 
     def own_processor(self, folder: Path) -> OwnProcessor | None:
         """The published tokenizer has no token for the beginning, whose id is the one behind its vocabulary."""
-        from transformers import AutoTokenizer
-
         config = read_json(folder / "config.json")
         if self.of(config) is not self:
             return None
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
         answers = _class_of(config, folder).__name__ == _ANSWERS
         tokenizer.add_special_tokens(
             {"additional_special_tokens": ["[DEC]"], "bos_token": "[CLS]" if answers else "[DEC]"}
@@ -260,14 +256,7 @@ def pictures_of(folder: Path) -> dict[str, Any]:
     size = pictures["size"]
     if size.get("height") != size.get("width"):
         raise VlmcError("The picture processor does not make squares", found=str(size))
-    return {
-        "kind": "blip",
-        "tile": size["height"],
-        "resample": int(pictures["resample"]),
-        "rescale_factor": float(pictures["rescale_factor"]),
-        "mean": [float(value) for value in pictures["image_mean"]],
-        "std": [float(value) for value in pictures["image_std"]],
-    }
+    return describe_values(pictures) | {"kind": "blip", "tile": size["height"]}
 
 
 def _class_of(config: dict[str, Any], where: Path | str) -> Any:

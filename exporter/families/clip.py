@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..family import loaded
+from ..family import config_of, loaded
 from ..matching import Encoders, MatchingFamily
 
 
@@ -69,11 +69,10 @@ class Clip(MatchingFamily):
         return loaded(CLIPModel, folder)
 
     def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
-        from transformers import CLIPConfig, CLIPModel
+        from transformers import CLIPModel
 
         torch.manual_seed(seed)
-        values = {key: value for key, value in config.items() if key != "model_type"}
-        model: nn.Module = CLIPModel(CLIPConfig(**values))
+        model: nn.Module = CLIPModel(config_of(config))
         return model
 
     def encoders(self, model: Any) -> Encoders:

@@ -22,8 +22,9 @@ from ...artifact import KvSpec
 from ...errors import VlmcError
 from ...files import read_json
 from .. import onnx_ops
-from ..family import Components, Decoder, Family, OwnProcessor, from_tensors, require_all
+from ..family import Components, Decoder, Family, OwnProcessor, config_of, from_tensors, require_all
 from ..mobilenet_v5 import LAYOUTS, Layout, MobileNetV5
+from ..processor import read_tokenizer
 
 _VISION = "model.vision_tower.timm_model."
 _TEXT = "model.language_model."
@@ -179,11 +180,12 @@ class Gemma3n(Family):
 
     def own_processor(self, folder: Path) -> OwnProcessor:
         """Gemma3nProcessor's rules. It is not asked itself, for its part that prepares sounds is not wanted here."""
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoImageProcessor
 
-        local = {"local_files_only": True, "trust_remote_code": False}
-        config, tokenizer = read_json(folder / "config.json"), AutoTokenizer.from_pretrained(folder, **local)
-        pictures = AutoImageProcessor.from_pretrained(folder, backend="pil", **local).to_dict()
+        config, tokenizer = read_json(folder / "config.json"), read_tokenizer(folder)
+        pictures = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        ).to_dict()
         size, steps = pictures["size"], [pictures[f"do_{step}"] for step in ("resize", "rescale", "normalize")]
         if steps != [True, True, False] or size.get("height") != size.get("width") or not size.get("height"):
             raise VlmcError(
@@ -265,7 +267,4 @@ def _embedder_config(part: dict[str, Any]) -> Any:
 
 
 def _text_config(config: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    values = {name: value for name, value in config["text_config"].items() if name != "model_type"}
-    return AutoConfig.for_model("gemma3n_text", **values)
+    return config_of(config["text_config"], "gemma3n_text")

@@ -11,19 +11,17 @@ from torch import Tensor, nn
 
 from ...artifact import KvSpec
 from ...errors import VlmcError
-from ..family import Components, Decoder, Family, standard_kv
+from ..family import Components, Decoder, Family, layers_up_to, standard_kv
 
 
 class VisionEncoder(nn.Module):
     """pixel_values (tiles, 3, height, width) → image_features (tiles, tokens, hidden).
 
-    `layer` counts hidden states as transformers does; `side` is the patches a side, `block` of which a side become one
-    token."""
+    `layer`: as of `layers_up_to`; `side` is the patches a side, `block` of which a side become one token."""
 
     def __init__(self, tower: Any, projector: nn.Module, layer: int, side: int, block: int) -> None:
         super().__init__()
-        layers = len(tower.encoder.layer)
-        self.embeddings, self.layers = tower.embeddings, tower.encoder.layer[: layer % (layers + 1)]
+        self.embeddings, self.layers = tower.embeddings, layers_up_to(layer, tower.encoder.layer)
         self.layernorm = tower.layernorm if layer == -1 else nn.Identity()
         self.projector, self.side, self.block = projector, side, block
 

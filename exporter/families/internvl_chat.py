@@ -102,8 +102,8 @@ class InternVlChat(InternVl):
             "kind": "internvl",
             "tile": size,
             "min_tiles": config.get("min_dynamic_patch", 1),
-            "max_tiles": config.get("max_dynamic_patch", 12) if config.get("dynamic_image_size", True) else 1,
-            "thumbnail": bool(config.get("use_thumbnail", True)),
+            "max_tiles": config.get("max_dynamic_patch", 6) if config.get("dynamic_image_size", False) else 1,
+            "thumbnail": bool(config.get("use_thumbnail", False)),
             "resample": 3,
             "rescale_factor": 1 / 255,
             "mean": [0.485, 0.456, 0.406],
@@ -129,7 +129,7 @@ def _config(original: dict[str, Any]) -> Any:
         ("decoder", decoder, tuple(_DECODERS)),
         ("bias in the decoder", bool(text.get("bias")), (False,)),  # of InternLM2, which no checkpoint has
         ("size of tiles", size, (vision["image_size"],)),  # another one needs positions in between
-        ("ps_version", original.get("ps_version", "v2"), ("v2",)),
+        ("ps_version", original.get("ps_version", "v1"), ("v2",)),
         ("layer_norm_eps beside qk_normalization", eps if normed else 1e-6, (1e-6,)),  # transformers' is fixed there
     ):
         if found not in expected:

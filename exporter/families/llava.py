@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ...errors import VlmcError
-from ..family import Components, Decoder, Family
+from ..family import Components, Decoder, Family, layers_up_to
 
 # What a checkpoint names and does not describe, by the last part of its name on the hub.
 TOWERS: dict[str, dict[str, Any]] = {
@@ -29,13 +29,12 @@ TOWERS: dict[str, dict[str, Any]] = {
 class VisionEncoder(nn.Module):
     """pixel_values (tiles, 3, height, width) → image_features (tiles, tokens, hidden).
 
-    `layer` counts CLIP's hidden states as transformers does: 0 is what enters the first layer, -1 what leaves the
-    last. `first_token` 1 leaves CLIP's class token out."""
+    `layer`: as of `layers_up_to`. `first_token` 1 leaves CLIP's class token out."""
 
     def __init__(self, tower: Any, projector: nn.Module, layer: int, first_token: int) -> None:
         super().__init__()
         self.embeddings, self.pre_layernorm = tower.embeddings, tower.pre_layrnorm
-        self.layers = tower.encoder.layers[: layer % (len(tower.encoder.layers) + 1)]
+        self.layers = layers_up_to(layer, tower.encoder.layers)
         self.projector, self.first_token = projector, first_token
 
     def forward(self, pixel_values: Tensor) -> Tensor:

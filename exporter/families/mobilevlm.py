@@ -136,6 +136,7 @@ def _config(original: dict[str, Any]) -> Any:
     for what, found, expected in (
         ("projector", str(original.get("mm_projector_type")), "ldpnetv2"),
         ("choice of features", str(original.get("mm_vision_select_feature", "patch")), "patch"),
+        ("use of marks around pictures", str(original.get("mm_use_im_start_end", False)), "False"),
         ("number of patches a side", str(side), str(side // _SIDE * _SIDE or _SIDE)),
     ):
         if found != expected:

@@ -187,6 +187,13 @@ def _sizes(original: dict[str, Any]) -> dict[str, dict[str, Any]]:
         raise VlmcError(
             "This Moondream2 is quantised", found=f"groups of {found['text']['group_size']}", fix="take the float one"
         )
+    begin = 1 + (found["vision"]["crop_size"] // found["vision"]["enc_patch_size"]) ** 2
+    if (prefix := found["text"].get("prefix_attn", begin)) != begin:
+        raise VlmcError(
+            "This Moondream2 has other tokens see one another than the picture's and the one before",
+            found=f"prefix_attn {prefix}",
+            expected=str(begin),
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import VlmcError
 from ..family import Components, Family, OwnProcessor, PrefixDecoder
+from ..processor import describe_values, read_tokenizer
 
 _TEMPLATE = (  # PaliGemmaProcessor's: pictures, then the token that begins the text, the question and a line break
     "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}"
@@ -57,7 +58,6 @@ class PaliGemma(Family):
 
     def own_processor(self, folder: Path) -> OwnProcessor:
         """transformers has a processor, but its prompt is code and no template."""
-        from transformers import AutoTokenizer
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
         pictures = SiglipImageProcessorPil.from_pretrained(folder, local_files_only=True).to_dict()
@@ -65,15 +65,11 @@ class PaliGemma(Family):
         if size.get("height") != size.get("width") or not size.get("height") or not pictures.get("image_seq_length"):
             found = f"size {size}, {pictures.get('image_seq_length')} tokens"
             raise VlmcError(f"The picture processor in {folder} is not PaliGemma's", found=found)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
         tokenizer.add_bos_token = False  # it does not begin the prompt, for the pictures do
-        preprocessing = {
+        preprocessing = describe_values(pictures) | {
             "kind": "paligemma",
             "tile": size["height"],
-            "resample": int(pictures["resample"]),
-            "rescale_factor": float(pictures["rescale_factor"]),
-            "mean": [float(value) for value in pictures["image_mean"]],
-            "std": [float(value) for value in pictures["image_std"]],
             "image_seq_len": pictures["image_seq_length"],
             "image_token": "<image>",
             "after_image": "",

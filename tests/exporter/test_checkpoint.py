@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
-from vlmc.exporter import checkpoint
+from vlmc.exporter import checkpoint, inspection
 from vlmc.exporter.checkpoint import load_components, load_model, preset_names, resolve, watched
 
 
@@ -152,6 +152,12 @@ def test_loading_is_followed_weight_by_weight(folder: Path, capfd: pytest.Captur
     assert capfd.readouterr().err == ""
 
 
+def test_an_adapter_is_not_left_out_silently(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other"}')
+    with pytest.raises(VlmcError, match=r"holds an adapter beside its weights.*merge_and_unload"):
+        resolve(str(folder))
+
+
 def test_weights_that_are_no_file_are_one_sentence(folder: Path) -> None:
     os.mkfifo(folder / "more.safetensors")  # which would be waited for
     with pytest.raises(VlmcError, match=r"more\.safetensors is no file"):
@@ -212,6 +218,25 @@ def test_remote_code_is_never_run(folder: Path, tmp_path: Path) -> None:
     edit(folder / "config.json", lambda config: config.update(auto_map={"AutoModelForImageTextToText": "evil.Evil"}))
     load_model(resolve(str(folder)))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("part", ["", "text_config", "vision_config"])
+@pytest.mark.parametrize("named", ["kernels-community/flash-attn2", "flash_attention_2"])
+def test_what_computes_attention_is_not_the_checkpoints_to_say(
+    named: str, part: str, random: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would fetch a kernel of the hub, which is compiled code, and run it."""
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "transformers.modeling_utils.lazy_import_flash_attention", lambda *found, **_: asked.append(found)
+    )
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    edit(folder / "config.json", lambda config: (config[part] if part else config).update(attn_implementation=named))
+    found = resolve(str(folder), random)
+    inspection.sketch(found)
+    load_model(found)
+    assert asked == []
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, golden, parity
 from vlmc.exporter.export import Options, export
-from vlmc.exporter.family import all_families, family_for
+from vlmc.exporter.family import all_families, decoder_config, family_for, standard_kv
 from vlmc.exporter.torch_runner import torch_session
 from vlmc.runtime.images import open_image
 
@@ -137,3 +137,51 @@ def test_one_whose_config_is_like_a_familys_is_answered_with_that_family() -> No
         family_for("aya_vision", "the checkpoint", config)
     with pytest.raises(VlmcError, match=f"did you mean smolvlm\\? Otherwise {says}"):
         family_for("smolvlm2", "the checkpoint", config)
+
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_decoders_rotation_is_read_as_transformers_5_writes_it(kind: str) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500_000.0}
+    before = {"rope_theta": 500_000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    for written in ({"rope_parameters": rope}, before):
+        found = decoder_config(kind, SIZES | written).rope_parameters
+        assert {name: found[name] for name in rope} == rope
+
+
+def test_a_decoders_biases_are_read() -> None:
+    config = decoder_config("llama", SIZES | {"attention_bias": True, "mlp_bias": True})
+    assert (config.attention_bias, config.mlp_bias) == (True, True)
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [("mistral", {"sliding_window": 16}), ("phi3", {"sliding_window": 16}), ("qwen2", SLIDING)]
+)
+def test_a_window_shorter_than_the_cache_is_refused(kind: str, values: dict[str, Any]) -> None:
+    for config in (decoder_config(kind, SIZES | values), AutoConfig.for_model(kind, pad_token_id=0, **SIZES, **values)):
+        assert standard_kv(config, 16).capacity == 16  # within it every token sees all before
+        with pytest.raises(VlmcError, match=r"sliding window.*16 tokens.*--capacity 16"):
+            standard_kv(config, 17)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("llama", {"sliding_window": 16}),  # which it does not have
+        ("qwen2", SLIDING | {"use_sliding_window": False}),
+        ("qwen2", SLIDING | {"max_window_layers": 2}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+def test_a_window_that_no_layer_has_is_none(kind: str, values: dict[str, Any]) -> None:
+    assert standard_kv(AutoConfig.for_model(kind, **SIZES, **values), 1024).capacity == 1024
+
+
+def test_a_decoder_that_caps_its_attention_is_refused() -> None:
+    with pytest.raises(VlmcError, match=r"caps its attention's logits.*50"):
+        standard_kv(AutoConfig.for_model("gemma2", **SIZES), 24)

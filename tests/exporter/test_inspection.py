@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from vlmc.errors import VlmcError
 from vlmc.exporter import inspection
 from vlmc.exporter.checkpoint import preset_names, resolve
-from vlmc.exporter.inspection import check_sizes, sketch
+from vlmc.exporter.inspection import check_config, sketch
 
 
 @pytest.fixture
@@ -61,18 +61,33 @@ def test_a_part_of_the_config_is_an_object(value: Any, folder: Path) -> None:
         resolve(str(folder))
 
 
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"model_type": "timm_wrapper", "architecture": "hf-hub:some/model", "model_args": {"checkpoint_path": "x.pth"}},
+        {"model_type": "detr", "use_timm_backbone": True},
+        {"model_type": "detr", "backbone_config": {"model_type": "timm_backbone"}},
+    ],
+)
+def test_nothing_of_timms_is_made(part: dict[str, Any], random: bool, folder: Path) -> None:
+    edit(folder, lambda config: config.update(vision_config=part))
+    with pytest.raises(VlmcError, match=r"wrong vision_config\..*not one of timm's"):
+        resolve(str(folder), random)
+
+
 def test_sizes_are_looked_at_wherever_they_stand() -> None:
     nested: dict[str, Any] = {"config": {"text": {"n_layers": 10**6}}}
     with pytest.raises(VlmcError, match=r"wrong config\.text\.n_layers"):
-        check_sizes(nested, Path("config.json"))
+        check_config(nested, Path("config.json"))
     with pytest.raises(VlmcError, match="wrong prefusion_layer_num"):
-        check_sizes({"prefusion_layer_num": 10**9}, Path("config.json"))
-    check_sizes({"head_dim": None, "intermediate_size": [16384, 8192], "num_kv_shared_layers": 0}, Path("config.json"))
+        check_config({"prefusion_layer_num": 10**9}, Path("config.json"))
+    check_config({"head_dim": None, "intermediate_size": [16384, 8192], "num_kv_shared_layers": 0}, Path("config.json"))
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_published_sizes_are_plausible(name: str) -> None:
-    check_sizes(resolve(name, random_weights=True).config, Path("config.json"))
+    check_config(resolve(name, random_weights=True).config, Path("config.json"))
 
 
 # The model of the config

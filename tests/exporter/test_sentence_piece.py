@@ -98,3 +98,13 @@ def test_a_file_that_is_none_is_refused(
         path.write_bytes(data)
     with pytest.raises(VlmcError, match=reason):
         fast_tokenizer(path, {}, **TOKENS)
+
+
+@pytest.mark.parametrize("id", [-1, 10**18])
+def test_an_added_token_of_a_number_that_leaves_others_out_is_refused(
+    id: int, sentence_piece: Model, tmp_path: Path
+) -> None:
+    """The numbers are those of tokenizer_config.json, which can say anything."""
+    (tmp_path / "tokenizer.model").write_bytes(sentence_piece(PIECES, True))
+    with pytest.raises(VlmcError, match=f"leave numbers out. Found: {id} to {id}"):
+        fast_tokenizer(tmp_path / "tokenizer.model", {id: "<img>"}, **TOKENS)

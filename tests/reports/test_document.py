@@ -64,6 +64,7 @@ def test_what_is_not_there_is_unavailable_and_never_0(bare: dict[str, Any]) -> N
         (lambda r: r.update(comparisons=[{}]), r"comparisons\[0\] lacks the field 'of'"),
         (lambda r: r["variants"][0]["memory"].update(disk_bytes=float("nan")), "disk_bytes is no finite"),
         (lambda r: r["variants"][0]["memory"].update(disk_bytes=10**400), "disk_bytes is no finite"),
+        (lambda r: r["variants"][0]["accuracy"]["overall"].update(high=1e308), r"overall\.high is no finite"),
     ],
 )
 def test_a_malformed_report_is_refused_by_its_field(sample: dict[str, Any], change: Any, named: str) -> None:

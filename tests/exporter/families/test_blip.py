@@ -266,6 +266,16 @@ def test_a_cache_beyond_berts_positions_is_refused(whole: Whole, tmp_path: Path,
         export(resolve(str(whole[0])), tmp_path / "out", Options(1024, 1, picture_set), lambda *_: None)
 
 
+@pytest.mark.parametrize("step", ["do_resize", "do_rescale", "do_normalize"])
+def test_a_picture_processor_that_leaves_out_a_step_is_refused(step: str, whole: Whole, tmp_path: Path) -> None:
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())
+    settings["image_processor"][step] = False
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(VlmcError, match=f"{step} off"):
+        describe(tmp_path)
+
+
 def test_a_tokenizer_of_another_size_is_refused(whole: Whole, tmp_path: Path) -> None:
     for path in whole[0].glob("*.json"):
         (tmp_path / path.name).write_text(path.read_text())

@@ -191,6 +191,14 @@ def test_the_template_of_2_5_ends_its_turns_with_a_line(folder: Path, tmp_path: 
     assert described["max_tiles"] == 1
 
 
+def test_what_config_json_leaves_out_is_as_in_the_reference(folder: Path, tmp_path: Path) -> None:
+    """InternVLChatConfig's defaults."""
+    described, _ = describe(change(folder, tmp_path, dynamic_image_size=None, use_thumbnail=None))
+    assert (described["max_tiles"], described["thumbnail"]) == (1, False)
+    described, _ = describe(change(folder, tmp_path, max_dynamic_patch=None, min_dynamic_patch=None))
+    assert (described["min_tiles"], described["max_tiles"]) == (1, 6)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -198,6 +206,7 @@ def test_the_template_of_2_5_ends_its_turns_with_a_line(folder: Path, tmp_path: 
         ({"llm_config": {"bias": True}}, "bias in the decoder"),
         ({"force_image_size": 56}, "size of tiles"),
         ({"ps_version": "v1"}, "ps_version"),
+        ({"ps_version": None}, "ps_version"),  # then the reference takes v1
         ({"vision_config": VIT_6B | {"layer_norm_eps": 1e-5}}, "layer_norm_eps beside qk_normalization.*1e-05"),
     ],
 )

@@ -136,6 +136,18 @@ def test_the_layer_of_the_features_is_counted_as_transformers_does(layer: int, l
         config.vision_feature_layer = before
 
 
+@pytest.mark.parametrize("layer", [-5, 4])
+def test_features_of_a_layer_that_there_is_not_are_refused(
+    layer: int, whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, model, _ = whole
+    monkeypatch.setattr(model.config, "vision_feature_layer", layer)
+    with pytest.raises(IndexError), torch.inference_mode():
+        Reference(model).features(torch.zeros(1, 3, 28, 28))
+    with pytest.raises(VlmcError, match=rf"{layer} of a vision encoder of 3 layers.*from -4 to 3"):
+        family_for("llava", "here").split(model)
+
+
 def test_the_published_names_of_weights_are_read(whole: Whole, tmp_path: Path) -> None:
     """Those of llava-hf/llava-1.5-7b-hf (transformers' convert_llava_weights_to_hf.py)."""
     published = ("vision_tower.vision_model.", "multi_modal_projector.linear_", "language_model.model.")

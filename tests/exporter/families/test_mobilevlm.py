@@ -244,6 +244,7 @@ def test_the_pictures_are_padded_and_prepared_as_the_reference_does(folder: Path
     [
         ({"mm_projector_type": "ldpnet"}, "another projector than V2.*ldpnet"),
         ({"mm_vision_select_feature": "cls_patch"}, "another choice of features"),
+        ({"mm_use_im_start_end": True}, "another use of marks around pictures"),
         ({"vision_config": TOWER | {"patch_size": 3}}, "another number of patches a side than V2"),
         ({"vision_config": None, "mm_vision_tower": "google/siglip"}, "unknown vision encoder.*siglip"),
     ],

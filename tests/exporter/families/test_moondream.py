@@ -4,6 +4,7 @@ It is one from the picture and the question to the logits, so that tiles, poolin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -317,6 +318,23 @@ def test_the_tokenizer_before_is_refused_with_where_the_right_one_is(folder: Pat
     old.save(str(change(folder, tmp_path) / "tokenizer.json"))
     with pytest.raises(VlmcError, match=r"<\|endoftext\|> 1.*starmie-v1"):
         describe(tmp_path)
+
+
+def test_a_token_of_a_huge_number_is_refused(folder: Path, tmp_path: Path) -> None:
+    path = change(folder, tmp_path) / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["zebra"] = 4_000_000_000
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(VlmcError, match="numbers a token 4000000000"):
+        describe(tmp_path)
+
+
+@pytest.mark.parametrize(("prefix", "known"), [(50, True), (730, False)])
+def test_the_prefix_is_the_picture_and_the_token_before(prefix: int, known: bool, folder: Path, tmp_path: Path) -> None:
+    own = {"text": TEXT | {"prefix_attn": prefix}, "vision": VISION}
+    found = checkpoint.resolve(str(change(folder, tmp_path, config=own)), random_weights=True)
+    with contextlib.nullcontext() if known else pytest.raises(VlmcError, match=r"prefix_attn 730. Expected: 50"):
+        checkpoint.load_model(found)
 
 
 def test_quantised_weights_are_refused(folder: Path, tmp_path: Path) -> None:

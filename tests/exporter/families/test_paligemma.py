@@ -166,14 +166,21 @@ def test_values_out_of_range_are_refused(change: dict[str, int], whole: Whole) -
         preprocessing.load(describe(whole[0])[0] | change)
 
 
-@pytest.mark.parametrize("changes", [{"image_seq_length": None}, {"size": {"height": 28, "width": 14}}])
-def test_another_picture_processor_is_refused(changes: dict[str, Any], whole: Whole, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"image_seq_length": None}, "is not PaliGemma's"),
+        ({"size": {"height": 28, "width": 14}}, "is not PaliGemma's"),
+        ({"do_normalize": False}, "do_normalize off"),
+    ],
+)
+def test_another_picture_processor_is_refused(changes: dict[str, Any], says: str, whole: Whole, tmp_path: Path) -> None:
     for path in whole[0].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     settings = json.loads((tmp_path / "processor_config.json").read_text())
     settings["image_processor"] |= changes
     (tmp_path / "processor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(VlmcError, match="is not PaliGemma's"):
+    with pytest.raises(VlmcError, match=says):
         describe(tmp_path)
 
 
