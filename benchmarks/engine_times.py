@@ -8,8 +8,8 @@ For sizes at which `vlmc build` takes longer than the GPU can be had: an engine 
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
 the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, `told-half`,
 `told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, `threads-N` for the threads
-that it may build with, `half-norms` where norms that the graph spells out may be FP16, and `typed` for a graph in
-float16, as strong typing has it. The engines lie in ARTEFACT/engines/FORM.
+that it may build with, and `half-norms` where norms that the graph spells out may be FP16. The engines lie in
+ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
     from graph_forms import CHANGES, tell
     from vlmc.engines import tensorrt_network
     from vlmc.engines.builders import tensorrt
-    from vlmc.engines.passes import half_precision
     from vlmc.engines.tensorrt_profiles import Range, profile
     from vlmc.runtime.tensorrt_engine import APART
 
@@ -56,8 +55,6 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         for word in words:
             if word in CHANGES:
                 print(word, CHANGES[word](model), flush=True)
-        if "typed" in words:
-            print("typed", half_precision.apply(model), flush=True)
         return made
 
     def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:

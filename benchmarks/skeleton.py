@@ -68,8 +68,8 @@ def sketch(preset: Path, folder: Path) -> None:
         whole = checkpoint.load_model(model)
         parts = model.family.split(whole)
     kv = model.family.kv(whole, CAPACITY)
-    seen = graph.count_parameters(parts.vision_encoder)
-    specs, files = {"vision_encoder": ComponentSpec(GRAPH_FILES["vision_encoder"], (), (), seen)}, {}
+    vision = graph.count_parameters(parts.vision_encoder)
+    specs, files = {"vision_encoder": ComponentSpec(GRAPH_FILES["vision_encoder"], (), (), vision)}, {}
     for name in ("embed_tokens", "decoder"):
         component, path = getattr(parts, name), folder / GRAPH_FILES[name]
         exported = graph.export_component(name, component, kind.signature(name, parts, specs, kv))

@@ -64,7 +64,7 @@ def kv_bytes(kv: KvSpec, positions: int, itemsize: int) -> float:
 
 
 def io_bytes(model: ir.Model, sizes: Mapping[str, int]) -> float:
-    """Bytes of inputs and outputs of one run, each once: they are float32 whatever the engine computes in."""
+    """Bytes of inputs and outputs of one run, each once, all counted as float32."""
     return float(sum(WIDTHS["fp32"] * prod(_dims(v, sizes)) for v in (*model.graph.inputs, *model.graph.outputs)))
 
 
