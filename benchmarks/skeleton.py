@@ -3,6 +3,7 @@
     python benchmarks/skeleton.py strip ARTEFACT FOLDER     on the machine that exported it
     python benchmarks/skeleton.py sketch PRESET FOLDER      where there is no memory to export it: its decoder's graphs
     python benchmarks/skeleton.py fill FOLDER               on the other, with PyTorch: draws the weights from the seed
+    python benchmarks/skeleton.py simulate FOLDER PLAN    then, where there is memory: PLAN, a file, in PyTorch
 
 Small tensors travel as they are; large ones are the model's parameters, which the manifest's config and seed give
 again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them;
@@ -160,6 +161,21 @@ def step(parts: Mapping[str, Any], manifest: dict[str, Any]) -> Any:
     return logits.float().cpu().numpy()
 
 
+def simulate(folder: Path, plan: Path) -> None:
+    """Prints the cosine of the plan's fake-quant model with STEP: what the engine of that plan is to be held to."""
+    from vlmc.artifact import Artifact
+    from vlmc.calibration.fake_quant import apply_plan
+    from vlmc.calibration.plan import read_plan
+    from vlmc.evaluation.agreement import cosine
+    from vlmc.exporter.checkpoint import load_components
+
+    artifact = Artifact(folder)
+    parts = dict(load_components(artifact).items())
+    parts["decoder"] = apply_plan(parts["decoder"], read_plan(artifact, plan.stem), "decoder")
+    found = step(parts, json.loads((folder / "manifest.json").read_text()))
+    print(f"{plan.stem} fake-quant: cosine {cosine(np.load(folder / STEP)['logits'].ravel(), found.ravel()):.5f}")
+
+
 def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
     """The module's parameter of that name as the graph has it, of a linear layer turned. What is none of its parameters
     (a table that export computed) is noise of usual size."""
@@ -179,4 +195,4 @@ def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
 
 
 if __name__ == "__main__":
-    {"strip": strip, "sketch": sketch, "fill": fill}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"strip": strip, "sketch": sketch, "fill": fill, "simulate": simulate}[sys.argv[1]](*map(Path, sys.argv[2:]))
