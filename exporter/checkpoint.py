@@ -128,17 +128,19 @@ def load_components(artifact: Artifact) -> Any:
 
 
 def _local(kind: str, location: str, folder: Path, revision: str = "") -> Checkpoint:
-    config = _read_config(folder)
     if (folder / "adapter_config.json").exists():  # which transformers would put in, but only where peft is installed
         raise VlmcError(
-            f"{folder} holds an adapter beside its weights",
+            f"{folder} holds an adapter",
             found="adapter_config.json",
             expected="one model",
             fix="merge the adapter with peft's merge_and_unload and save that model, or take the adapter's files away",
         )
+    config = _read_config(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        other = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        other = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".gguf")
+        )
         raise VlmcError(
             f"{folder} holds no safetensors",
             found=", ".join(other[:3]) or "no weights",

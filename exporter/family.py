@@ -153,6 +153,9 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     unread_types: ClassVar[tuple[str, ...]] = ()  # of its models in a layout that `of` refuses, saying what to take
     left_out: ClassVar[str] = ""  # what the checkpoints have and the artefact lacks, in words: export says it
+    # transformers' model types of the decoders that it may have, each compared with transformers' own (test_llava.py).
+    # Of the others some need what attention here is not told: the parity ladder, which has the same, would not see it.
+    decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
     def load(self, folder: Path) -> nn.Module:
         """The model in float32 from a local folder with config.json and safetensors."""
@@ -186,8 +189,16 @@ class Family(ABC):
         """The model's parts, sharing its weights."""
 
     def kv(self, model: Any, capacity: int) -> KvSpec:
-        """The cache that the decoder needs; here of a decoder as transformers describes it."""
-        return standard_kv(model.config.text_config, capacity)
+        """The cache that the decoder needs; here of one of `decoders`, as transformers describes it."""
+        text = model.config.text_config
+        if text.model_type not in self.decoders:
+            raise VlmcError(
+                "The checkpoint has a decoder that vlmc was not compared with",
+                found=f"text_config of the model type {text.model_type}",
+                expected=" or ".join(self.decoders),
+                fix="name it in the family's `decoders`, with a test that compares it (docs/add-a-model.md)",
+            )
+        return standard_kv(text, capacity)
 
     def use_canonical_attention(self, model: Any) -> None:
         """Has the model compute attention through `onnx_ops`, by transformers' interface for it."""

@@ -91,15 +91,26 @@ def require_memory(what: str, size: int, fix: str) -> None:
 
 
 @contextlib.contextmanager
-def making(what: str, folder: Path) -> Iterator[None]:
-    """Any failure to make a model in one sentence, and nothing else on the terminal: safetensors, transformers and the
-    disk each raise their own."""
+def quiet() -> Iterator[None]:
+    """Of transformers nothing but errors on the terminal: it warns of layouts of config.json that it reads well, and
+    prints a table of all weights for a bad checkpoint."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # a bad checkpoint has it print a table of all weights
+    logging.set_verbosity_error()
     try:
         yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def making(what: str, folder: Path) -> Iterator[None]:
+    """Any failure to make a model in one sentence, and nothing else on the terminal: safetensors, transformers and the
+    disk each raise their own."""
+    try:
+        with quiet():
+            yield
     except VlmcError:
         raise
     except Exception as error:  # of any library, as said above
@@ -108,8 +119,6 @@ def making(what: str, folder: Path) -> Iterator[None]:
             found=reason(error),
             fix="download the checkpoint again; it may be truncated or of another model",
         ) from None
-    finally:
-        logging.set_verbosity(before)
 
 
 def _count_values(folder: Path) -> int:
@@ -121,6 +130,12 @@ def _count_values(folder: Path) -> int:
     with making("weights", folder):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") == "mlx":
+                    raise VlmcError(
+                        f"{path} is of MLX, which names and lays out its weights otherwise",
+                        found="format mlx in its header",
+                        fix="take the checkpoint that it was made from",
+                    )
                 for name in file.keys():  # noqa: SIM118  # it is no dictionary
                     tensor = file.get_slice(name)
                     count += math.prod(tensor.get_shape())

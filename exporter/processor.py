@@ -19,7 +19,7 @@ from ..files import read_json, write_text
 from ..runtime import preprocessing
 from .bounded import bounded
 from .family import Family, OwnProcessor, all_families
-from .inspection import AGAIN, read_settings
+from .inspection import AGAIN, quiet, read_settings
 
 MOST_TOKENS = 10_000_000
 _QUESTION = "vlmc-question"  # stands for the question while the chat template is rendered
@@ -132,6 +132,10 @@ def _require_usable(tokenizer: Any, folder: Path) -> None:
             found=type(tokenizer).__name__,
             fix="convert it with transformers and save it beside the weights",
         )
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):  # so does transformers make one of no file
+        raise VlmcError(
+            f"The tokenizer in {folder} has special tokens alone", fix=f"{AGAIN}, tokenizer.json among them"
+        )
     if (largest := max(tokenizer.get_vocab().values(), default=0)) > MOST_TOKENS:  # what writes it counts up to there
         raise VlmcError(f"The tokenizer in {folder} numbers a token {largest}", expected=f"at most {MOST_TOKENS}")
 
@@ -140,7 +144,8 @@ def _require_usable(tokenizer: Any, folder: Path) -> None:
 def reading(what: str, folder: Path) -> Iterator[None]:
     """Any failure of transformers in one sentence: a broken file makes it raise nearly everything."""
     try:
-        yield
+        with quiet():
+            yield
     except (VlmcError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in the tokenizer library's Rust code is no Exception
@@ -204,10 +209,17 @@ def _internvl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any
 
 def _qwen2_5_vl(pictures: dict[str, Any], settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     """`runtime/preprocessing/qwen2_5_vl.py`'s config but for its `window`."""
+    size = dict(pictures["size"])
+    if not {"shortest_edge", "longest_edge"} <= size.keys():  # a size in older words, which those beside it overruled
+        raise VlmcError(
+            "The picture processor does not say how many pixels a picture may have",
+            found=f"size {size}",
+            fix="give min_pixels and max_pixels in preprocessor_config.json, outside of size",
+        )
     return describe_values(pictures) | {
         "kind": "qwen2_5_vl",
-        "min_pixels": pictures["size"]["shortest_edge"],
-        "max_pixels": pictures["size"]["longest_edge"],
+        "min_pixels": size["shortest_edge"],
+        "max_pixels": size["longest_edge"],
         "patch": pictures["patch_size"],
         "frames": pictures["temporal_patch_size"],
         "merge": pictures["merge_size"],

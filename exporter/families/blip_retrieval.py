@@ -6,7 +6,7 @@ The head that reads a text with an eye on the picture (ITM) is left out: it woul
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,12 @@ class TextEncoder(nn.Module):
 class BlipRetrieval(Checkpoint, MatchingFamily):
     model_types: ClassVar[tuple[str, ...]] = ()  # Blip's, which says when it is this one
     left_out: ClassVar[str] = "BLIP's head that reads each text again for every picture (ITM)"
+
+    def load(self, folder: Path) -> nn.Module:
+        """What fills texts up is the tokenizer's to say, as in transformers; config.json may differ."""
+        model: Any = super().load(folder)
+        model.config.text_config.pad_token_id = processor.read_tokenizer(folder).pad_token_id
+        return cast(nn.Module, model)
 
     def encoders(self, model: Any) -> Encoders:
         text = model.config.text_config

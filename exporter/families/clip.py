@@ -72,7 +72,7 @@ class Clip(MatchingFamily):
         from transformers import CLIPModel
 
         torch.manual_seed(seed)
-        model: nn.Module = CLIPModel(config_of(config))
+        model: nn.Module = CLIPModel(config_of(config)).float()  # its parts may have types of their own
         return model
 
     def encoders(self, model: Any) -> Encoders:

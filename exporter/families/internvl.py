@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...artifact import KvSpec
 from ...errors import VlmcError
-from ..family import Components, Decoder, Family, layers_up_to, standard_kv
+from ..family import Components, Decoder, Family, layers_up_to
 
 
 class VisionEncoder(nn.Module):
@@ -43,6 +43,11 @@ class VisionEncoder(nn.Module):
 class InternVl(Family):
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
 
+    def randomise(self, config: dict[str, Any], seed: int) -> nn.Module:
+        # transformers 4 said it of the decoder alone, and transformers 5 takes what is missing for true.
+        tied = config.get("text_config", {}).get("tie_word_embeddings", False)
+        return super().randomise({"tie_word_embeddings": tied} | config, seed)
+
     def split(self, model: Any) -> Components:
         inner, config = model.model, model.config
         if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
@@ -69,7 +74,7 @@ class InternVl(Family):
         )
 
     def kv(self, model: Any, capacity: int) -> KvSpec:
-        text = model.config.text_config
+        spec, text = super().kv(model, capacity), model.config.text_config
         rope = text.rope_parameters["rope_type"]
         if rope not in ("default", "dynamic") or (rope == "dynamic" and capacity > text.max_position_embeddings):
             raise VlmcError(
@@ -78,4 +83,4 @@ class InternVl(Family):
                 expected=f"default, or dynamic and no more than {text.max_position_embeddings} positions",
                 fix="export with a smaller --capacity" if rope == "dynamic" else "",
             )
-        return standard_kv(text, capacity)
+        return spec

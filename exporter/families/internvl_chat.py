@@ -53,6 +53,7 @@ _DECODERS = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+_ADAPTERS = ("use_llm_lora", "use_backbone_lora")  # their ranks; 0 once they are merged
 
 _OLD = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _NEW = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
@@ -93,7 +94,8 @@ class InternVlChat(InternVl):
         if name not in _TEMPLATES:
             raise VlmcError(f"{folder} names an unknown chat template", found=str(name), expected=", ".join(_TEMPLATES))
         system, end = _TEMPLATES[name]
-        system = config.get("system_message", system)
+        if (given := config.get("system_message")) is not None:  # InternVL3's says null and means the template's
+            system = given
         before = f"<|im_start|>system\n{system}{end}<|im_start|>user\n"
         # Python's literals are Jinja's; bare text would lose the line break at its end.
         template = f"{{{{ {before!r} }}}}{_CONTENT}{{{{ {end + _ANSWER!r} }}}}"
@@ -122,6 +124,13 @@ def _config(original: dict[str, Any]) -> Any:
     from transformers import InternVLConfig
 
     vision, text = original["vision_config"], original["llm_config"]
+    if rank := next((f"{name} {original[name]}" for name in _ADAPTERS if original.get(name)), None):
+        raise VlmcError(
+            "This InternVL's weights are apart from those of an adapter",
+            found=rank,
+            expected="one model",
+            fix="merge them with OpenGVLab/InternVL's internvl_chat/tools/merge_lora.py",
+        )
     decoder = text.get("architectures", [None])[0]
     size = original.get("force_image_size") or vision["image_size"]
     eps, normed = vision.get("layer_norm_eps", 1e-6), vision.get("qk_normalization", True)

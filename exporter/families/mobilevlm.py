@@ -131,7 +131,7 @@ def _config(original: dict[str, Any]) -> Any:
     """transformers' config of the LLaVA that this model is but for its projector."""
     from transformers import CLIPVisionConfig, LlavaConfig
 
-    tower = _tower(original)
+    tower = _tower(original)  # of the marks: train.py and eval/ write them where config.json says so, run.sh never does
     side = tower["image_size"] // tower["patch_size"]
     for what, found, expected in (
         ("projector", str(original.get("mm_projector_type")), "ldpnetv2"),

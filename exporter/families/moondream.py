@@ -53,7 +53,8 @@ _NAMES = {
     r"^text\.blocks\.": "text.model.layers.",
     r"^text\.post_ln\.": "text.model.final_layernorm.",
 }
-# The tokens of moondream/starmie-v1 that make the reference's template for a question, with their ids in it.
+_STARMIE, _NEWER = "moondream/starmie-v1", "take revision 2025-06-21 of huggingface.co/vikhyatk/moondream2"
+# The tokens of starmie-v1 that make the reference's template for a question, with their ids in it.
 _BEGIN, _IMAGE = "<|endoftext|>", "<|md_reserved_4|>"
 _IDS = {_BEGIN: 0, "<|md_reserved_0|>": 1, "<|md_reserved_1|>": 2, "<|md_reserved_2|>": 3, _IMAGE: 5}
 _TEMPLATE = (  # the token that begins the answer stands there twice: the reference's query() adds it twice
@@ -97,6 +98,16 @@ class VisionEncoder(nn.Module):
 class Moondream(Family):
     model_types: ClassVar[tuple[str, ...]] = ("moondream1",)
     left_out: ClassVar[str] = "Moondream2's region head (detecting, pointing)"
+
+    def of(self, config: dict[str, Any]) -> Family:
+        if older := {"text_config", "phi_config"} & set(config):
+            raise VlmcError(
+                "This Moondream is in the layout before 2025, which has other parts",
+                found=", ".join(older),
+                expected="sizes in `config`",
+                fix=_NEWER,
+            )
+        return self
 
     def load(self, folder: Path) -> nn.Module:
         from safetensors.torch import load_file
@@ -148,10 +159,18 @@ class Moondream(Family):
         return size, size
 
     def own_processor(self, folder: Path) -> OwnProcessor:
-        """The reference fetches its tokenizer from another place, and vikhyatk/moondream2 still holds the one before.
-        A token for coordinates, which no question encodes to, holds the places of the picture."""
+        """The reference fetches its tokenizer from another place, and vikhyatk/moondream2 still holds the one before,
+        with which its revisions of early 2025 were trained: their config.json and weights look the same. A token for
+        coordinates, which no question encodes to, holds the places of the picture."""
         from transformers import PreTrainedTokenizerFast
 
+        code = folder / "moondream.py"  # only there where the hub's whole folder is
+        if code.is_file() and _STARMIE not in code.read_text(encoding="utf-8", errors="replace"):
+            raise VlmcError(
+                "This Moondream2 is of a revision before 2025-06-21, which has other tokens and another prompt",
+                found=f"{code} does not name {_STARMIE}",
+                fix=_NEWER,
+            )
         vision = _sizes(read_json(folder / "config.json"))["vision"]
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(folder / "tokenizer.json"), bos_token=_BEGIN, eos_token=_BEGIN, unk_token=_BEGIN
@@ -162,7 +181,8 @@ class Moondream(Family):
                 f"{folder / 'tokenizer.json'} is not the tokenizer that Moondream2 uses since June 2025",
                 found=", ".join(f"{token} {id}" for token, id in sorted(found.items())) or "none of its tokens",
                 expected=", ".join(f"{token} {id}" for token, id in sorted(_IDS.items())),
-                fix="put tokenizer.json of huggingface.co/moondream/starmie-v1 in its place",
+                fix=f"put tokenizer.json of huggingface.co/{_STARMIE} in its place if the weights are of revision "
+                "2025-06-21; older ones, which it does not fit, are not read",
             )
         preprocessing = {
             "kind": "moondream",
@@ -186,13 +206,6 @@ def _sizes(original: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if found["text"]["group_size"] is not None:
         raise VlmcError(
             "This Moondream2 is quantised", found=f"groups of {found['text']['group_size']}", fix="take the float one"
-        )
-    begin = 1 + (found["vision"]["crop_size"] // found["vision"]["enc_patch_size"]) ** 2
-    if (prefix := found["text"].get("prefix_attn", begin)) != begin:
-        raise VlmcError(
-            "This Moondream2 has other tokens see one another than the picture's and the one before",
-            found=f"prefix_attn {prefix}",
-            expected=str(begin),
         )
     return found
 

@@ -39,6 +39,7 @@ class VisionEncoder(nn.Module):
 
 class PaliGemma(Family):
     model_types: ClassVar[tuple[str, ...]] = ("paligemma",)
+    decoders: ClassVar[tuple[str, ...]] = ("gemma",)
 
     def load(self, folder: Path) -> nn.Module:
         return _with_plain_norms(super().load(folder))

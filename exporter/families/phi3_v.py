@@ -30,7 +30,7 @@ from ..family import (
     require_all,
     standard_kv,
 )
-from ..inspection import read_settings
+from ..inspection import AGAIN, read_settings
 from .llava import VisionEncoder, clip_tower
 
 _VISION = "model.vision_embed_tokens.img_processor.vision_model."
@@ -199,8 +199,10 @@ def _tokenizer(folder: Path) -> tuple[Any, str]:
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    settings = read_settings(folder / "tokenizer_config.json")
-    tokenizer, begin = Tokenizer.from_file(str(folder / "tokenizer.json")), ""
+    settings, path = read_settings(folder / "tokenizer_config.json"), folder / "tokenizer.json"
+    if not path.is_file():
+        raise VlmcError(f"{path} is missing", fix=AGAIN)
+    tokenizer, begin = Tokenizer.from_file(str(path)), ""
     tokenizer.post_processor = processors.Sequence([])
     if settings.get("add_bos_token", True):
         begin = "<s>"

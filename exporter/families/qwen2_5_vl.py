@@ -114,7 +114,14 @@ class Qwen25Vl(Family):
                 found=f"{rope} RoPE" if rope != "default" else "sliding windows",
                 expected="default RoPE and attention to all tokens before",
             )
-        return standard_kv(text, capacity)
+        spec, sections = standard_kv(text, capacity), model.model.language_model.rotary_emb.mrope_section
+        if 2 * sum(sections) != spec.head_dim:
+            raise VlmcError(
+                "This Qwen-VL's three positions do not turn all of a head",
+                found=f"mrope_section {sections}, heads of {spec.head_dim} values",
+                expected=f"sections that add up to {spec.head_dim // 2}",
+            )
+        return spec
 
     def vision_inputs(self, model: Any) -> dict[str, VisionInput]:
         vision = model.config.vision_config

@@ -136,7 +136,10 @@ def test_pickled_weights_are_never_read(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(VlmcError, match=r"holds no safetensors. Found: pytorch_model\.bin.*can run code"):
         resolve(str(folder))
-    (folder / "pytorch_model.bin").unlink()
+    (folder / "pytorch_model.bin").rename(folder / "q4.gguf")
+    with pytest.raises(VlmcError, match=r"Found: q4\.gguf"):
+        resolve(str(folder))
+    (folder / "q4.gguf").unlink()
     with pytest.raises(VlmcError, match="Found: no weights"):
         resolve(str(folder))
 
@@ -154,8 +157,10 @@ def test_loading_is_followed_weight_by_weight(folder: Path, capfd: pytest.Captur
 
 def test_an_adapter_is_not_left_out_silently(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "other"}')
-    with pytest.raises(VlmcError, match=r"holds an adapter beside its weights.*merge_and_unload"):
-        resolve(str(folder))
+    for _ in range(2):
+        with pytest.raises(VlmcError, match=r"holds an adapter.*merge_and_unload"):
+            resolve(str(folder))
+        (folder / "config.json").unlink(missing_ok=True)  # and then an adapter alone, as they are published
 
 
 def test_weights_that_are_no_file_are_one_sentence(folder: Path) -> None:

@@ -152,6 +152,13 @@ def test_weights_are_floating_point_numbers(dtype: torch.dtype, said: str, folde
         sketch(resolve(str(folder)))
 
 
+def test_a_conversion_for_mlx_is_called_so(folder: Path) -> None:
+    """What mlx-vlm saves, in 16 bits, too: transformers would say that every weight is lacking."""
+    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", {"format": "mlx"})
+    with pytest.raises(VlmcError, match=r"model\.safetensors is of MLX.*take the checkpoint that it was made from"):
+        sketch(resolve(str(folder)))
+
+
 def test_published_buffers_may_be_integers(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.vision_model.embeddings.position_ids"] = torch.arange(16)[None]

@@ -20,7 +20,7 @@ from vlmc.calibration.sets import load_set
 from vlmc.engines import child
 from vlmc.engines.build import build
 from vlmc.errors import VlmcError
-from vlmc.exporter.checkpoint import load_components, resolve
+from vlmc.exporter.checkpoint import load_components, load_model, resolve
 from vlmc.exporter.export import Options
 from vlmc.exporter.matching import MatchingFamily, canonical_matcher, export
 from vlmc.profiles.device import load_device
@@ -73,6 +73,19 @@ def test_cosines_are_transformers(count: int, whole: Whole, matcher: Matcher, ma
     np.testing.assert_allclose(found.cosines, expected, atol=1e-5)
     np.testing.assert_allclose(found.logit_scale, 1 / 0.07)
     assert matcher.encode(texts).tolist() == given["input_ids"].tolist()
+
+
+def test_what_fills_texts_up_is_the_tokenizers_to_say(whole: Whole, matcher: Matcher, tmp_path: Path) -> None:
+    """As in transformers, whose mask comes with the ids: config.json's pad_token_id does not decide."""
+    folder = shutil.copytree(whole[0], tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["pad_token_id"] = 9
+    (folder / "config.json").write_text(json.dumps(config))
+    found = resolve(str(folder))
+    parts: Any = found.family.split(load_model(found))
+    with torch.inference_mode():
+        features = parts.text_encoder(torch.from_numpy(matcher.encode(TEXTS)))
+    np.testing.assert_allclose(features.numpy(), matcher.text_features(TEXTS), atol=1e-5)
 
 
 def test_no_two_pictures_and_no_two_texts_are_alike(matcher: Matcher, make_picture: Any) -> None:

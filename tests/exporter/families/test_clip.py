@@ -29,7 +29,14 @@ from vlmc.errors import VlmcError
 from vlmc.exporter.checkpoint import preset_names, resolve
 from vlmc.exporter.export import Options
 from vlmc.exporter.family import family_for
-from vlmc.exporter.matching import MatchingFamily, canonical_matcher, describe_pictures, export, torch_matcher
+from vlmc.exporter.matching import (
+    MatchingFamily,
+    canonical_matcher,
+    describe_pictures,
+    describe_texts,
+    export,
+    torch_matcher,
+)
 from vlmc.exporter.onnx_ops import IMPLEMENTATION
 from vlmc.profiles import samples
 from vlmc.profiles.device import load_device
@@ -203,6 +210,20 @@ def test_a_picture_processor_that_does_otherwise_is_refused(change: dict, whole:
     (tmp_path / "config.json").write_text((whole[0] / "config.json").read_text())
     with pytest.raises(VlmcError, match=r"does not cut a square|do_rescale off"):
         describe_pictures(tmp_path)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(whole: Whole, tmp_path: Path) -> None:
+    """transformers makes one of the special tokens then, and every text would be the same."""
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        shutil.copy(whole[0] / name, tmp_path)
+    with pytest.raises(VlmcError, match=r"special tokens alone.*tokenizer\.json"):
+        describe_texts(tmp_path)
+
+
+def test_random_weights_are_float32_whatever_the_parts_say(whole: Whole) -> None:
+    config = whole[2].config.to_dict()
+    config["text_config"]["dtype"] = "float16"
+    assert {weight.dtype for weight in family_for("clip", "here").randomise(config, 0).parameters()} == {torch.float32}
 
 
 def test_every_weight_is_in_one_of_the_two_graphs(whole: Whole) -> None:

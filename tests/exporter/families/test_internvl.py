@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     InternVLConfig,
@@ -201,6 +202,51 @@ def test_dynamic_rope_is_followed_as_far_as_it_is_the_plain_one(model: InternVLF
     assert family.kv(model, text.max_position_embeddings).capacity == text.max_position_embeddings
     with pytest.raises(VlmcError, match="smaller --capacity"):
         family.kv(model, text.max_position_embeddings + 1)
+
+
+def as_published(**text: Any) -> dict[str, Any]:
+    """config.json of a small InternVL3-1B-hf. Its `text_config` is the first layout's `llm_config`, whose values
+    shivangjhalani/multicoco prints (InternVL3-1B_data.md); transformers 4 wrote no `tie_word_embeddings` beside it."""
+    rope = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    decoder = {"_name_or_path": "./pretrained/Qwen2.5-32B-Instruct", "architectures": ["Qwen2ForCausalLM"]}
+    decoder |= {"model_type": "qwen2", "max_window_layers": 70, "moe_config": None, "rope_scaling": rope}
+    decoder |= {"rope_theta": 1000000.0, "sliding_window": None, "use_sliding_window": False, "use_bfloat16": True}
+    vision = SIZES | {"image_size": [28, 28], "patch_size": [7, 7], "attention_bias": True, "initializer_range": 1e-10}
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "image_token_id": 5,
+        "text_config": decoder | TEXT | text,
+        "vision_config": vision | {"model_type": "internvl_vision", "torch_dtype": "bfloat16"},
+        "transformers_version": "4.53.0.dev0",
+    }
+
+
+@pytest.mark.parametrize(("said", "tied"), [({}, False), ({"tie_word_embeddings": True}, True)])
+def test_a_config_of_transformers_4_says_of_the_decoder_alone_whether_its_head_is_the_table(
+    said: dict[str, Any], tied: bool
+) -> None:
+    model: Any = family_for("internvl", "here").randomise(as_published(**said), 0)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    rope = model.config.text_config.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("dynamic", 2.0, 1e6)
+
+
+def test_the_tensors_of_the_first_revision_are_read_by_their_names(randomise: Any, tmp_path: Path) -> None:
+    """Before transformers 4.52 the whole of the decoder, its head included, was `language_model`."""
+    family, config = family_for("internvl", "here"), as_published()
+    model = family.randomise(config, 0)
+    randomise(model, 6)
+    older = {}
+    for name, weight in model.state_dict().items():
+        name = name.replace("model.language_model.", "language_model.model.").replace(
+            "lm_head", "language_model.lm_head"
+        )
+        older[name.removeprefix("model.")] = weight
+    save_file(older, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = family.load(tmp_path).state_dict()
+    assert [name for name, weight in model.state_dict().items() if not torch.equal(weight, found[name])] == []
 
 
 def test_tiles_that_are_not_square_are_refused(tmp_path: Path) -> None:

@@ -191,6 +191,15 @@ def test_the_template_of_2_5_ends_its_turns_with_a_line(folder: Path, tmp_path: 
     assert described["max_tiles"] == 1
 
 
+def test_a_system_message_that_is_null_is_the_templates(folder: Path, tmp_path: Path) -> None:
+    """As OpenGVLab/InternVL3-1B has it (printed in shivangjhalani/multicoco, InternVL3-1B_data.md): its code takes
+    the template's, whatever config.json says."""
+    found = json.loads((change(folder, tmp_path, template="internvl2_5") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(found | {"system_message": None}))
+    _, prompt = describe(tmp_path)
+    assert prompt.text_only.startswith("<s><|im_start|>system\n你是书生·万象，")
+
+
 def test_what_config_json_leaves_out_is_as_in_the_reference(folder: Path, tmp_path: Path) -> None:
     """InternVLChatConfig's defaults."""
     described, _ = describe(change(folder, tmp_path, dynamic_image_size=None, use_thumbnail=None))
@@ -208,6 +217,8 @@ def test_what_config_json_leaves_out_is_as_in_the_reference(folder: Path, tmp_pa
         ({"ps_version": "v1"}, "ps_version"),
         ({"ps_version": None}, "ps_version"),  # then the reference takes v1
         ({"vision_config": VIT_6B | {"layer_norm_eps": 1e-5}}, "layer_norm_eps beside qk_normalization.*1e-05"),
+        ({"use_llm_lora": 16}, r"apart from those of an adapter.*use_llm_lora 16.*merge_lora\.py"),
+        ({"use_backbone_lora": 8}, "apart from those of an adapter.*use_backbone_lora 8"),
     ],
 )
 def test_what_the_family_does_not_cover_is_refused(

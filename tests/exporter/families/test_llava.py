@@ -25,7 +25,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter.checkpoint import load_components, resolve
+from vlmc.exporter.families.llava import Llava
 from vlmc.exporter.family import family_for
+from vlmc.exporter.onnx_ops import canonical_operators
 from vlmc.exporter.processor import describe
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
@@ -38,6 +40,49 @@ CHAT = (  # llava-hf/llava-1.5-7b-hf's: the pictures of a message before its wor
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+NEWER_CHAT = (  # of a later revision (github.com/tung2kg1/AI-Stock-Chart-Analysis@61f63b5, llava-1.5-7b-hf/)
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+PUBLISHED: dict[str, Any] = {  # its config.json, there too
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.36.0.dev0",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
 Whole = tuple[Path, Artifact, LlavaForConditionalGeneration, LlavaProcessor]
 
 
@@ -110,6 +155,91 @@ def test_pictures_and_question_become_transformers_arrays(
     assert ids.tolist() == reference["input_ids"][0].tolist()
     if count:
         assert np.array_equal(prepared.vision["pixel_values"], reference["pixel_values"])
+
+
+def test_a_later_chat_template_writes_the_same(vocabulary: Any, tmp_path: Path) -> None:
+    processor = processor_for(vocabulary)
+    found = []
+    for template in (CHAT, NEWER_CHAT):
+        processor.chat_template = template
+        processor.save_pretrained(tmp_path)
+        found.append(describe(tmp_path))
+    assert found[0] == found[1]
+
+
+def test_what_the_published_config_leaves_out_is_as_in_the_preset() -> None:
+    preset = resolve("llava-7b", random_weights=True)
+    assert preset.preset is not None
+    with torch.device("meta"):
+        found, known = (preset.family.randomise(config, 0) for config in (PUBLISHED, preset.config))
+    assert sum(weight.numel() for weight in found.parameters()) == preset.preset["published_parameters"]
+    assert {name: weight.shape for name, weight in found.named_parameters()} == {
+        name: weight.shape for name, weight in known.named_parameters()
+    }
+    assert {weight.dtype for weight in found.parameters()} == {torch.float32}
+    for part, fields in (
+        ("text_config", ("rms_norm_eps", "rope_parameters", "hidden_act", "num_key_value_heads", "attention_bias")),
+        ("vision_config", ("layer_norm_eps", "hidden_act", "num_attention_heads", "patch_size", "image_size")),
+    ):
+        for field in fields:
+            assert getattr(getattr(found.config, part), field) == getattr(getattr(known.config, part), field)
+    assert found.config.vision_feature_layer == known.config.vision_feature_layer == -2
+
+
+def with_decoder(model_type: str, **more: Any) -> LlavaForConditionalGeneration:
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"num_key_value_heads": 1, "vocab_size": 99, "pad_token_id": 0, "sliding_window": None}
+    if model_type in ("mistral", "qwen3"):
+        text["head_dim"] = 16
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=28, patch_size=7),
+        text_config=AutoConfig.for_model(model_type, **sizes | text | more),
+        image_token_index=3,
+    )
+    config._attn_implementation = "eager"
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("model_type", Llava.decoders)
+def test_every_decoder_that_is_taken_computes_what_transformers_does(model_type: str, randomise: Any) -> None:
+    """bakLlava's is Mistral, xtuner/llava-phi-3-mini-hf's Phi-3, and Qwen's are in many. Without a cache on one side;
+    on the other a prompt and three steps, through the operators that the graphs have."""
+    model = with_decoder(model_type)
+    randomise(model, 7)
+    ids = torch.randint(4, 99, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits[0, 8:]
+    family = family_for("llava", "here")
+    kv = family.kv(model, 16)
+    family.use_canonical_attention(model)
+    parts, found = family.split(model), []
+    past = [torch.zeros(1, kv.kv_heads, kv.capacity, kv.head_dim) for _ in range(2 * kv.layers)]
+    with torch.inference_mode(), canonical_operators(parts.decoder):
+        for start, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+            positions, last = torch.arange(start, end)[None], torch.tensor([end - start - 1])
+            embeds = parts.embed_tokens(ids[:, start:end])
+            logits, seen = parts.decoder(embeds, positions, torch.tensor([start]), last, past)
+            for whole, part in zip(past, seen, strict=True):
+                whole[:, :, :end] = part[:, :, :end]
+            found.append(logits[0])
+    torch.testing.assert_close(torch.stack(found), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm"])
+@pytest.mark.parametrize("model_type", ["granite_swa", "gemma", "cohere", "gpt_neox"])
+def test_another_decoder_is_refused_before_its_weights_are_read(model_type: str, family: str) -> None:
+    """Granite's with windows would be wrong, and the parity ladder would not see it; Gemma's norms and Cohere's
+    rotation it would see, late; GPT-NeoX says the heads of its keys under no name that is read here."""
+    model = with_decoder("llama")
+    model.config.text_config = AutoConfig.for_model(model_type)
+    with pytest.raises(VlmcError, match=rf"not compared with.*{model_type}.*llama or mistral or phi3"):
+        family_for(family, "here").kv(model, 8)
+
+
+def test_rotary_positions_that_depend_on_the_length_are_refused() -> None:
+    model = with_decoder("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(VlmcError, match=r"not the same for every length.*dynamic"):
+        family_for("llava", "here").kv(model, 8)
 
 
 def test_only_clips_last_layer_and_the_norm_behind_it_are_left_out(whole: Whole) -> None:

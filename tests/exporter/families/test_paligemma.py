@@ -24,7 +24,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import checkpoint, parity
-from vlmc.exporter.family import family_for
+from vlmc.exporter.family import config_of, family_for
 from vlmc.exporter.processor import describe, save_tokenizer
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
@@ -194,11 +194,55 @@ def test_paligemma_2_is_refused() -> None:
         family.split(model)
 
 
-def test_the_preset_has_as_many_parameters_as_published() -> None:
+# config.json of google/paligemma-3b-pt-224 as published, from github.com/NishtiDoi/PaliGemma-Implementation (71817c3):
+# the rest is as transformers' classes have it.
+PUBLISHED: dict[str, Any] = {
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "hidden_size": 2048,
+    "ignore_index": -100,
+    "image_token_index": 257152,
+    "model_type": "paligemma",
+    "pad_token_id": 0,
+    "projection_dim": 2048,
+    "text_config": {
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "model_type": "gemma",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 18,
+        "num_image_tokens": 256,
+        "num_key_value_heads": 1,
+        "vocab_size": 257216,
+    },
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "num_image_tokens": 256,
+        "patch_size": 14,
+        "projection_dim": 2048,
+        "projector_hidden_act": "gelu_fast",
+        "vision_use_head": False,
+    },
+    "vocab_size": 257216,
+}
+
+
+def test_the_preset_is_the_published_model() -> None:
     found = checkpoint.resolve("paligemma-3b", random_weights=True)
     assert found.preset is not None
+    ours, theirs = (config_of(config) for config in (found.config, PUBLISHED))
+    assert ours.text_config.to_dict() == theirs.text_config.to_dict()
+    unread = {"num_image_tokens", "projector_hidden_act"}  # of the vision encoder, which has no such part
+    vision = theirs.vision_config.to_dict()
+    assert ours.vision_config.to_dict() == {name: vision[name] for name in vision if name not in unread}
+    names = ("image_token_index", "projection_dim", "tie_word_embeddings", "eos_token_id")
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
     with torch.device("meta"):
-        model = found.family.randomise(found.config, 0)
+        model = found.family.randomise(PUBLISHED, 0)
     assert sum(weight.numel() for weight in model.parameters()) == found.preset["published_parameters"]
 
 

@@ -303,6 +303,13 @@ def test_any_question_becomes_the_ids_of_the_published_processor(
     check()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_a_file_that_is_missing_is_named(name: str, folder: Path, tmp_path: Path) -> None:
+    (change(folder, tmp_path) / name).unlink()
+    with pytest.raises(VlmcError, match=f"{name} is missing"):
+        describe(tmp_path)
+
+
 def test_a_tokenizer_that_begins_no_text_puts_nothing_behind_pictures(folder: Path, tmp_path: Path) -> None:
     (change(folder, tmp_path) / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     described, prompt = describe(tmp_path)

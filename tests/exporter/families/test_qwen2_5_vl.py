@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +30,16 @@ from vlmc.calibration.sets import load_set
 from vlmc.engines import build, child
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden, parity
-from vlmc.exporter.checkpoint import load_components
-from vlmc.exporter.family import family_for
+from vlmc.exporter.checkpoint import load_components, load_model, resolve
+from vlmc.exporter.family import config_of, family_for
 from vlmc.exporter.processor import describe
 from vlmc.exporter.torch_runner import torch_session
 from vlmc.profiles.device import load_device
 from vlmc.runtime import preprocessing
 from vlmc.runtime.prompt import Tokenizer, render
 from vlmc.runtime.session import open_session
+
+from .conftest import change
 
 CHAT = (  # Qwen/Qwen2.5-VL-3B-Instruct's, less the branches for video and numbered pictures
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
@@ -213,15 +217,132 @@ def test_it_is_calibrated_and_built(
     assert answers[0] == answers[1]
 
 
-def test_the_preset_has_as_many_weights_as_the_published_model() -> None:
-    from vlmc.exporter.checkpoint import resolve
+# As published: config.json of Qwen/Qwen2.5-VL-3B-Instruct from github.com/zhanggaojian/Qwen2.5-VL-3B-LLMQ_Samples
+# (f119d33), preprocessor_config.json of the 7B one from github.com/Harrison-HXLiu/vlm_api_test (b7e6491).
+ROPE = {"type": "mrope", "mrope_section": [16, 24, 24]}
+PUBLISHED: dict[str, Any] = {
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 70,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": 2048,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": ROPE,
+    "vocab_size": 151936,
+}
+PICTURES: dict[str, Any] = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
 
+
+def test_the_preset_is_the_published_model() -> None:
     found = resolve("qwen2_5_vl-3b", random_weights=True)
     assert found.preset is not None
+    ours, theirs = (config_of(config).to_dict() for config in (found.config, PUBLISHED))
+    text, vision = (set(ours[part]) - {"dtype"} for part in ("text_config", "vision_config"))
+    text -= {"max_window_layers", "tie_word_embeddings"}  # there are no windows; the whole model says what is tied
+    vision -= {"tokens_per_second"}  # of videos
+    assert {name: ours["text_config"][name] for name in text} == {name: theirs["text_config"][name] for name in text}
+    assert {name: ours["vision_config"][name] for name in vision} == {
+        name: theirs["vision_config"][name] for name in vision
+    }
+    assert ours["tie_word_embeddings"] is theirs["tie_word_embeddings"] is True
     with torch.device("meta"):
-        model = found.family.randomise(found.config, 0)
-    published = found.preset["published_parameters"]
-    assert abs(sum(weight.numel() for weight in model.parameters()) - published) < 0.01 * published
+        model = found.family.randomise(PUBLISHED, 0)
+    assert sum(weight.numel() for weight in model.parameters()) == found.preset["published_parameters"]
+
+
+def with_pictures(folder: Path, target: Path, **pictures: Any) -> Path:
+    """The checkpoint without its weights, with this preprocessor_config.json and the published windows."""
+    change(folder, target, vision_config={"window_size": 112})
+    (target / "preprocessor_config.json").write_text(json.dumps(pictures))
+    return target
+
+
+@pytest.mark.parametrize(
+    "saved",  # by transformers 4.46, and from 4.49 on
+    [{}, {"size": {"max_pixels": 12845056, "min_pixels": 3136}}, {"size": {"longest_edge": 1, "shortest_edge": 1}}],
+)
+def test_pictures_are_prepared_as_published_say_also_where_they_were_saved_again(
+    saved: Any, whole: Any, tmp_path: Path
+) -> None:
+    found = resolve("qwen2_5_vl-3b", random_weights=True)
+    assert found.preset is not None
+    described, _ = describe(with_pictures(whole[0], tmp_path, **PICTURES, **saved))
+    wanted = found.preset["preprocessing"] | {"image_token": "<|image_pad|>"}
+    assert described | {"before_image": "", "after_image": ""} == wanted
+
+
+def test_a_size_in_older_words_alone_is_refused(whole: Any, tmp_path: Path) -> None:
+    pictures = {name: value for name, value in PICTURES.items() if not name.endswith("_pixels")}
+    folder = with_pictures(whole[0], tmp_path, **pictures, size={"max_pixels": 12845056, "min_pixels": 3136})
+    with pytest.raises(VlmcError, match=r"how many pixels.*max_pixels.*12845056.*outside of size"):
+        describe(folder)
+
+
+def test_a_config_that_is_flat_and_nested_is_the_same_model_and_read_in_silence(
+    whole: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 4.53 to 4.57 saved models that were trained further, here the 3B one: the decoder's fields twice,
+    what is tied within `text_config` alone, the vision encoder's model type that of the whole."""
+    folder = whole[0]
+    saved = json.loads((change(folder, tmp_path) / "config.json").read_text())
+    text, vision = saved["text_config"], saved["vision_config"]
+    del saved["tie_word_embeddings"], text["rope_parameters"]
+    text |= {"rope_scaling": {"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"}, "rope_theta": 1e6}
+    flat = {name: text[name] for name in text if name not in ("model_type", "layer_types", "tie_word_embeddings")}
+    older = flat | saved | {"text_config": text, "vision_config": vision | {"model_type": "qwen2_5_vl"}}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    shutil.copy(folder / "model.safetensors", tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert describe(tmp_path) == describe(folder)
+    found, expected = (load_model(resolve(str(each))) for each in (tmp_path, folder))
+    assert caplog.text == ""
+    weights = expected.state_dict()
+    assert [name for name, weight in found.state_dict().items() if not torch.equal(weight, weights[name])] == []
+    assert found.lm_head.weight is found.get_input_embeddings().weight
+    text, wanted = (model.config.text_config for model in (found, expected))
+    assert text.layer_types == wanted.layer_types
+    assert text.rope_parameters == wanted.rope_parameters | {"type": "default"}
 
 
 @pytest.mark.parametrize(
@@ -229,6 +350,7 @@ def test_the_preset_has_as_many_weights_as_the_published_model() -> None:
     [
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding windows"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mrope_section": [2, 3, 3]}}, "linear RoPE"),
+        ({"rope_scaling": ROPE}, r"do not turn all of a head.*\[16, 24, 24\], heads of 16.*add up to 8"),
     ],
 )
 def test_what_the_family_does_not_cover_is_refused(text: Any, says: str) -> None:

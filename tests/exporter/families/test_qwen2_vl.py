@@ -149,11 +149,52 @@ def test_layer_norms_take_what_int8_smooths(whole: Whole, picture_set: Path) -> 
     assert {"vision_encoder/blocks.1.mlp.fc2", "vision_encoder/merger.mlp.0"} <= modules.keys()
 
 
-def test_the_preset_has_as_many_weights_as_the_published_model() -> None:
+# config.json of Qwen/Qwen2-VL-2B as published, from github.com/whalefal1/ASR-LLM-TTS-Pipeline-with-live2d (5232608).
+PUBLISHED: dict[str, Any] = {
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2_vl",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vision_config": {
+        "depth": 32,
+        "embed_dim": 1280,
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "in_chans": 3,
+        "hidden_size": 1536,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vocab_size": 151936,
+}
+
+
+def test_the_preset_is_the_published_model() -> None:
     found = resolve("qwen2_vl-2b", random_weights=True)
     assert found.preset is not None
+    assert found.config == {name: value for name, value in PUBLISHED.items() if name != "vision_token_id"}
     with torch.device("meta"):
-        model = found.family.randomise(found.config, 0)
+        model = found.family.randomise(PUBLISHED, 0)
     assert sum(weight.numel() for weight in model.parameters()) == found.preset["published_parameters"]
 
 
