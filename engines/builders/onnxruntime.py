@@ -11,7 +11,15 @@ import onnx_ir as ir
 from ...artifact import KvContract
 from ...profiles.device import Device
 from ...runtime.backends import onnxruntime as backend
-from ..passes import MICROSOFT, float_outputs, group_query_attention, integer_matmul, matmul_nbits, producer
+from ..passes import (
+    MICROSOFT,
+    float_outputs,
+    group_query_attention,
+    integer_matmul,
+    joined_products,
+    matmul_nbits,
+    producer,
+)
 from . import MODEL, Built, Job
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # one or the other
@@ -36,6 +44,8 @@ def build(model: ir.Model, job: Job) -> Built:
     attentions = group_query_attention.apply(model, kv)
     integer_matmul.apply(model)
     matmul_nbits.apply(model)
+    if job.component == "decoder":  # a picture has rows enough for a product's own cost not to show
+        joined_products.apply(model)
     _for_older_runtimes(model)
     ir.save(model, job.folder / MODEL, external_data=f"{MODEL}.data")
     form = "shared" if attentions else "scatter"  # what GroupQueryAttention cannot say stays canonical
@@ -64,7 +74,7 @@ def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
         graph = ir.load(optimised).graph
     counts: dict[str, int] = {}
     for node in graph:
-        kind, number = "", 1
+        kind, number = "", 1 + str(node.name).count(joined_products.AND)
         if node.op_type in INTEGER:
             kind = "int8"
         elif node.op_type == "MatMulNBits":
