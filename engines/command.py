@@ -121,7 +121,7 @@ def _print(record: BuildSpec, rows: list[dict[str, Any]], hits: list[str]) -> No
     table = Table(title=f"Engines for {record.device}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in columns:
         words = column in ("engine", "matrix products")
-        table.add_column(column, justify="left" if words else "right", no_wrap=column == "engine")
+        table.add_column(column, justify="left" if words else "right", no_wrap=column == "engine", overflow="fold")
     component = ""
     for row in rows:
         if row["component"] != component:

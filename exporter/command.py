@@ -124,7 +124,9 @@ def models(as_json: bool) -> None:
     if as_json:
         console.print_json({"families": types, "presets": checkpoint.preset_names(), "bundled": ["demo"]})
         return
-    table = Table("family", "model types", "presets (--random-weights)")
+    table = Table()
+    for title in ("family", "model types", "presets (--random-weights)"):
+        table.add_column(title, overflow="fold")  # all of a name, for it is to be typed
     for name in families:
         table.add_row(
             name, ", ".join(types[name]), ", ".join(p for p in checkpoint.preset_names() if p.startswith(f"{name}-"))

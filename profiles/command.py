@@ -123,22 +123,26 @@ def devices(as_json: bool) -> None:
     if as_json:
         console.print_json([asdict(device) | {"built_here": built_here(device) or True} for device in known])
         return
-    table = Table("device", "", "first backend", box=None, pad_edge=False)
-    for title in ("GB", "GB/s", "INT8", "budget"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("built")
+    output = console.output()
+    left_out = ("first backend", "GB/s", "INT8", "budget") if output.width < 80 else ()
+    rows = []
     for device in known:
-        budget = [f"{value:g} {unit}" for value, unit in _budget(device.memory_budget_gb, device.latency_budget_ms)]
         figures = [device.memory_gb, device.dram_gb_per_s, device.peak_int8_tops]
-        table.add_row(
-            device.name,
-            device.title,
-            device.backends[0],
-            *("?" if figure is None else f"{figure:g}" for figure in figures),
-            " ".join(budget) or "-",
-            "no" if built_here(device) else "yes",
-        )
-    console.output().print(table)
+        gigabytes, bandwidth, int8 = ("?" if figure is None else f"{figure:g}" for figure in figures)
+        budget = [f"{value:g} {unit}" for value, unit in _budget(device.memory_budget_gb, device.latency_budget_ms)]
+        words = {"device": device.name, "": device.title, "first backend": device.backends[0]}
+        numbers = {"GB": gigabytes, "GB/s": bandwidth, "INT8": int8, "budget": " ".join(budget) or "-"}
+        rows.append(words | numbers | {"built": "no" if built_here(device) else "yes"})
+    table = Table(box=None, pad_edge=False)
+    for title in rows[0]:
+        if title not in left_out:
+            number = title in ("GB", "GB/s", "INT8", "budget")
+            table.add_column(title, justify="right" if number else "left", no_wrap=number or title == "device")
+    for row in rows:
+        table.add_row(*(cell for title, cell in row.items() if title not in left_out))
+    output.print(table)
+    if left_out:
+        output.print(f"The terminal is too narrow for {', '.join(left_out)}; --json has them.")
     click.echo(
         "\nGB: memory; GB/s: its bandwidth; INT8: dense TOPS; ?: no published figure\n"
         "(the sources are named in profiles/devices/*.toml).\n"

@@ -7,6 +7,7 @@ from typing import Any
 
 NOISY = 0.1  # a standard deviation above this share of the mean is worth a sentence
 BUSY = 0.1  # so is waiting for a processor for more than this share of the time
+PASSED = "No engine passes its limit: above 100 %, the limit was measured while the machine was busier than later"
 
 Group = Mapping[str, Any]
 
@@ -35,6 +36,7 @@ def sentences(report: Group, choices: Group) -> list[str]:
         _speed(kept, speedups),
         *parts(speedups, variants, ("vision", "prefill", "decode")),
         *beaten(kept, report, choices),
+        *_level(kept, report, choices),
         *accuracy(kept, others),
         memory(kept, others),
         _energy(kept, report["power"]),
@@ -105,6 +107,14 @@ def beaten(kept: Group, report: Group, choices: Group) -> Iterator[str]:
             )
 
 
+def _level(kept: Group, report: Group, choices: Group) -> Iterator[str]:
+    """The engines that turns do not tell from what was kept, but those that its own ratios name."""
+    named = {entry["over"] for entry in report["speedups"] if entry["of"] == kept["name"]}
+    for entry in report["speedups"] if _runs_the_choices(kept, choices) else ():
+        if entry["over"] == kept["name"] and entry["of"] not in named and not _clear(entry, "end_to_end"):
+            yield f"{entry['of']} was as fast as {kept['name']}, as far as turns tell ({_range(entry, ' times')})."
+
+
 def accuracy(kept: Group, others: Sequence[Group]) -> Iterator[str]:
     found = kept["accuracy"]
     if isinstance(found, str):
@@ -117,7 +127,7 @@ def accuracy(kept: Group, others: Sequence[Group]) -> Iterator[str]:
             for other in others
             if not isinstance(other["accuracy"], str)
         )
-        + " (95 % intervals)."
+        + " (95 % intervals; questions about one picture count as one where they go right or wrong together)."
     )
 
 
@@ -173,8 +183,7 @@ def limits(kept: Group) -> Iterator[str]:
         what = "cache bandwidth" if line["in_cache"] else "memory bandwidth"
         of = "arithmetic" if line["bound"] == "compute" else what
         told.append(f"{names.get(phase, phase)} {share(line['share'])} of its limit ({of})")
-    over = any(line["share"] > 1 for line in kept["roofline"].values())
-    doubt = " Nothing passes its limit: above 100 % that was measured while the machine was busier." if over else ""
+    doubt = f" {PASSED}." if any(line["share"] > 1 for line in kept["roofline"].values()) else ""
     yield f"Distance to this machine's limits: {', '.join(told)}.{doubt}"
 
 

@@ -20,7 +20,7 @@ def write_all(folder: Path) -> list[Path]:
     try:
         drawn["report.html"] = page.render(report)
     except ImportError as error:
-        note(f"report.html is left out: {error.name} is missing; `pip install 'vlm-compile[report]'` brings it")
+        note(f"report.html is left out: {error.name} is missing; `pip install matplotlib jinja2` brings all it needs")
     for name, text in drawn.items():
         write_text(folder / name, text)
     return [folder / name for name in drawn]

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..profiles import verdict
-from . import words
+from . import tables, words
 from .canvas import WIDTH, Canvas, settings, short, tagged, to_svg
 from .document import Number, Report, Score, Statistics, Variant, look
 from .style import LIGHT, variant_colours
@@ -148,6 +148,7 @@ def energy(report: Report) -> Plot:
 
 def limits(report: Report) -> Plot:
     caption = "A full bar would be the least time that the machine's bandwidth and arithmetic allow."
+    caption += f" {verdict.PASSED}." if tables.passes(report) else ""
     plot = Plot("limits", "How far from the machine's limit?", caption)
     rows: list[tuple[str, str, float]] = []
     for variant in report.variants:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ..artifact import ASKED, ASKED_MEANS
+from ..profiles import verdict
 from . import words
 from .document import ABSENT, Number, Report, Roofline, Score, Statistics, Variant, look
 
@@ -182,7 +183,8 @@ def _counts(counts: Mapping[str, int], table: Table) -> str:
 def rooflines(report: Report) -> Table:
     """Measured time against the least that the machine's bandwidth and arithmetic allow."""
     columns = ["variant", "component", "measured ms", "limit ms", "share of limit", "bound by", "operations", "bytes"]
-    table = Table("Medians against the least time that the machine's bandwidth and arithmetic allow", columns, names=2)
+    title = "Medians against the least time that the machine's bandwidth and arithmetic allow"
+    table = Table(title + (f". {verdict.PASSED}" if passes(report) else ""), columns, names=2)
     for variant in report.variants:
         kept = variant is report.kept
         if isinstance(variant.roofline, str):
@@ -191,6 +193,12 @@ def rooflines(report: Report) -> Table:
         for name, entry in variant.roofline.items():
             table.add([variant.name, words.component(name), *_roofline(entry, table)], kept=kept)
     return table
+
+
+def passes(report: Report) -> bool:
+    """Whether something is said to have been faster than the machine's limit."""
+    lines = [entry for v in report.variants if not isinstance(v.roofline, str) for entry in v.roofline.values()]
+    return any(not isinstance(line, str) and not isinstance(line.share, str) and line.share > 1 for line in lines)
 
 
 def _roofline(entry: Roofline | str, table: Table) -> list[str]:

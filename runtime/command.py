@@ -85,6 +85,10 @@ def run(
         )
     else:
         click.echo()
+        if not "".join(pieces).strip():
+            console.note("The model's answer is empty.")
+        if session.timings.tokens == max_tokens:
+            console.note(f"The answer may be cut off: --max-tokens allows {max_tokens}.")
 
 
 def _match(

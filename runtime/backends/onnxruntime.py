@@ -25,7 +25,7 @@ def unavailable() -> str:
     try:
         import onnxruntime  # noqa: F401
     except ImportError as error:
-        return f"onnxruntime is not installed ({error}); pip install 'vlm-compile[cpu]'"
+        return f"onnxruntime is not installed ({error}); pip install onnxruntime"
     return ""
 
 

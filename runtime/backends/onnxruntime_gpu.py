@@ -24,7 +24,7 @@ def unavailable() -> str:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        return f"onnxruntime-gpu is not installed ({error}); pip install 'vlm-compile[gpu]'"
+        return f"onnxruntime-gpu is not installed ({error}); pip install onnxruntime-gpu"
     if PROVIDER not in ort.get_available_providers():
         return f"this onnxruntime {ort.__version__} has no CUDA provider; install onnxruntime-gpu in its place"
     try:  # not through cuda-bindings: the interpreter that has onnxruntime-gpu need not have them

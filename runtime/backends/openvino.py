@@ -18,7 +18,7 @@ def unavailable() -> str:
     try:
         import openvino  # noqa: F401
     except ImportError as error:
-        return f"openvino is not installed ({error}); pip install 'vlm-compile[openvino]'"
+        return f"openvino is not installed ({error}); pip install openvino"
     return ""
 
 

@@ -55,6 +55,19 @@ def test_a_narrow_terminal_gets_fewer_columns_but_whole_names_and_numbers(
         assert "…" not in output
 
 
+def test_a_very_narrow_terminal_folds_what_it_cannot_show_at_once(
+    built_copy: Path, in_process: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = engines_build.results
+
+    def results(*given: Any) -> list[dict[str, Any]]:
+        return [row | {"products": {"float32 attention": 9}} for row in usual(*given)]
+
+    monkeypatch.setattr(engines_build, "results", results)
+    monkeypatch.setattr(console, "output", lambda: Console(width=56))
+    assert "…" not in run(built_copy, "--int8").output
+
+
 def test_products_that_were_only_asked_for_are_explained_once(
     built_copy: Path, in_process: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 from rich.progress import Progress
+from vlmc import console
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
 from vlmc.exporter import export as stage
@@ -119,6 +120,11 @@ def test_a_wrong_model_is_a_sentence(tmp_path: Path) -> None:
     result = run("dmeo", "-o", tmp_path / "out")
     assert isinstance(result.exception, VlmcError)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_narrow_terminal_shows_every_preset_by_its_whole_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "output", lambda: Console(width=60))
+    assert "…" not in CliRunner().invoke(models).output
 
 
 def test_models_lists_families_and_presets() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
+from vlmc import console
 from vlmc.artifact import Artifact, BuildSpec
 from vlmc.errors import VlmcError
 from vlmc.profiles import doctor as doctor_room
@@ -180,6 +182,14 @@ def test_devices_lists_all_within_the_width(monkeypatch: pytest.MonkeyPatch) -> 
     as_json = json.loads(CliRunner().invoke(devices, ["--json"]).stdout)
     assert [device["name"] for device in as_json] == device_names()
     assert next(device for device in as_json if device["name"] == "gb10")["peak_int8_tops"] is None
+
+
+def test_a_narrow_terminal_shows_every_device_by_its_whole_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "output", lambda: Console(width=60))
+    text = CliRunner().invoke(devices).stdout
+    assert "…" not in text
+    assert {line.partition(" ")[0] for line in text.splitlines()} >= set(device_names())
+    assert "too narrow for first backend, GB/s, INT8, budget; --json has them" in " ".join(text.split())
 
 
 def test_doctor_gives_every_thing_an_answer() -> None:

@@ -90,6 +90,21 @@ def test_an_engine_that_was_faster_than_what_was_kept_in_every_turn_is_told() ->
     assert "than what was kept" not in " ".join(sentences(report(variant("Int8"), speedups=[faster]), gone))
 
 
+def test_an_engine_that_turns_do_not_tell_from_what_was_kept_is_named_once() -> None:
+    unsure = over_turns(speedup("Int8", of="Unsure", end_to_end=0.96), end_to_end=(0.9, 1.04))
+    slower = over_turns(speedup("Int8", of="Slower", end_to_end=0.5), end_to_end=(0.4, 0.6))
+    there, back = (over_turns(speedup(*pair), end_to_end=(0.9, 1.1)) for pair in (("Int8", "Float"), ("Float", "Int8")))
+    said = sentences(report(variant("Int8"), speedups=[unsure, slower, there, back]), CHOICES)
+    assert "Unsure was as fast as Int8, as far as turns tell (0.90 to 1.04 times over 4 turns)." in said
+    assert len([line for line in said if "as far as turns tell" in line]) == 1
+
+
+def test_intervals_say_what_they_count() -> None:
+    accuracy = {"overall": {"value": 1.0, "low": 0.806, "high": 1.0, "total": 80}}
+    (told,) = [line for line in sentences(report(variant("Int8", accuracy=accuracy)), CHOICES) if "scores" in line]
+    assert "95 % intervals; questions about one picture count as one where they go right or wrong together" in told
+
+
 def test_where_the_gpu_has_a_memory_of_its_own_that_is_told_and_judged() -> None:
     kept = variant("Int8", memory={"peak_rss_bytes": 9e9, "peak_device_bytes": 1e9})
     said = sentences(report(kept, device={"memory_budget_gb": 2}), CHOICES)
@@ -155,4 +170,4 @@ def test_the_distance_to_the_limits_names_what_bounds() -> None:
     ) in said
     lines["vision_encoder"]["share"] = 1.44
     said = sentences(report(variant("Int8", roofline=lines)), CHOICES)
-    assert any("vision 144 % of" in line and "Nothing passes its limit" in line for line in said)
+    assert any("vision 144 % of" in line and "No engine passes its limit" in line for line in said)

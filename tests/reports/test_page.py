@@ -25,7 +25,7 @@ def render(report: dict[str, Any]) -> str:
 class Outline(HTMLParser):
     """Tags with their attributes, the text that is shown, and whether every element is closed."""
 
-    VOID = ("meta", "link", "img", "br", "use", "path")
+    VOID = ("meta", "link", "img", "br", "wbr", "use", "path")
 
     def __init__(self, text: str) -> None:
         super().__init__()

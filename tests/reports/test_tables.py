@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 from vlmc.artifact import ASKED_MEANS
-from vlmc.reports import tables
+from vlmc.profiles.verdict import PASSED
+from vlmc.reports import plots, tables
 from vlmc.reports.document import parse
 
 
@@ -26,6 +27,16 @@ def test_the_headlines_speedup_is_the_ratio_of_end_to_end_medians(sample: dict[s
     table = tables.headline(parse(sample))
     assert column(table, "speed-up")[2] == "n/a [2]"
     assert table.notes[1] == "unavailable: it was interrupted"
+
+
+@pytest.mark.parametrize(("share", "passed"), [(2.97, True), (0.97, False)])
+def test_a_share_above_the_limit_is_explained_whosever_it_is(
+    sample: dict[str, Any], share: float, passed: bool
+) -> None:
+    sample["variants"][2]["roofline"]["vision_encoder"]["share"] = share
+    report = parse(sample)
+    assert (PASSED in tables.rooflines(report).title) == passed
+    assert (PASSED in plots.limits(report).caption) == passed
 
 
 def test_a_reason_is_noted_once_and_a_true_0_is_a_number(sample: dict[str, Any]) -> None:

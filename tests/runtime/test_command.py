@@ -16,6 +16,7 @@ from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.runtime.backends import openvino
 from vlmc.runtime.command import run as command
+from vlmc.runtime.session import Session
 
 NOT_AT_RUNTIME = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "huggingface_hub", "psutil")
 
@@ -76,6 +77,17 @@ def test_a_question_needs_no_picture_and_takes_two(built: Artifact) -> None:
     for shown in ([], pictures):
         result = run(built.root, *shown, "-p", "Which?", "--max-tokens", 2, "--threads", 1)
         assert result.exit_code == 0, result.output
+
+
+def test_an_answer_that_is_empty_or_may_be_cut_off_says_so_apart_from_it(
+    built_copy: Path, question: list[str], in_float: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(built_copy, *question[:-1], 1)
+    assert result.stderr == "The answer may be cut off: --max-tokens allows 1.\n"
+    assert run(built_copy, *question[:-1], 1, "--json").stderr == ""
+    monkeypatch.setattr(Session, "answer", lambda *given: iter(()))
+    assert (result := run(built_copy, *question)).stdout == "\n"
+    assert result.stderr == "The model's answer is empty.\n"
 
 
 def test_wrong_input_is_a_sentence(built_copy: Path, question: list[str], tmp_path: Path) -> None:

@@ -32,12 +32,12 @@ def test_a_backend_is_found_by_its_file_and_can_tell_whether_it_runs() -> None:
         backends.unavailable("tensorflow")
 
 
-@pytest.mark.parametrize(("name", "extra"), [("onnxruntime", "cpu"), ("openvino", "openvino")])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_a_backend_that_is_not_installed_says_how_to_get_it(
-    name: str, extra: str, built: Artifact, monkeypatch: pytest.MonkeyPatch
+    name: str, built: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    assert f"pip install 'vlm-compile[{extra}]'" in backends.unavailable(name)
+    assert backends.unavailable(name).endswith(f"; pip install {name}")  # vlmc itself is not on PyPI
     with pytest.raises(VlmcError, match=rf"needs the backend {name}, which cannot run here. Found: {name} is not inst"):
         backends.load_runner(built, "cpu", "vision_encoder", f"{name}-fp32", 1)
 

@@ -126,7 +126,7 @@ def test_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ctypes, "CDLL", lambda name, driver=driver: driver)
         assert backend.unavailable() == says
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "pip install 'vlm-compile[gpu]'" in backend.unavailable()
+    assert "pip install onnxruntime-gpu" in backend.unavailable()
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
