@@ -157,7 +157,7 @@ def alone(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                what = f"Another process is doing the same in {folder}"
+                what = f"Another vlmc is at work in {folder}"
                 raise VlmcError(what, fix="wait until it has ended, and run the same command again") from None
         yield
     finally:

@@ -22,7 +22,7 @@ from .. import __version__
 from ..artifact import GRAPH_FILES, Artifact, ComponentSpec, KvSpec, Manifest, ParityLevel
 from ..console import Report
 from ..errors import VlmcError
-from ..files import inside, read_json, sha256_of, staged_folder
+from ..files import alone, inside, read_json, sha256_of, staged_folder
 from ..profiles import memory
 from ..records import SCHEMA, FileSpec, check_file, read_record, to_json, write_record
 from ..runtime import preprocessing
@@ -135,7 +135,8 @@ def export_as(kind: Kind, model: checkpoint.Checkpoint, target: Path, options: O
     and goldens that were finished."""
     if (found := existing(model, target, options)) is not None:
         return found
-    with staged_folder(target, _key(model, options)) as stage:
+    replaced = alone(target) if target.is_dir() else contextlib.nullcontext()  # not while it is measured
+    with replaced, staged_folder(target, _key(model, options)) as stage:
         artifact = _lacking_its_ladder(stage) or _make(kind, model, stage, options, report)
         graph.forget()  # the ladder maps the weights from the files
         levels: list[ParityLevel] = []

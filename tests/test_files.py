@@ -392,7 +392,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(VlmcError, match="Another process"), alone(tmp_path):
+        with pytest.raises(VlmcError, match="Another vlmc"), alone(tmp_path):
             pass
         other.kill()
     with alone(tmp_path):

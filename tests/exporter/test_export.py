@@ -18,6 +18,7 @@ from vlmc.exporter import export as module
 from vlmc.exporter.checkpoint import resolve
 from vlmc.exporter.export import Options, existing, export
 from vlmc.exporter.parity import canonical_session
+from vlmc.files import alone
 from vlmc.runtime.images import open_image
 
 
@@ -112,6 +113,14 @@ def test_force_replaces_all_of_it(
     assert len(list((tiny_copy / "golden").glob("*.png"))) == 2
     assert made.graph("decoder")
     assert again(tiny_checkpoint, tiny_copy, replace(options, cases=2)).root == tiny_copy
+
+
+def test_what_is_being_measured_is_not_replaced(tiny_copy: Path, tiny_checkpoint: Path, options: Options) -> None:
+    """`vlmc profile` holds the folder meanwhile."""
+    before = content(tiny_copy)
+    with alone(tiny_copy), pytest.raises(VlmcError, match=rf"Another vlmc is at work in {tiny_copy}\. .*wait until"):
+        again(tiny_checkpoint, tiny_copy, replace(options, cases=2, force=True))
+    assert content(tiny_copy) == before
 
 
 def test_something_else_in_the_way_is_never_replaced(tmp_path: Path, tiny_checkpoint: Path, options: Options) -> None:
