@@ -36,7 +36,8 @@ def limit(work: Mapping[str, float], phase: Phase, precision: str, limits: Mappi
 
     Operations (a multiply-add being two) of quantised engines may run at the integer rate: those counted as
     "int8_" + phase.flops, or all of them where that is not counted, for a limit must not be one that can be beaten.
-    Bytes that fit half of the largest cache are read from there, run after run. An unknown rate bounds nothing.
+    What the largest cache can keep from run to run is read from there, the rest from memory. An unknown rate bounds
+    nothing.
     """
     if phase.flops not in work or any(name not in work for name in phase.bytes):
         return None
@@ -45,13 +46,15 @@ def limit(work: Mapping[str, float], phase: Phase, precision: str, limits: Mappi
     compute = _milliseconds(integer, limits.get("int8_gop_per_s")) + _milliseconds(
         flops - integer, limits.get(_FLOAT_RATE.get(precision) or _narrowest_float(limits))
     )
-    cached = moved <= limits.get("cache_bytes", 0) / 2 and isinstance(limits.get("cached_read_gb_per_s"), float)
-    memory = _milliseconds(moved, limits.get("cached_read_gb_per_s" if cached else "read_gb_per_s"))
+    known = isinstance(limits.get("cached_read_gb_per_s"), float)
+    kept = min(moved, limits.get("cache_bytes", 0)) if known else 0.0
+    memory = _milliseconds(kept, limits.get("cached_read_gb_per_s"))
+    memory += _milliseconds(moved - kept, limits.get("read_gb_per_s"))
     if not max(compute, memory):
         return None
     bound = "compute" if compute > memory else "memory"
     line = {"limit_ms": max(compute, memory), "bound": bound, "flops": flops, "bytes": moved}
-    return line | {"in_cache": cached}
+    return line | {"in_cache": known and kept == moved}
 
 
 def table(

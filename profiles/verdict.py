@@ -7,7 +7,7 @@ from typing import Any
 
 NOISY = 0.1  # a standard deviation above this share of the mean is worth a sentence
 BUSY = 0.1  # so is waiting for a processor for more than this share of the time
-PASSED = "No engine passes its limit: above 100 %, the limit was measured while the machine was busier than later"
+PASSED = "No engine passes its limit: above 100 % it was measured too low, as while the machine was busier"
 
 Group = Mapping[str, Any]
 

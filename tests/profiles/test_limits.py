@@ -48,12 +48,16 @@ def test_rates_are_those_of_the_work_that_is_timed_in_units_of_ten_to_the_ninth(
         return 0.001
 
     monkeypatch.setattr(limits, "_fastest", best)
-    assert limits.read_gb_per_s(8_000_000, 2) == pytest.approx(8.0)
-    assert done.pop() == [1, 1]  # each thread's maximum
-    assert limits.float32_gflop_per_s(100) == pytest.approx(2.0)
-    np.testing.assert_array_equal(done.pop(), np.full((100, 100), 0.5 * 0.5 * 100))
+    monkeypatch.setattr(limits, "READ", 24_000_000)
+    assert limits.read_gb_per_s(8_000_000, 2) == pytest.approx(24.0)
+    assert done.pop() == [[1, 1, 1]] * 2  # each thread's maximum, three times over
+    assert limits.read_gb_per_s(32_000_000, 2) == pytest.approx(32.0)
+    assert done.pop() == [[1]] * 2
+    assert limits.float32_gflop_per_s(100, 1) == pytest.approx(2.0)
+    for product in (done.pop(), done.pop()):  # ONNX Runtime's and numpy's
+        np.testing.assert_array_equal(product, np.full((100, 100), 0.5 * 0.5 * 100))
     assert limits.int8_gop_per_s(100, 1) == pytest.approx(2.0)
-    np.testing.assert_array_equal(done.pop(), np.full((1, 100, 100), 1 * 3 * 100))
+    np.testing.assert_array_equal(done.pop(), np.full((100, 100), 1 * 3 * 100))
 
 
 def test_a_limit_is_the_fastest_of_all_tries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,17 +67,35 @@ def test_a_limit_is_the_fastest_of_all_tries(monkeypatch: pytest.MonkeyPatch) ->
     assert limits._fastest(lambda: now.append(now.pop() + next(tries))) == pytest.approx(0.1)
 
 
-def test_the_hand_written_model_is_valid_onnx_and_multiplies() -> None:
-    model = limits._int8_model(4)
+@pytest.mark.parametrize(
+    ("kind", "given", "product"),
+    [
+        (limits.INT8, np.full((4, 4), 129, np.uint8), (129 - 128) * 3 * 4),
+        (limits.FLOAT, np.ones((4, 4), np.float32), 2),
+    ],
+)
+def test_the_hand_written_models_are_valid_onnx_and_multiply(kind: int, given: Any, product: int) -> None:
+    model = limits._model(4, kind)
     onnx.checker.check_model(onnx.load_from_string(model))
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {"x": np.full((4, 4), 129, np.uint8)})
-    assert (got == (129 - 128) * 3 * 4).all()
+    (got,) = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": given})
+    assert (got == product).all()
 
 
-def test_without_onnxruntime_int8_is_unavailable_and_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onnxruntime_int8_is_unavailable_and_float_is_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setattr(limits, "_fastest", lambda work: 0.001 if work() is not None else 0)
     assert str(limits.int8_gop_per_s(64, 1)).startswith("unavailable: onnxruntime")
+    assert limits.float32_gflop_per_s(100, 1) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("seconds", "rate"), [((0.004, 0.001), 2.0), ((0.001, 0.004), 2.0)])
+def test_the_faster_of_two_float_products_is_the_limit(
+    seconds: tuple[float, float], rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy's BLAS has half of ONNX Runtime's rate on a processor that it does not know."""
+    tries = iter(seconds)
+    monkeypatch.setattr(limits, "_fastest", lambda work: next(tries))
+    assert limits.float32_gflop_per_s(100, 1) == pytest.approx(rate)
 
 
 def test_a_data_sheet_stands_in_for_a_gpu_and_says_so() -> None:

@@ -49,13 +49,13 @@ def test_an_unknown_rate_bounds_nothing() -> None:
     assert limit(work(1.0, 1.0), VISION, "fp32", nothing) is None
 
 
-def test_weights_that_stay_in_the_cache_are_bounded_by_the_cache() -> None:
+def test_what_the_cache_can_keep_is_bounded_by_the_cache_and_the_rest_by_memory() -> None:
     caches = LIMITS | {"cache_bytes": 200_000_000, "cached_read_gb_per_s": 40.0}
-    small, large = (limit(work(0.0, moved), VISION, "fp32", caches) for moved in (1e8, 1.01e8))
+    small, large = (limit(work(0.0, moved), VISION, "fp32", caches) for moved in (2e8, 3e8))
     assert small is not None
     assert large is not None
-    assert (small["limit_ms"], small["in_cache"]) == (2.5, True)
-    assert (large["limit_ms"], large["in_cache"]) == (pytest.approx(10.1), False)
+    assert (small["limit_ms"], small["in_cache"]) == (5.0, True)
+    assert (large["limit_ms"], large["in_cache"]) == (5.0 + 10.0, False)  # 200 MB at 40 GB/s, 100 at 10
 
 
 def test_work_that_was_not_counted_has_no_roofline() -> None:
