@@ -272,7 +272,7 @@ def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[st
 
     weights = {"weight_bytes": work.weight_bytes(model, bits, width)}
 
-    def both(name: str, sizes: dict[str, int], keys: int = 0) -> dict[str, float]:
+    def both(name: str, sizes: dict[str, int], keys: float = 0) -> dict[str, float]:
         return {name: work.flops(model, sizes, keys), f"int8_{name}": work.flops(model, sizes, keys, quantised)}
 
     sizes = work.free_sizes(component, case)
@@ -280,7 +280,8 @@ def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[st
         counts = {name: float(size) for name, size in sizes.items() if name == "tiles"}
         return both("flops", sizes) | {"io_bytes": work.io_bytes(model, sizes)} | counts | weights
     length = sizes["length"]
-    prefill = both("prefill_flops", {"length": length, "capacity": kv.capacity}, length)
+    # A position has to see itself and those before it. More is masked, or a prefix that sees all of itself.
+    prefill = both("prefill_flops", {"length": length, "capacity": kv.capacity}, (length + 1) / 2)
     step = both("decode_flops", {"length": 1, "capacity": kv.capacity}, length)
     cached_bytes = work.kv_bytes(kv, length, np.dtype(spec.kv.dtype if spec.kv else np.float32).itemsize)
     return prefill | step | {"decode_kv_bytes": cached_bytes, "length": float(length)} | weights

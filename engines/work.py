@@ -15,11 +15,11 @@ from .passes import module_of, weight_of
 WIDTHS = {"fp32": 4, "fp16": 2}  # bytes of a number
 
 
-def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collection[str] | None = None) -> float:
+def flops(model: ir.Model, sizes: Mapping[str, int], keys: float = 0, only: Collection[str] | None = None) -> float:
     """Operations of one run, a multiply-add counted as two: weight products and attention; the rest is below 2 %.
 
-    sizes: the free dimensions by name (tiles, length). keys: positions attended to where a cache holds them. only:
-    the modules whose products to count, all of them and attention where it is None.
+    sizes: the free dimensions by name (tiles, length). keys: how many of the cache's positions each one attends to, in
+    the mean. only: the modules whose products to count, all of them and attention where it is None.
     """
     total = 0.0
     for node in model.graph:
@@ -27,8 +27,8 @@ def flops(model: ir.Model, sizes: Mapping[str, int], keys: int = 0, only: Collec
             continue
         if node.op_type == "Attention":
             query = _dims(node.inputs[0], sizes)
-            seen = keys or _dims(node.inputs[1], sizes)[2]
-            total += 4.0 * prod(query) * seen
+            there = _dims(node.inputs[1], sizes)[2]  # of a cross attention, what it was given
+            total += 4.0 * prod(query) * (keys if keys and there == sizes["capacity"] else there)
         elif (weight := weight_of(node)) is not None:
             output = _dims(node.outputs[0], sizes)
             total += 2.0 * prod(output) * weight.size / (weight.shape[0] if node.op_type == "Conv" else weight.shape[1])

@@ -19,7 +19,7 @@ They stay inside [0, 1] and do not collapse when all answers are right, as a boo
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,9 +54,11 @@ def wilson(p: float, n: float) -> tuple[float, float]:
 def paired(rows_a: Iterable[Row], rows_b: Iterable[Row]) -> dict[str, Any]:
     """Variant a against variant b on the questions that both answered.
 
-    `total` questions, of which a `won` (scored higher), `lost` and left the `same`; `p_value` of the two-sided exact
-    McNemar test (McNemar 1947, doi:10.1007/BF02295996: a binomial test of won against lost, which for scores between
-    0 and 1 is the sign test); `significant` where it is below 0.05.
+    `total` questions, of which a `won` (scored higher), `lost` and left the `same`; `p_value`, two-sided, of the exact
+    test whose null hypothesis is that for every picture, all its questions together, a and b could as well be the other
+    way round (Fisher's randomisation test, 1935); `significant` where it is below 0.05. With one question a picture it
+    is the exact McNemar test (McNemar 1947, doi:10.1007/BF02295996), which takes questions about one picture for
+    independent and then finds differences where there are none.
     """
     a, b = _by_question(rows_a), _by_question(rows_b)
     common = a.keys() & b.keys()
@@ -64,7 +66,10 @@ def paired(rows_a: Iterable[Row], rows_b: Iterable[Row]) -> dict[str, Any]:
         raise VlmcError("The two variants answered no question in common", fix="evaluate both on the same set")
     won = sum(a[key] > b[key] for key in common)
     lost = sum(a[key] < b[key] for key in common)
-    p_value = _binomial(won, lost)
+    net: Counter[str] = Counter()
+    for key in common:
+        net[key[0]] += (a[key] > b[key]) - (a[key] < b[key])
+    p_value = _by_chance([count for count in net.values() if count])
     return {
         "total": len(common),
         "won": won,
@@ -99,8 +104,14 @@ def _by_question(rows: Iterable[Row]) -> dict[tuple[str, str, str], float]:
     return {(row["image"], row["task"], row["prompt"]): row["score"] for row in rows}
 
 
-def _binomial(won: int, lost: int) -> float:
-    """Two-sided probability of a split at least this uneven if both were equally likely."""
-    trials = won + lost
-    tail = sum(math.comb(trials, k) for k in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / (1 << trials))
+def _by_chance(nets: Sequence[int]) -> float:
+    """Two-sided probability of a sum at least this far from 0 if the sign of each were a coin's."""
+    ways = Counter({0: 1})
+    for net in nets:
+        after: Counter[int] = Counter()
+        for total, count in ways.items():
+            after[total + net] += count
+            after[total - net] += count
+        ways = after
+    far = sum(count for total, count in ways.items() if abs(total) >= abs(sum(nets)))
+    return far / (1 << len(nets))

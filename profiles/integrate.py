@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class Integrator:
     """A meter over `watts()`, sampled every `period` seconds and once more at every reading.
 
-    The reading at both ends makes short intervals exact to the sensor's own refresh. An OSError or ValueError of
-    `watts` ends the thread and is raised again by `joules`.
+    The reading at both ends makes short intervals exact to the sensor's own refresh. A sample that is an OSError or
+    ValueError of `watts` is left out; `joules` raises it, where it lasts.
     """
 
     def __init__(
@@ -44,7 +45,5 @@ class Integrator:
 
     def _run(self) -> None:
         while not self._stop.wait(self._period):
-            try:
+            with suppress(OSError, ValueError):  # once is a bus that was busy; where it lasts, who reads is told
                 self.joules()
-            except (OSError, ValueError):
-                return  # the next reading meets the same fault and reports it

@@ -79,7 +79,7 @@ def state(root: Path = ROOT) -> dict[str, Any]:
         ),
         "power_mode": _command(["nvpmodel", "-q"], "not a Jetson"),
         "temperature_c": _read(lambda: _temperature(root), "no thermal zone that can be read"),
-        "throttled": _throttled(root),
+        "throttled": _read(lambda: _throttled(root), "a count of throttling cannot be read"),
         "gpu_state": _gpu_state(),
         "load_average": _read(lambda: float(_text(root / "proc/loadavg").split()[0]), "no /proc/loadavg"),
     }

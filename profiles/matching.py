@@ -73,7 +73,7 @@ def _energy(kept: Group, source: Group) -> str:
     if isinstance(energy["joules_per_pair"], str):
         return f"Energy: {energy['joules_per_pair']}."
     idle = source["idle_watts"]
-    above = energy["joules_per_pair_above_idle"]
-    told = idle if isinstance(idle, str) else f"{above:.3g} J without {idle:.3g} W of idle power"
+    above = verdict.joules(energy["joules_per_pair_above_idle"])
+    told = idle if isinstance(idle, str) else f"{above} without {idle:.3g} W of idle power"
     cost = f"A picture matched with a text costs {energy['joules_per_pair']:.3g} J, at {energy['watts']:.3g} W"
-    return f"{cost} ({told}; {source['source']})."
+    return f"{cost} ({told}; {verdict.metered(source)})."

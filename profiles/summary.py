@@ -153,10 +153,11 @@ def _rate(runs: list[Row], matches: bool) -> dict[str, Any]:
 def _energy(rows: list[Row], power: dict[str, Any], matches: bool) -> dict[str, Any]:
     """joules_per_image: from the picture to the first token; joules_per_token: each further one; idle power included
     in both, and without it in those …_above_idle. A picture with n tokens costs joules_per_image + (n - 1)
-    joules_per_token. Of a model that matches joules_per_pair, of a picture and a text."""
+    joules_per_token. Of a model that matches joules_per_pair, of a picture and a text. A difference that is not above
+    zero is not energy but the meter's error."""
     spent = sorted(samples.of_kind(rows, "energy"), key=lambda row: float(row["tokens"]))
     costs = ("joules_per_pair",) if matches else ("joules_per_image", "joules_per_token")
-    if len(spent) < len(costs) or not spent[0]["joules"]:
+    if len(spent) < len(costs) or min(row["joules"] for row in spent) <= 0:
         faults, source = samples.of_kind(rows, "power"), str(power["source"])
         silent = "the meter did not move" if spent else f"{source} gave no reading"
         why = (
@@ -165,14 +166,14 @@ def _energy(rows: list[Row], power: dict[str, Any], matches: bool) -> dict[str, 
         above = [f"{name}_above_idle" for name in costs]
         return dict.fromkeys((*costs, *above, "watts", *(() if matches else ("tokens_per_s_per_watt",))), why)
     idle = power["idle_watts"]
-    found: dict[str, Any] = dict(zip(costs, _costs(spent, 0.0), strict=True))
-    for name, cost in zip(costs, _costs(spent, 0.0 if isinstance(idle, str) else idle), strict=True):
-        found[f"{name}_above_idle"] = idle if isinstance(idle, str) else cost
-    found["watts"] = spent[-1]["joules"] / spent[-1]["seconds"]
+    joules = dict(zip(costs, _costs(spent, 0.0), strict=True))
+    if not isinstance(idle, str):
+        joules |= dict(zip((f"{name}_above_idle" for name in costs), _costs(spent, idle), strict=True))
     if not matches:
-        per_token = found["joules_per_token"]
-        found["tokens_per_s_per_watt"] = 1 / per_token if per_token > 0 else "unavailable: less than the meter resolves"
-    return found
+        joules["tokens_per_s_per_watt"] = 1 / joules["joules_per_token"] if joules["joules_per_token"] else 0.0
+    found: dict[str, Any] = {f"{name}_above_idle": idle for name in costs}
+    found |= {name: cost if cost > 0 else "unavailable: less than the meter resolves" for name, cost in joules.items()}
+    return found | {"watts": spent[-1]["joules"] / spent[-1]["seconds"]}
 
 
 def _costs(spent: list[Row], watts: float) -> list[float]:

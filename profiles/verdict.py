@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 NOISY = 0.1  # a standard deviation above this share of the mean is worth a sentence
 BUSY = 0.1  # so is waiting for a processor for more than this share of the time
+METERED = {  # what each power source counts; none counts the whole machine
+    "hwmon": "the module",
+    "jtop": "the module",
+    "nvml": "the GPU",
+    "rapl": "the processor and, where that has a counter, its memory",
+    "rpi_pmic": "the rails of the power chip",
+}
 PASSED = "No engine passes its limit: above 100 % it was measured too low, as while the machine was busier"
 
 Group = Mapping[str, Any]
@@ -166,12 +174,23 @@ def _energy(kept: Group, source: Group) -> str:
     if isinstance(energy["joules_per_image"], str):
         return f"Energy: {energy['joules_per_image']}."
     idle = source["idle_watts"]
-    above = [energy["joules_per_image_above_idle"], energy["joules_per_token_above_idle"]]
-    told = idle if isinstance(idle, str) else f"{above[0]:.3g} and {above[1]:.3g} J without {idle:.3g} W of idle power"
+    above = f"{joules(energy['joules_per_image_above_idle'])} and {joules(energy['joules_per_token_above_idle'])}"
+    told = idle if isinstance(idle, str) else f"{above} without {idle:.3g} W of idle power"
     return (
-        f"A picture to its first token costs {energy['joules_per_image']:.3g} J and each further token "
-        f"{energy['joules_per_token']:.3g} J, at {energy['watts']:.3g} W ({told}; {source['source']})."
+        f"A picture to its first token costs {joules(energy['joules_per_image'])} and each further token "
+        f"{joules(energy['joules_per_token'])}, at {energy['watts']:.3g} W ({told}; {metered(source)})."
     )
+
+
+def joules(amount: float | str) -> str:
+    """With its unit, or why there are none."""
+    return amount.removeprefix("unavailable: ") if isinstance(amount, str) else f"{amount:.3g} J"
+
+
+def metered(source: Group) -> str:
+    """The meter, and what it counts."""
+    name: str = source["source"]
+    return f"{name} counts only {METERED[name]}" if name in METERED else name
 
 
 def limits(kept: Group) -> Iterator[str]:
@@ -204,9 +223,9 @@ def doubts(report: Group) -> Iterator[str]:
     waited = [v["waited_share"] for v in report["variants"] if not isinstance(v["waited_share"], str)]
     if waited and max(waited) > BUSY:
         yield (
-            f"Other programs were running: the variants waited for a processor {100 * min(waited):.0f} to "
-            f"{100 * max(waited):.0f} % of the time. Every time is longer than on an idle machine, and ratios are no "
-            "surer than their range over the turns."
+            f"{_crowd(machine)}: the variants waited for a processor {100 * min(waited):.0f} to "
+            f"{100 * max(waited):.0f} % of the time. Every time is longer than with a processor for each thread, and "
+            "ratios are no surer than their range over the turns."
         )
     noisy = []
     for variant in report["variants"]:
@@ -216,8 +235,23 @@ def doubts(report: Group) -> Iterator[str]:
     if noisy:
         yield f"The runs vary (standard deviation): {', '.join(noisy)}; more --runs narrow it."
     before, after = machine.get("throttled"), machine.get("after", {}).get("throttled")
-    if after is not None and before != after:
-        yield f"The machine throttled while it measured (before: {before}; after: {after})."
+    told = not any(str(state).startswith("unavailable") for state in (before, after))
+    if after is not None and told and (before != after or _held_back(after)):
+        yield f"The machine throttled while it measured, or was short of power (before: {before}; after: {after})."
+
+
+def _held_back(state: str) -> bool:
+    """Whether a Raspberry Pi is, now: bits 0 to 3 of `vcgencmd get_throttled`; 16 to 19 are since its start."""
+    found = re.fullmatch("throttled=0x([0-9a-f]{1,8})", state)
+    return found is not None and bool(int(found[1], 16) & 0xF)
+
+
+def _crowd(machine: Group) -> str:
+    """For what reason threads waited for a processor, as far as that is known."""
+    threads, cores = machine.get("threads", 0), machine.get("cores", 0)
+    if threads > cores:
+        return f"{threads} threads shared {cores} processors"
+    return "Other programs were running, or a container's share of the processors was used up"
 
 
 def share(value: float) -> str:

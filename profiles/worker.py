@@ -28,6 +28,7 @@ from . import machine, memory, power, samples
 from .process import replies
 
 ENERGY_SECONDS = 2.0  # of either measurement of energy: 20 times what the slowest meter needs to move on
+LEAD_SECONDS = 0.2  # of the same work before: a meter that is late at the end has to be as late at the beginning
 
 
 def main(job_file: Path) -> None:
@@ -38,7 +39,7 @@ def main(job_file: Path) -> None:
         _reply(answers, {"done": True})
         for line in sys.stdin:
             request = json.loads(line)
-            for kind in getattr(worker, request.pop("do"))(**request):
+            for kind in worker.do(request.pop("do"), **request):
                 _reply(answers, {"item": kind})
             _reply(answers, {"done": True})
     except VlmcError as error:
@@ -53,7 +54,7 @@ def open_worker(job: dict[str, Any]) -> Worker:
 
 
 class Worker:
-    """A loaded variant. Its public methods are the requests; each yields once a finished item."""
+    """A loaded variant. `do` takes the requests, which are the methods that yield once a finished item."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.log = Path(job["samples"])
@@ -61,6 +62,7 @@ class Worker:
         self.labels: list[str] = job["labels"]
         self.device_memory = str(job["device_memory"])
         self.free_at_start = memory.available_bytes()
+        self.free_at_end: int | None = None  # of the request before
         start = perf_counter()
         artifact = Artifact(Path(job["artifact"]))
         module, _, function = job["opener"].partition(":")
@@ -69,8 +71,17 @@ class Worker:
         self._write(kind="open", load_s=perf_counter() - start)
         self.cases = goldens.cases(artifact)
         self.images = [_opened(artifact.path_of(case["image"])) for case in self.cases]
-        self.meter = _meter(job["power_source"], tuple(job["power_rails"]))
+        self.source, self.rails = str(job["power_source"]), tuple(job["power_rails"])
         self.run(0)  # caches, lazy allocations and kernel choices happen once, unrecorded
+
+    def do(self, what: str, **request: Any) -> Iterator[str]:
+        """The request of that name. What others took of the machine's memory, or gave back, while this worker waited
+        is not counted to it."""
+        free = memory.available_bytes()
+        if self.free_at_start is not None and self.free_at_end is not None and free is not None:
+            self.free_at_start += free - self.free_at_end
+        yield from getattr(self, what)(**request)
+        self.free_at_end = memory.available_bytes()
 
     def time(self, indices: list[int], turn: int, seconds: float) -> Iterator[str]:
         """Runs with those numbers, the first unrecorded run aside (the caches were another variant's). With `seconds`
@@ -159,24 +170,28 @@ class Worker:
         }
 
     def _spend(self, *kinds: Callable[[int], int]) -> Iterator[str]:
-        """Writes what runs of each kind take of the meter, all or nothing; a run returns how many tokens it made."""
-        if self.meter is None:
-            return
+        """Writes what runs of each kind take of the meter, all or nothing; a run returns how many tokens it made. The
+        meter is open only here: one that samples would take time from what is timed, and from other workers."""
         rows = []
         try:
+            meter = power.open_meter(self.source, power.Where(self.rails))
+        except (OSError, ValueError, VlmcError) as error:
+            self._write(kind="power", reason=f"the sensor does not answer any more: {error}")
+            return
+        try:
             for run in kinds:
-                before, start, runs, tokens = self.meter.joules(), perf_counter(), 0, 0
-                while (seconds := perf_counter() - start) < ENERGY_SECONDS:
-                    tokens += run(runs)
-                    runs += 1
-                joules = self.meter.joules() - before
+                _repeat(run, LEAD_SECONDS)
+                before = meter.joules()
+                runs, tokens, seconds = _repeat(run, ENERGY_SECONDS)
+                joules = meter.joules() - before
                 rows.append(
                     {"kind": "energy", "tokens": tokens / runs, "runs": runs, "seconds": seconds, "joules": joules}
                 )
         except (OSError, ValueError) as error:
-            self.meter = None
             self._write(kind="power", reason=f"the sensor stopped answering: {error}")
             return
+        finally:
+            meter.close()
         samples.append(self.log, *rows)
         yield "energy"
 
@@ -231,8 +246,13 @@ class MatchWorker(Worker):
         return 0
 
 
-def _meter(source: str, rails: tuple[str, ...]) -> power.Meter | None:
-    return None if source.startswith("unavailable") else power.open_meter(source, power.Where(rails))
+def _repeat(run: Callable[[int], int], seconds: float) -> tuple[int, int, float]:
+    """Runs, one after the other, until that time has passed: how many, their tokens together, and their seconds."""
+    start, runs, tokens = perf_counter(), 0, 0
+    while (passed := perf_counter() - start) < seconds:
+        tokens += run(runs)
+        runs += 1
+    return runs, tokens, passed
 
 
 def _opened(path: Path) -> Image.Image:

@@ -119,7 +119,7 @@ def comparison(result: Comparison) -> str:
     chance = f"p = {result.p_value:.2g}" if result.p_value >= 0.001 else "p < 0.001"
     return (
         f"Against {result.over}, {result.of} lost {result.lost} and won {result.won} of {result.total} questions: "
-        f"{judged} (exact McNemar test, {chance})."
+        f"{judged} (exact test, the questions about a picture taken together, {chance})."
     )
 
 

@@ -67,10 +67,12 @@ def choose(sources: Sequence[str], where: Where = Where()) -> str:
 
 
 def idle_watts(meter: Meter, seconds: float = 2.0) -> float:
-    """Mean power while nothing of ours runs, watched for that long."""
+    """Mean power while nothing of ours runs, watched for that long; ValueError where the meter does not move."""
     start, before = time.perf_counter(), meter.joules()
     time.sleep(seconds)
-    return (meter.joules() - before) / (time.perf_counter() - start)
+    if (spent := meter.joules() - before) <= 0:
+        raise ValueError("the meter did not move")
+    return spent / (time.perf_counter() - start)
 
 
 def _source(name: str) -> ModuleType:

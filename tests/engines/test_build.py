@@ -209,6 +209,8 @@ def test_a_step_reads_the_cache_up_to_the_prompt_at_the_width_that_it_has(built:
     found = _work(built, candidate, spec)
     length, capacity = int(found["length"]), kv.capacity
     assert 1 < length < capacity
+    seen = sum(range(1, length + 1)) / length  # by each position of a prompt: itself and those before it
+    assert found["prefill_flops"] == work.flops(model, {"length": length, "capacity": capacity}, seen)
     assert found["decode_flops"] == work.flops(model, {"length": 1, "capacity": capacity}, length)
     assert found["decode_kv_bytes"] == work.kv_bytes(kv, length, 4)
     half = KvContract("append", kv.layers, kv.kv_heads, kv.head_dim, capacity, "float16")

@@ -30,6 +30,16 @@ def test_the_decoders_operations_are_those_of_its_layers_and_one_row_of_logits(
     assert work.flops(model, {"length": length, "capacity": 128}, keys=keys) == 2 * (products + attention)
 
 
+def test_only_the_caches_positions_are_counted_by_how_many_are_seen() -> None:
+    def attention(keys: str | int) -> ir.Node:
+        shapes = [ir.Shape((1, 2, length, 8)) for length in ("length", keys, keys)]
+        return ir.node("Attention", [ir.Value(name=str(shape), shape=shape) for shape in shapes])
+
+    graph = ir.Graph([], [], nodes=[attention("capacity"), attention(30)])
+    found = work.flops(ir.Model(graph, ir_version=10), {"length": 5, "capacity": 128}, keys=3)
+    assert found == 4 * 2 * 5 * 8 * (3 + 30)
+
+
 def test_some_products_alone_can_be_counted(tiny: Artifact) -> None:
     model = ir.load(tiny.graph("decoder"))
     assert work.flops(model, {"length": 5, "capacity": 128}, only=["lm_head"]) == 2 * 64 * 336

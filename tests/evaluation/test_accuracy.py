@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -121,6 +122,25 @@ def test_ten_lost_and_none_won_is_significant() -> None:
     result = paired(rows([0] * 10), rows([1] * 10))
     assert result["p_value"] == 2 / 2**10
     assert result["significant"]
+
+
+def test_questions_about_one_picture_are_no_independent_witnesses() -> None:
+    # Ten questions lost and none won, but of two pictures: both go the same way in half of all cases.
+    result = paired(five_questions([[0] * 5, [0] * 5, [1]]), five_questions([[1] * 5, [1] * 5, [1]]))
+    assert (result["won"], result["lost"], result["p_value"], result["significant"]) == (0, 10, 0.5, False)
+
+
+def test_the_sums_of_pictures_are_compared_by_every_assignment_of_signs() -> None:
+    # a − b by picture: +2, +1, −1, of which the sum is 2; of all 8 signs, 4 (2+1+1), twice 2, and these mirrored.
+    result = paired(five_questions([[1, 1], [1], [0]]), five_questions([[0, 0], [0], [1]]))
+    assert (result["won"], result["lost"], result["p_value"]) == (3, 1, 0.75)
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_with_one_question_a_picture_it_is_the_exact_mcnemar_test(won: int, lost: int) -> None:
+    result = paired(rows([1] * won + [0] * lost + [1]), rows([0] * won + [1] * lost + [1]))
+    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
+    assert result["p_value"] == min(1.0, 2 * tail / 2 ** (won + lost))
 
 
 def test_a_better_caption_wins_its_question() -> None:

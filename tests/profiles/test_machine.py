@@ -109,6 +109,11 @@ def test_throttling_is_told_with_its_count(tmp_path: Path) -> None:
     assert machine.state(root)["throttled"] == "7 thermal events since the machine started"
 
 
+def test_a_count_of_throttling_that_cannot_be_read_does_not_end_the_profile(tmp_path: Path) -> None:
+    root = tree(tmp_path, {"sys/devices/system/cpu/cpu0/thermal_throttle/package_throttle_count": ""})
+    assert machine.state(root)["throttled"] == "unavailable: a count of throttling cannot be read"
+
+
 def test_a_thermal_zone_that_is_switched_off_does_not_hide_the_others(tmp_path: Path) -> None:
     root = tree(
         tmp_path, {"sys/class/thermal/thermal_zone0/temp": "", "sys/class/thermal/thermal_zone1/temp": "30000\n"}

@@ -330,6 +330,23 @@ class TestIntegrator:
             meter.joules()
         meter.close()
 
+    def test_a_sample_that_fails_once_does_not_end_the_sampling(self) -> None:
+        # Else what follows, up to the next reading, would be two points and a straight line between them.
+        calls, enough = 0, threading.Event()
+
+        def watts() -> float:
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise OSError("the bus was busy")
+            if calls == 5:
+                enough.set()
+            return 7.0
+
+        meter = Integrator(watts, period=0.001)
+        assert enough.wait(5)
+        meter.close()
+
 
 def test_idle_power_leaves_out_what_was_counted_before(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
@@ -343,3 +360,9 @@ def test_idle_power_is_a_mean_over_the_time_watched() -> None:
     meter = Integrator(lambda: 12.5, period=0.01)
     assert power.idle_watts(meter, seconds=0.05) == pytest.approx(12.5, rel=0.01)
     meter.close()
+
+
+def test_a_meter_that_stands_still_tells_no_idle_power(tmp_path: Path) -> None:
+    meter = power.open_meter("rapl", write(tmp_path, RAPL))
+    with pytest.raises(ValueError, match="did not move"):
+        power.idle_watts(meter, seconds=0)

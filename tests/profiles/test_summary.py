@@ -155,6 +155,34 @@ def test_tokens_per_second_memory_and_energy(folder: Path) -> None:
     assert found["waited_share"] == pytest.approx(0.5)
 
 
+def spends(folder: Path, *joules: float) -> dict[str, Any]:
+    """The energy of what spent so much in 1 s of 10 runs to the first token, and in 1 s of 10 runs to the fourth."""
+    for tokens, amount in zip((1, 4), joules, strict=True):
+        row = {"kind": "energy", "tokens": tokens, "runs": 10, "seconds": 1.0, "joules": amount}
+        samples.append(folder / "samples" / "float.jsonl", row)
+    energy: dict[str, Any] = variant(summarize(folder), "Float")["energy"]
+    return energy
+
+
+def test_no_energy_is_below_zero(folder: Path) -> None:
+    # A meter that is read at its own pace may count less for more tokens, and less than the idle power.
+    energy = spends(folder, 2.9, 2.8)
+    unresolved = "unavailable: less than the meter resolves"
+    assert energy == {
+        "joules_per_image": pytest.approx(0.29),
+        "joules_per_token": unresolved,
+        "joules_per_image_above_idle": unresolved,
+        "joules_per_token_above_idle": unresolved,
+        "tokens_per_s_per_watt": unresolved,
+        "watts": 2.8,
+    }
+
+
+@pytest.mark.parametrize("joules", [(-5.0, 20.0), (20.0, 0.0)])
+def test_a_counter_that_stood_still_or_began_again_gave_no_energy(folder: Path, joules: tuple[float, float]) -> None:
+    assert set(spends(folder, *joules).values()) == {"unavailable: the meter did not move"}
+
+
 def test_no_variant_waits_on_more_processors_than_the_machine_has(folder: Path) -> None:
     record = folder / "samples" / "run.json"
     record.write_text(record.read_text().replace('"threads": 2', '"threads": 8'))
@@ -245,7 +273,7 @@ def test_the_verdict_is_on_the_kept_variant_in_plain_words(folder: Path) -> None
     assert "Part by part against Float, times as fast: vision 4.00, prefill 1.00, decode 2.00." in said
     assert any(line.startswith("It scores 50.0 %") and "Float 100.0 %" in line for line in said)
     assert any(
-        "costs 2 J and each further token 1 J" in line and "1.7 and 0.9 J without 3 W of idle power" in line
+        "costs 2 J and each further token 1 J" in line and "1.7 J and 0.9 J without 3 W of idle power" in line
         for line in said
     )
     assert "The first token is within the device's budget: 25 of 25 ms." in said

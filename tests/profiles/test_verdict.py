@@ -3,7 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vlmc.profiles.verdict import kept_name, sentences
+from vlmc.profiles import power
+from vlmc.profiles.verdict import METERED, kept_name, sentences
 
 
 def stats(value: float, std: float = 0.0) -> dict[str, float]:
@@ -135,12 +136,45 @@ def test_noise_other_programs_and_throttling_are_told() -> None:
     said = sentences(report(variant("Int8", latency_ms=noisy, waited_share=0.4), machine=machine), CHOICES)
     assert any(line.startswith("The runs vary (standard deviation): Int8 by 25 %;") for line in said)
     assert any("waited for a processor 40 to 40 % of the time" in line for line in said)
-    assert any("throttled while it measured (before: no; after: 3 thermal" in line for line in said)
+    assert any(
+        "throttled while it measured, or was short of power (before: no; after: 3 thermal" in line for line in said
+    )
 
 
 def test_other_programs_are_told_where_they_delayed_only_some_variants() -> None:
     said = sentences(report(variant("Int8", waited_share=0.0), variant("Float", waited_share=0.4)), CHOICES)
     assert any("waited for a processor 0 to 40 % of the time" in line for line in said)
+
+
+def test_threads_that_share_processors_are_not_blamed_on_other_programs() -> None:
+    said = sentences(report(variant("Int8", waited_share=0.9), machine={"threads": 8, "cores": 2}), CHOICES)
+    assert any(line.startswith("8 threads shared 2 processors: the variants waited") for line in said)
+    assert not any("Other programs" in line for line in said)
+
+
+def test_energy_is_told_with_what_its_meter_counts() -> None:
+    energy = {
+        "joules_per_image": 2.0,
+        "joules_per_token": "unavailable: less than the meter resolves",
+        "joules_per_image_above_idle": 1.7,
+        "joules_per_token_above_idle": "unavailable: less than the meter resolves",
+        "watts": 25.0,
+    }
+    (said,) = [
+        line
+        for line in sentences(
+            report(variant("Int8", energy=energy), power={"source": "nvml", "idle_watts": 3.0}), CHOICES
+        )
+        if line.startswith("A picture to its first token costs")
+    ]
+    assert said == (
+        "A picture to its first token costs 2 J and each further token less than the meter resolves, at 25 W "
+        "(1.7 J and less than the meter resolves without 3 W of idle power; nvml counts only the GPU)."
+    )
+
+
+def test_what_every_meter_counts_is_known() -> None:
+    assert sorted(METERED) == power.names()
 
 
 def test_throttling_of_before_the_measurement_is_no_doubt() -> None:
@@ -149,6 +183,20 @@ def test_throttling_of_before_the_measurement_is_no_doubt() -> None:
         report(variant("Int8"), machine={"throttled": throttled, "after": {"throttled": throttled}}), CHOICES
     )
     assert not any("throttled" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("throttled=0x50005", "throttled=0x50005", True),  # a Raspberry Pi: all the while
+        ("throttled=0x50000", "throttled=0x50000", False),  # before, and no more
+        ("no", "throttled=0x10000", True),
+        ("no", "unavailable: vcgencmd does not answer", False),
+    ],
+)
+def test_a_raspberry_pi_that_is_held_back_all_the_while_is_a_doubt(before: str, after: str, told: bool) -> None:
+    said = sentences(report(variant("Int8"), machine={"throttled": before, "after": {"throttled": after}}), CHOICES)
+    assert any("throttled while it measured" in line for line in said) == told
 
 
 def test_a_quiet_machine_raises_no_doubts() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from vlmc.artifact import Artifact
 from vlmc.errors import VlmcError
-from vlmc.profiles import memory, samples
+from vlmc.profiles import memory, power, samples
 from vlmc.profiles import worker as worker_module
 from vlmc.profiles.worker import Worker
 
@@ -18,7 +18,7 @@ class Meter:
     """Ten joules more at every reading, until it breaks."""
 
     def __init__(self, readings: int) -> None:
-        self.readings, self.total = readings, 0.0
+        self.readings, self.total, self.closed = readings, 0.0, False
 
     def joules(self) -> float:
         self.readings -= 1
@@ -28,7 +28,14 @@ class Meter:
         return self.total
 
     def close(self) -> None:
-        pass
+        self.closed = True
+
+
+def opens(monkeypatch: pytest.MonkeyPatch, *meters: Meter) -> list[Meter]:
+    """Meters that workers are given in their turn; the list holds those that none has opened."""
+    left = list(meters)
+    monkeypatch.setattr(power, "open_meter", lambda source, where: left.pop(0))
+    return left
 
 
 @pytest.fixture
@@ -53,7 +60,7 @@ def test_energy_is_that_of_many_runs_to_the_first_token_and_to_the_last(
 ) -> None:
     monkeypatch.setattr(worker_module, "ENERGY_SECONDS", 0.05)
     worker = Worker(job)
-    worker.meter = Meter(9)
+    opens(monkeypatch, Meter(9))
     assert list(worker.energy()) == ["energy"]
     first, whole = samples.of_kind(samples.read(Path(job["samples"])), "energy")
     assert (first["tokens"], whole["tokens"]) == (1, 4)
@@ -64,7 +71,7 @@ def test_energy_is_that_of_many_runs_to_the_first_token_and_to_the_last(
 def test_tokens_that_found_no_room_are_not_counted(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "ENERGY_SECONDS", 0.01)
     worker = Worker(job | {"tokens": 50})
-    worker.meter = Meter(9)
+    opens(monkeypatch, Meter(9))
     generate = worker.session.generate
     worker.session.generate = lambda inputs, tokens, ignore_eos: generate(inputs, min(tokens, 9), ignore_eos)
     list(worker.energy())
@@ -77,18 +84,59 @@ def test_a_sensor_that_breaks_between_the_two_leaves_no_half(
 ) -> None:
     monkeypatch.setattr(worker_module, "ENERGY_SECONDS", 0.01)
     worker = Worker(job)
-    worker.meter = Meter(3)
+    opens(monkeypatch, Meter(3))
     assert list(worker.energy()) == []
     assert samples.of_kind(samples.read(Path(job["samples"])), "energy") == []
 
 
-def test_a_sensor_that_breaks_ends_energy_and_not_the_measurement(job: dict[str, Any]) -> None:
+def test_a_sensor_that_breaks_ends_energy_and_not_the_measurement(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = Worker(job)
-    worker.meter = Meter(1)
+    opens(monkeypatch, Meter(1))
     assert list(worker.energy()) == []
     assert worker.run(0)["tokens"] == 4
     (fault,) = samples.of_kind(samples.read(Path(job["samples"])), "power")
     assert fault["reason"] == "the sensor stopped answering: gone"
+
+
+def test_a_sensor_that_is_gone_ends_energy_and_not_the_measurement(job: dict[str, Any]) -> None:
+    worker = Worker(job | {"power_source": "nvml"})
+    assert list(worker.energy()) == []
+    (fault,) = samples.of_kind(samples.read(Path(job["samples"])), "power")
+    assert fault["reason"].startswith("the sensor does not answer any more: The power source nvml is unavailable")
+
+
+def test_a_meter_takes_no_time_from_what_is_timed(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where it samples, it reads sensors or starts a command many times a second, as long as it is open.
+    monkeypatch.setattr(worker_module, "ENERGY_SECONDS", 0.01)
+    meter = Meter(9)
+    unopened = opens(monkeypatch, meter)
+    worker = Worker(job | {"power_source": "rpi_pmic"})
+    list(worker.time([0, 1], turn=0, seconds=0))
+    assert unopened == [meter]
+    list(worker.energy())
+    assert unopened == [] and meter.closed
+
+
+def test_a_meter_that_is_late_counts_all_the_same(job: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # NVML's counter moves on every 20 to 100 ms. Nothing is drawn before the work begins, then 100 W.
+    worker, now, begun = Worker(job), 10.0, 10.0
+
+    def answer(index: int, tokens: int) -> int:
+        nonlocal now
+        now += 0.03
+        worker.session.timings.tokens = tokens
+        return 3
+
+    late = Meter(0)
+    monkeypatch.setattr(late, "joules", lambda: 100 * max(0.0, now - 0.1 - begun))
+    monkeypatch.setattr(worker_module, "perf_counter", lambda: now)
+    monkeypatch.setattr(worker, "_answer", answer)
+    opens(monkeypatch, late)
+    list(worker.energy())
+    for row in samples.of_kind(samples.read(Path(job["samples"])), "energy"):
+        assert row["joules"] / row["seconds"] == pytest.approx(100)
 
 
 def test_cases_come_round_again(job: dict[str, Any]) -> None:
@@ -124,6 +172,20 @@ def test_unified_memory_is_what_the_machine_lost(job: dict[str, Any], monkeypatc
     worker = Worker(job | {"device_memory": "unified"})
     found = [worker._memory() for _ in range(2)]
     assert [(row["device_bytes"], row["available_drop_bytes"]) for row in found] == [(600, 600), (300, 300)]
+
+
+def test_memory_that_others_take_while_a_worker_waits_is_not_its_own(
+    job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 1000
+    monkeypatch.setattr(memory, "available_bytes", lambda: free)
+    worker = Worker(job | {"device_memory": "unified"})
+    free -= 100  # the worker's own
+    list(worker.do("time", indices=[0], turn=0, seconds=0))
+    free -= 600  # another worker
+    list(worker.do("time", indices=[4], turn=1, seconds=0))
+    rows = samples.of_kind(samples.read(Path(job["samples"])), "run")
+    assert [(row["available_drop_bytes"], row["device_bytes"]) for row in rows] == [(100, 100)] * 2
 
 
 def test_a_prompt_that_fills_the_cache_is_a_sentence(job: dict[str, Any]) -> None:

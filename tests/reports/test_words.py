@@ -59,9 +59,11 @@ def compare(won: int, lost: int, p_value: float) -> str:
 def test_comparisons_are_told_in_words() -> None:
     assert compare(2, 4, 0.6875) == (
         "Against float, int8 lost 4 and won 2 of 500 questions: no significant difference "
-        "(exact McNemar test, p = 0.69)."
+        "(exact test, the questions about a picture taken together, p = 0.69)."
     )
-    assert "a significant difference (exact McNemar test, p < 0.001)" in compare(0, 25, 6e-8)
+    assert "a significant difference (exact test, the questions about a picture taken together, p < 0.001)" in compare(
+        0, 25, 6e-8
+    )
     assert compare(0, 0, 1.0) == "int8 and float score alike on each of 500 questions."
 
 
