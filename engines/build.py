@@ -281,8 +281,9 @@ def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[st
         return both("flops", sizes) | {"io_bytes": work.io_bytes(model, sizes)} | counts | weights
     length = sizes["length"]
     # A position has to see itself and those before it. More is masked, or a prefix that sees all of itself.
-    prefill = both("prefill_flops", {"length": length, "capacity": kv.capacity}, (length + 1) / 2)
-    step = both("decode_flops", {"length": 1, "capacity": kv.capacity}, length)
+    sizes |= {"capacity": kv.capacity}
+    prefill = both("prefill_flops", sizes, (length + 1) / 2)
+    step = both("decode_flops", sizes | {"length": 1}, length)
     cached_bytes = work.kv_bytes(kv, length, np.dtype(spec.kv.dtype if spec.kv else np.float32).itemsize)
     return prefill | step | {"decode_kv_bytes": cached_bytes, "length": float(length)} | weights
 
