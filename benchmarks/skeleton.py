@@ -3,7 +3,7 @@
     python benchmarks/skeleton.py strip ARTEFACT FOLDER     on the machine that exported it
     python benchmarks/skeleton.py sketch PRESET FOLDER      where there is no memory to export it: its decoder's graphs
     python benchmarks/skeleton.py fill FOLDER               on the other, with PyTorch: draws the weights from the seed
-    python benchmarks/skeleton.py simulate FOLDER PLAN    then, where there is memory: PLAN, a file, in PyTorch
+    python benchmarks/skeleton.py simulate FOLDER         then, where there is memory: what its plans make of STEP
 
 Small tensors travel as they are; large ones are the model's parameters, which the manifest's config and seed give
 again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them;
@@ -161,8 +161,8 @@ def step(parts: Mapping[str, Any], manifest: dict[str, Any]) -> Any:
     return logits.float().cpu().numpy()
 
 
-def simulate(folder: Path, plan: Path) -> None:
-    """Prints the cosine of the plan's fake-quant model with STEP: what the engine of that plan is to be held to."""
+def simulate(folder: Path) -> None:
+    """Prints the cosine of each plan's fake-quant model with STEP: what the engine of that plan is to be held to."""
     from vlmc.artifact import Artifact
     from vlmc.calibration.fake_quant import apply_plan
     from vlmc.calibration.plan import read_plan
@@ -171,9 +171,10 @@ def simulate(folder: Path, plan: Path) -> None:
 
     artifact = Artifact(folder)
     parts = dict(load_components(artifact).items())
-    parts["decoder"] = apply_plan(parts["decoder"], read_plan(artifact, plan.stem), "decoder")
-    found = step(parts, json.loads((folder / "manifest.json").read_text()))
-    print(f"{plan.stem} fake-quant: cosine {cosine(np.load(folder / STEP)['logits'].ravel(), found.ravel()):.5f}")
+    manifest, expected = json.loads((folder / "manifest.json").read_text()), np.load(folder / STEP)["logits"]
+    for name in sorted(path.stem for path in (folder / "plans").glob("*.json")):
+        planned = parts | {"decoder": apply_plan(parts["decoder"], read_plan(artifact, name), "decoder")}
+        print(f"{name} fake-quant: cosine {cosine(expected.ravel(), step(planned, manifest).ravel()):.5f}", flush=True)
 
 
 def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:

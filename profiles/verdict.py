@@ -6,15 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from . import power
+
 NOISY = 0.1  # a standard deviation above this share of the mean is worth a sentence
 BUSY = 0.1  # so is waiting for a processor for more than this share of the time
-METERED = {  # what each power source counts; none counts the whole machine
-    "hwmon": "the module",
-    "jtop": "the module",
-    "nvml": "the GPU",
-    "rapl": "the processor and, where that has a counter, its memory",
-    "rpi_pmic": "the rails of the power chip",
-}
 PASSED = "No engine passes its limit: above 100 % it was measured too low, as while the machine was busier"
 
 Group = Mapping[str, Any]
@@ -190,7 +185,7 @@ def joules(amount: float | str) -> str:
 def metered(source: Group) -> str:
     """The meter, and what it counts."""
     name: str = source["source"]
-    return f"{name} counts only {METERED[name]}" if name in METERED else name
+    return f"{name} counts only {what}" if (what := power.counts(name)) else name
 
 
 def limits(kept: Group) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """Where energy is read: one file a power source, found by its file's name; one that cannot answer says why.
 
-Each file offers `probe(where) -> str` ("" where it can answer, else the reason) and `open_meter(where) -> Meter`. A
-meter is a running total of joules, so that the energy of anything is the difference of two readings: counters of the
-hardware where there are some, else watts that a thread samples and integrates.
+Each file offers `COUNTS` (of what the energy is, in words: none counts the whole machine), `probe(where) -> str` (""
+where it can answer, else the reason) and `open_meter(where) -> Meter`. A meter is a running total of joules, so that
+the energy of anything is the difference of two readings: counters of the hardware where there are some, else watts that
+a thread samples and integrates.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class Meter(Protocol):
 def names() -> list[str]:
     """Every source there is a file for."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def counts(name: str) -> str:
+    """Of what the source's energy is; empty where there is no such source, as in an older report."""
+    return str(_source(name).COUNTS) if name in names() else ""
 
 
 def probe(name: str, where: Where = Where()) -> str:

@@ -12,6 +12,8 @@ from pathlib import Path
 from ..integrate import Integrator
 from . import Where
 
+COUNTS = "the module"
+
 
 def probe(where: Where) -> str:
     """ "" where every wanted rail is there and can be read."""

@@ -14,6 +14,8 @@ import threading
 from ..integrate import Integrator
 from . import Where
 
+COUNTS = "the module"
+
 _PROGRAM = (
     "from jtop import jtop\n"
     "with jtop(interval=0.1) as board:\n"

@@ -11,6 +11,8 @@ from typing import Any
 from .. import nvidia
 from . import Where
 
+COUNTS = "the GPU"
+
 
 def probe(where: Where) -> str:
     """ "" where the GPU has the counter."""

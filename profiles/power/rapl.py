@@ -10,6 +10,8 @@ from pathlib import Path
 
 from . import Where
 
+COUNTS = "the processor and, where that has a counter, its memory"
+
 
 def probe(where: Where) -> str:
     """ "" where every counter can be read."""

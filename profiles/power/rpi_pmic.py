@@ -13,6 +13,8 @@ import subprocess
 from ..integrate import Integrator
 from . import Where
 
+COUNTS = "the rails of the power chip"
+
 PATIENCE = 5.0  # seconds: it answers in milliseconds
 _LINE = re.compile(r"^\s*(\S+)_([AV])\s+(?:current|volt)\(\d+\)=([0-9.]+)[AV]\s*$", re.MULTILINE)
 
