@@ -8,13 +8,14 @@ For sizes at which `vlmc build` takes longer than the GPU can be had: an engine 
 tile or text, or one decode step at the cache's end. FORM is `single`, or words joined by `+`: `prefill` for a prompt of
 the golden one's length, `whole` for the profiles that `vlmc build` gives, CHANGES of graph_forms.py, `told-half`,
 `told-float` or `told-left` for its `tell`, `level-N` for TensorRT's optimisation level, `threads-N` for the threads
-that it may build with, and `half-norms` where norms that the graph spells out may be FP16. The engines lie in
-ARTEFACT/engines/FORM.
+that it may build with, `pieces-N` for a decoder in about N pieces, AT_ONCE of which (from the environment) are built
+at once, and `half-norms` where norms that the graph spells out may be FP16. The engines lie in ARTEFACT/engines/FORM.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -29,7 +30,9 @@ from vlmc.engines.candidate import build as build_engine
 from vlmc.records import read_record
 
 ROUNDS, RUNS, SECONDS = 5, 40, 2.0
-TOLD, LEVEL, THREADS = "told-", "level-", "threads-"
+TOLD, THREADS = "told-", "threads-"
+LEVEL, PIECES = NUMBERED = "level-", "pieces-"
+AT_ONCE = int(os.environ.get("AT_ONCE", "4"))
 
 
 def build(folder: Path, component: str, form: str, precision: str) -> None:
@@ -58,20 +61,19 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
         return made
 
     def serialised(parsed: Any, shapes: Any, configure: Any) -> Any:
-        def configured(config: Any) -> None:
-            configure(config)
-            for word in words:
-                if word.startswith(LEVEL):
-                    config.builder_optimization_level = int(word.removeprefix(LEVEL))
-
         for word in words:
             if word.startswith(TOLD):
                 print(word, tell(parsed.trt, parsed.network, word.removeprefix(TOLD)), flush=True)
             if word.startswith(THREADS):
                 parsed.builder.max_threads = int(word.removeprefix(THREADS))
-        return serialise(parsed, shapes, configured)
+        return serialise(parsed, shapes, configure)
 
     tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
+    numbers = {start: int(word.removeprefix(start)) for word in words for start in NUMBERED if word.startswith(start)}
+    if LEVEL in numbers:
+        tensorrt.level = lambda model, device: numbers[LEVEL]
+    if PIECES in numbers:
+        tensorrt.portions = lambda size, precision: (size / numbers[PIECES], AT_ONCE)
     if "half-norms" in words:
         tensorrt.norms.apply = lambda model: 0
     place = folder / "engines" / form / component / f"tensorrt-{precision}"

@@ -7,9 +7,10 @@
 
 Small tensors travel as they are; large ones are the model's parameters, which the manifest's config and seed give
 again. Checksums tell whether they are the very same: then golden outputs, scales and PyTorch's baselines fit them;
-OTHER names the components of which they are not, for another PyTorch may draw otherwise. A sketch has no goldens and no
-scales, so its weights may be any and a GPU draws them. STEP is what PyTorch makes with the filled weights of a decode
-step at the cache's end, with nothing in the cache, which no golden has.
+OTHER names the components of which they are not, for another PyTorch may draw otherwise. A sketch has no goldens, so
+its weights may be any and a GPU draws them. STEP is what PyTorch makes with the filled weights of a decode step at the
+cache's end, with nothing in the cache, which no golden has; a sketch's plan for int8 has the largest numbers of that
+step for scales, and smooths nothing.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def sketch(preset: Path, folder: Path) -> None:
         for value in exported.graph.initializers.values():
             tensor = value.const_value
             assert tensor is not None
-            if tensor.nbytes > SMALL:
+            # A small parameter was not drawn either; other constants that are small are what they have to be.
+            if tensor.nbytes > SMALL or parameter(component, str(value.name), tensor) is not None:
                 place = {"offset": end, "length": tensor.nbytes, "dtype": tensor.dtype, "base_dir": path.parent}
                 shape = ir.Shape(tensor.shape.numpy())
                 value.const_value = ir.ExternalTensor(f"{path.name}.data", shape=shape, name=str(value.name), **place)
@@ -106,12 +108,15 @@ def fill(folder: Path) -> None:
 
     described = folder / "manifest.json"
     manifest, record = json.loads(described.read_text()), json.loads((folder / RECORD).read_text())
-    sketched = not any(name.endswith(".data") for name in manifest["files"])
-    with torch.device("cuda" if sketched and torch.cuda.is_available() else "cpu"):
+    sketched = is_sketch(manifest)
+    with torch.device(where(manifest)):
         loaded = load_components(Artifact(folder))
         parts = dict(loaded.items())
         if "decoder" in parts:
+            peaks = watched(parts["decoder"])
             np.savez(folder / STEP, logits=step(parts, manifest))
+            if sketched:
+                plan(Artifact(folder), peaks)
     other = []
     for component, spec in manifest["components"].items():
         path = folder / spec["file"]
@@ -162,7 +167,9 @@ def step(parts: Mapping[str, Any], manifest: dict[str, Any]) -> Any:
 
 
 def simulate(folder: Path) -> None:
-    """Prints the cosine of each plan's fake-quant model with STEP: what the engine of that plan is to be held to."""
+    """Prints the cosine of each plan's fake-quant model with STEP, what the engine of that plan is to be held to, and
+    of the float model, which tells whether the weights are those of STEP."""
+    import torch
     from vlmc.artifact import Artifact
     from vlmc.calibration.fake_quant import apply_plan
     from vlmc.calibration.plan import read_plan
@@ -170,29 +177,82 @@ def simulate(folder: Path) -> None:
     from vlmc.exporter.checkpoint import load_components
 
     artifact = Artifact(folder)
-    parts = dict(load_components(artifact).items())
-    manifest, expected = json.loads((folder / "manifest.json").read_text()), np.load(folder / STEP)["logits"]
-    for name in sorted(path.stem for path in (folder / "plans").glob("*.json")):
-        planned = parts | {"decoder": apply_plan(parts["decoder"], read_plan(artifact, name), "decoder")}
-        print(f"{name} fake-quant: cosine {cosine(expected.ravel(), step(planned, manifest).ravel()):.5f}", flush=True)
+    manifest, expected = json.loads((folder / "manifest.json").read_text()), np.load(folder / STEP)["logits"].ravel()
+    with torch.device(where(manifest)):
+        parts = dict(load_components(artifact).items())
+        again = cosine(expected, step(parts, manifest).ravel())
+        for name in sorted(path.stem for path in (folder / "plans").glob("*.json")):
+            planned = parts | {"decoder": apply_plan(parts["decoder"], read_plan(artifact, name), "decoder")}
+            found = cosine(expected, step(planned, manifest).ravel())
+            print(f"{name} fake-quant: cosine {found:.5f}, float {again:.5f}", flush=True)
+
+
+def is_sketch(manifest: dict[str, Any]) -> bool:
+    return not any(name.endswith(".data") for name in manifest["files"])
+
+
+def where(manifest: dict[str, Any]) -> str:
+    """Where the weights are drawn: a sketch's on the GPU, if there is one."""
+    import torch
+
+    return "cuda" if is_sketch(manifest) and torch.cuda.is_available() else "cpu"
+
+
+def watched(decoder: Any) -> dict[str, float]:
+    """The largest magnitude that each linear layer has been given since, by PART/MODULE.PATH."""
+    from torch import nn
+
+    peaks: dict[str, float] = {}
+
+    def watch(path: str, layer: Any) -> None:
+        def see(_: Any, given: tuple[Any, ...]) -> None:
+            peaks[path] = max(peaks.get(path, 0.0), float(given[0].abs().max()))
+
+        layer.register_forward_pre_hook(see)
+
+    for path, layer in decoder.named_modules():
+        if isinstance(layer, nn.Linear):
+            watch(f"decoder/{path}", layer)
+    return peaks
+
+
+def plan(artifact: Any, peaks: Mapping[str, float]) -> None:
+    """A sketch's plan of the recipe int8."""
+    from vlmc.calibration import recipes
+    from vlmc.calibration.observers import LEVELS
+    from vlmc.calibration.plan import ModulePlan, Plan, write_plan
+    from vlmc.records import SCHEMA
+
+    recipe, modules = recipes.load("int8"), {}
+    for path, peak in peaks.items():
+        rule, seen = recipe.precision(path), {"decode": peak}
+        if rule.weight_bits:
+            scale = peak / LEVELS or 1.0 if rule.activation_bits else None
+            modules[path] = ModulePlan(rule.weight_bits, rule.block, scale, peaks=seen, ranges=seen)
+    write_plan(artifact, Plan(SCHEMA, recipe, artifact.manifest.source.sha256, None, modules, {}))
 
 
 def drawn(component: Any, name: str, tensor: ir.ExternalTensor) -> Any:
-    """The module's parameter of that name as the graph has it, of a linear layer turned. What is none of its parameters
-    (a table that export computed) is noise of usual size."""
+    """The module's parameter of that name. What is none of its parameters (a table that export computed) is noise of
+    usual size."""
+    if (weight := parameter(component, name, tensor)) is not None:
+        return weight.contiguous().cpu().numpy()
     shape = tuple(tensor.shape.numpy())
+    print(f"{name}: no parameter of shape {shape}; noise", flush=True)
+    return (np.random.default_rng(0).standard_normal(shape) * 0.02).astype(tensor.dtype.numpy())
+
+
+def parameter(component: Any, name: str, tensor: ir.TensorProtocol) -> Any:
+    """The module's parameter of that name and shape as the graph has it, of a linear layer turned, or None."""
     name = re.sub(r"#\d+", "", name)  # of a layer that is called several times
     try:
         owner = component.get_submodule(name.rpartition(".")[0])
         weight = getattr(owner, name.rpartition(".")[2]).detach()
     except AttributeError:
         weight = None
-    if weight is not None:
-        weight = weight.t() if type(owner).__name__ == "Linear" and weight.ndim == 2 else weight
-        if tuple(weight.shape) == shape:
-            return weight.contiguous().cpu().numpy()
-    print(f"{name}: no parameter of shape {shape}; noise", flush=True)
-    return (np.random.default_rng(0).standard_normal(shape) * 0.02).astype(tensor.dtype.numpy())
+    if weight is not None and type(owner).__name__ == "Linear" and weight.ndim == 2:
+        weight = weight.t()
+    return weight if weight is not None and tuple(weight.shape) == tuple(tensor.shape.numpy()) else None
 
 
 if __name__ == "__main__":

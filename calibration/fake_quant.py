@@ -30,13 +30,13 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, module: nn.Linear | nn.Conv2d, plan: ModulePlan) -> None:
         super().__init__()
-        rows = module.weight.detach().flatten(1)
-        values, scales = quantize_weight(rows.numpy(), plan.weight_bits, plan.block)
+        rows, place = module.weight.detach().flatten(1), module.weight.device
+        values, scales = quantize_weight(rows.cpu().numpy(), plan.weight_bits, plan.block)
         self._shape, self._columns = module.weight.shape, rows.shape[1]
         size = plan.block or self._columns
-        padded = functional.pad(torch.from_numpy(values), (0, -self._columns % size))
+        padded = functional.pad(torch.from_numpy(values).to(place), (0, -self._columns % size))
         self.register_buffer("values", padded.reshape(len(rows), -1, size))
-        self.register_buffer("scales", torch.from_numpy(scales)[:, :, None])
+        self.register_buffer("scales", torch.from_numpy(scales)[:, :, None].to(place))
         self.bias = module.bias
         self.activation_scale, self.output_scale = plan.activation_scale, plan.output_scale
 

@@ -98,7 +98,7 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
         products = builder.products(folder / built.file, built.settings)
         report = BuildReport(
             seconds=round(time.perf_counter() - start, 3),
-            peak_memory_bytes=peak_rss_bytes() or 0,
+            peak_memory_bytes=(peak_rss_bytes() or 0) + built.others_bytes,
             size_bytes=sum(known.bytes for known in files.values()),
             products=products,
         )

@@ -13,7 +13,8 @@ from ..profiles.process import command, replies
 
 MEMORY = (  # docs/experiments.md has the measurements
     "end other programs or add swap, and run the command again, which keeps what is built; TensorRT 8.6 took up to 4 "
-    "times a decoder's float32 weights in FP16 and 8 in int8, ONNX Runtime and TensorRT-RTX less than twice"
+    "times a decoder's float32 weights in FP16 and 8 in int8, and gets it in pieces where less is free at the start; "
+    "ONNX Runtime and TensorRT-RTX took less than twice"
 )
 REFUSED = 3  # the exit code with which the step's VlmcError is its answer
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,28 +79,24 @@ def batch_dimension(shapes: Sequence[Sequence[int | str]]) -> str:
 
 
 class Engine:
-    """A loaded engine, a buffer for each of its tensors, as large as its profiles allow, and shared scratch memory."""
+    """A loaded engine, a buffer for each of its tensors, as large as its profiles allow, and shared scratch memory.
+
+    A decoder's may be in pieces (engines/pieces.py), which lie one behind the other in the file: settings["pieces"] has
+    their bytes. They run in that order on one stream. What one makes for others counts among `outputs`.
+    """
 
     def __init__(self, trt: Any, gpu: Gpu, spec: EngineSpec, path: Path) -> None:
         self.gpu, self._trt = gpu, trt
         self._check(spec, path)
-        log = logger(trt)
-        log.errors = []
-        self._runtime = trt.Runtime(log)
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise VlmcError(
-                f"{title(trt)} cannot load {path}",
-                found="; ".join(log.errors[-2:]) or "no message",
-                fix="build the engine again on this machine; if memory is short, end what else runs on the GPU",
-            )
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        modes = {name: self._engine.get_tensor_mode(name) for name in names}
-        self.inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
-        self.outputs = [name for name in names if modes[name] != trt.TensorIOMode.INPUT]
-        self.dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
-        self.profiles = [self._largest_shapes(index) for index in range(self._engine.num_optimization_profiles)]
-        self._scratch_bytes = scratch_bytes(self._engine)
+        self._runtime = trt.Runtime(logger(trt))
+        self._pieces = [self._load(data, path) for data in _parts(path, spec)]
+        made = {name for piece in self._pieces for name in piece.outputs}
+        self.inputs = list(dict.fromkeys(name for piece in self._pieces for name in piece.inputs if name not in made))
+        self.outputs = [name for piece in self._pieces for name in piece.outputs]
+        self.dtypes = {name: dtype for piece in self._pieces for name, dtype in piece.dtypes(trt).items()}
+        count = self._pieces[0].engine.num_optimization_profiles
+        self.profiles = [{name: self._range(name, index)[2] for name in self.inputs} for index in range(count)]
+        self._scratch_bytes = max(scratch_bytes(piece.engine) for piece in self._pieces)
         self._scratch = gpu.allocate(self._scratch_bytes)
 
     def _check(self, spec: EngineSpec, path: Path) -> None:
@@ -118,26 +114,39 @@ class Engine:
                     fix=f"run `vlmc build ARTEFACT --device {spec.device}` on this machine",
                 )
 
-    def _largest_shapes(self, profile: int) -> dict[str, tuple[int, ...]]:
-        """Each input's largest shape in the profile."""
-        fixed = {name: tuple(self._engine.get_tensor_shape(name)) for name in self.inputs}
-        return {
-            name: tuple(self._engine.get_tensor_profile_shape(name, profile)[2]) if -1 in shape else shape
-            for name, shape in fixed.items()
-        }
+    def _load(self, data: bytes, path: Path) -> _Piece:
+        log = logger(self._trt)
+        log.errors = []
+        engine = self._runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise VlmcError(
+                f"{title(self._trt)} cannot load {path}",
+                found="; ".join(log.errors[-2:]) or "no message",
+                fix="build the engine again on this machine; if memory is short, end what else runs on the GPU",
+            )
+        return _Piece(self._trt, engine)
+
+    def _range(self, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
+        """The input's smallest, usual and largest shape in the profile."""
+        engine = next(piece.engine for piece in self._pieces if name in piece.inputs)
+        fixed = tuple(engine.get_tensor_shape(name))
+        shapes = engine.get_tensor_profile_shape(name, profile) if -1 in fixed else (fixed,) * 3
+        return tuple(tuple(shape) for shape in shapes)
 
     def smallest(self, name: str, profile: int) -> tuple[int, ...]:
         """The input's smallest shape in the profile."""
-        fixed = tuple(self._engine.get_tensor_shape(name))
-        return tuple(self._engine.get_tensor_profile_shape(name, profile)[0]) if -1 in fixed else fixed
+        return self._range(name, profile)[0]
 
     def context(self) -> Context:
         """An execution context. All use the same scratch memory, so only one may run at a time."""
-        made = new_context(self._trt, self._engine)
-        if hasattr(made, "set_device_memory"):  # 10.1 on
-            made.set_device_memory(self._scratch, self._scratch_bytes)
-        else:
-            made.device_memory = self._scratch
+        made = []
+        for piece in self._pieces:
+            context = new_context(self._trt, piece.engine)
+            if hasattr(context, "set_device_memory"):  # 10.1 on
+                context.set_device_memory(self._scratch, self._scratch_bytes)
+            else:
+                context.device_memory = self._scratch
+            made.append((piece, context))
         return Context(made, self.gpu.stream)
 
     def output_shapes(self, context: Context) -> dict[str, tuple[int, ...]]:
@@ -155,30 +164,67 @@ class Engine:
         return {name: self.gpu.allocate(size) for name, size in sizes.items()}
 
 
-class Context:
-    """An execution context that remembers its profile."""
+def _parts(path: Path, spec: EngineSpec) -> Iterator[bytes]:
+    """The pieces that lie in the file; its own record may be anybody's."""
+    whole = path.stat().st_size
+    sizes = spec.settings.get("pieces", [whole])
+    if not all(isinstance(size, int) and size >= 0 for size in sizes) or sum(sizes) != whole:
+        raise VlmcError(
+            f"{path} does not hold the pieces that engine.json names",
+            found=f"{whole} bytes",
+            expected=f"{sizes}",
+            fix=f"run `vlmc build ARTEFACT --device {spec.device}` on this machine",
+        )
+    with path.open("rb") as file:
+        yield from map(file.read, sizes)
 
-    def __init__(self, context: Any, stream: int) -> None:
-        self._context, self._stream = context, stream
+
+class _Piece:
+    """An ICudaEngine and the names of its tensors."""
+
+    def __init__(self, trt: Any, engine: Any) -> None:
+        self.engine = engine
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.outputs = [name for name in names if name not in self.inputs]
+
+    def dtypes(self, trt: Any) -> dict[str, np.dtype[Any]]:
+        return {name: np.dtype(trt.nptype(self.engine.get_tensor_dtype(name))) for name in self.inputs + self.outputs}
+
+
+class Context:
+    """An execution context of each piece, which remember their profile."""
+
+    def __init__(self, pieces: Sequence[tuple[_Piece, Any]], stream: int) -> None:
+        self._pieces, self._stream = pieces, stream
         self._profile = -1
 
     def use_profile(self, index: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        if index != self._profile:
-            if not self._context.set_optimization_profile_async(index, self._stream):
+        """`shapes` are those of the engine's inputs; what pieces hand over follows from them."""
+        known = dict(shapes)
+        for piece, context in self._pieces:
+            if index != self._profile and not context.set_optimization_profile_async(index, self._stream):
                 raise VlmcError("The engine has no such optimisation profile", found=str(index))
-            self._profile = index
-        for name, shape in shapes.items():
-            if not self._context.set_input_shape(name, shape):
-                raise VlmcError(f"The engine does not take {name} of this shape", found=str(shape))
+            for name in piece.inputs:
+                if name in known and not context.set_input_shape(name, known[name]):
+                    raise VlmcError(f"The engine does not take {name} of this shape", found=str(known[name]))
+            if len(self._pieces) > 1:
+                known |= {name: tuple(context.get_tensor_shape(name)) for name in piece.outputs}
+        self._profile = index
 
     def bind(self, addresses: Mapping[str, int]) -> None:
-        for name, address in addresses.items():
-            if not self._context.set_tensor_address(name, address):
-                raise VlmcError("The engine takes no buffer for a tensor", found=name)
+        for piece, context in self._pieces:
+            for name in (*piece.inputs, *piece.outputs):
+                if name in addresses and not context.set_tensor_address(name, addresses[name]):
+                    raise VlmcError("The engine takes no buffer for a tensor", found=name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._context.get_tensor_shape(name))
+        context = next(context for piece, context in self._pieces if name in piece.inputs + piece.outputs)
+        return tuple(context.get_tensor_shape(name))
 
     def enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream):
-            raise VlmcError("The engine does not run", fix="see `nvidia-smi`; build the engine again on this machine")
+        for _, context in self._pieces:
+            if not context.execute_async_v3(self._stream):
+                raise VlmcError(
+                    "The engine does not run", fix="see `nvidia-smi`; build the engine again on this machine"
+                )

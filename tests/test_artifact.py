@@ -169,7 +169,7 @@ def test_a_damaged_manifest_is_refused(cut: float, junk: bytes, tmp_path_factory
     root.mkdir(exist_ok=True)
     text = json.dumps(to_json(manifest(root / "absent"))).encode()
     damaged = text[: int(cut * len(text))] + junk
-    assume(damaged != text)
+    assume(damaged.rstrip() != text)  # JSON may end in white space
     (root / "manifest.json").write_bytes(damaged)
     with pytest.raises(VlmcError, match="To mend it: copy the artefact again from where it is whole, or make it again"):
         Artifact(root)

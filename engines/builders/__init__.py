@@ -61,12 +61,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """What a builder wrote: the engine's file in the folder, what there is to know of it (`EngineSpec.settings`), and
-    how it wants its KV cache."""
+    """What a builder wrote: the engine's file in the folder, what there is to know of it (`EngineSpec.settings`), how
+    it wants its KV cache, and the memory that processes of the builder's own took, at most."""
 
     file: str
     settings: dict[str, Any] = field(default_factory=dict)
     kv: KvContract | None = None
+    others_bytes: int = 0
 
 
 def block_bits(precision: str) -> frozenset[int]:

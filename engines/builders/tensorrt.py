@@ -12,7 +12,9 @@ timing cache lies in the device's folder of the artefact, for all its engines.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,20 +22,22 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ...artifact import ASKED, FLOATS, KvContract
+from ...artifact import FLOATS, KvContract
 from ...calibration import recipes
 from ...errors import VlmcError
-from ...files import write_bytes
+from ...files import write_json
 from ...profiles.device import Device
+from ...profiles.memory import available_bytes
 from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
-from ...runtime.tensorrt_engine import ENGINE, logger, new_context, scratch_bytes
-from .. import tensorrt_calibrator, tensorrt_network
+from ...runtime.tensorrt_engine import ENGINE
+from .. import child, pieces, tensorrt_network, tensorrt_piece
 from ..passes import (
     float_outputs,
     float_weights,
     forget,
     half_precision,
+    large_tables,
     lower_bounds,
     norm_weights,
     norms,
@@ -43,30 +47,21 @@ from ..passes import (
     token_loop,
     two_segment_attention,
 )
-from ..passes.half_precision import STATES
-from ..tensorrt_network import Parsed
+from ..tensorrt_piece import STRONG
 from ..tensorrt_profiles import Profile, Range, one_and_more, profile
 from . import Built, Job, block_bits
 
 PACKAGES = ("tensorrt",)
 FLOAT = "fp16"
 NATIVE = (10, 15)  # RotaryEmbedding, RMSNormalization and TensorScatter; Attention came with 10.14
-STRONG = (10, 12)
 INTEGER_WEIGHTS = INT4 = (10, 0)  # weights as int8 constants, and blocks of int4
 LEVELS = (8, 6)  # optimisation levels
 CONVOLUTIONS = 8  # from so many on a network is convolutional
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST = 8  # tiles or texts at once; more run in parts
-PRODUCTS = (
-    "CaskConvolution",
-    "Convolution",
-    "CaskGemm",
-    "MatrixMultiply",
-    "gemm",
-    "FullyConnected",
-    "CaskGemmConvolution",
-)
-DATATYPES = {"int8": "int8", "fp16": "float16", "half": "float16"}
+BUILDER = 5.5e9  # bytes that a build takes at its peak beside those for its weights (docs/experiments.md), and what it
+SPACE = {True: 2.6, False: 7.4}  # takes of float32 weights, of floats and of what is quantised
+LEAST = 1 << 28  # bytes of weights below which a piece is mostly what every build takes
 
 
 def unavailable() -> str:
@@ -90,8 +85,7 @@ def refuses(component: str, precision: str, device: Device) -> str:
 
 def version(device: Device) -> tuple[int, int]:
     """Major and minor of the device's TensorRT."""
-    major, minor = (device.tensorrt or "0.0").split(".")[:2]
-    return int(major), int(minor)
+    return tensorrt_piece.version(device.tensorrt or "0.0")
 
 
 def lower(model: ir.Model, job: Job) -> str:
@@ -103,6 +97,7 @@ def lower(model: ir.Model, job: Job) -> str:
             two_segment_attention.apply(model, job.kv)
             form = "append"
         token_loop.apply(model, job.embed())
+        large_tables.apply(model)
     else:
         form = ""
         patches_as_matmul.apply(model)
@@ -136,121 +131,95 @@ def profiles(model: ir.Model, job: Job) -> list[Profile]:
     return [profile(model, {**job.sizes, "length": sizes}) for sizes in ranges]
 
 
-def quick(model: ir.Model, device: Device) -> bool:
-    """Whether TensorRT shall take the first kernels that work and not look for the fastest: 8.6 writes, compiles and
-    times up to 68 for every pointwise layer between two convolutions, and is not through with Gemma 3n's tower within
-    ten minutes on an H100, where it takes five this way (docs/experiments.md). A transformer's lie in one region."""
+def level(model: ir.Model, device: Device) -> int | None:
+    """The optimisation level, None for the usual one. At 0 TensorRT takes the first kernels that work and does not look
+    for the fastest: 8.6 writes, compiles and times up to 68 for every pointwise layer between two convolutions, and is
+    not through with Gemma 3n's tower within ten minutes on an H100, where it takes five this way (docs/experiments.md).
+    A transformer's lie in one region."""
     convolutions = sum(node.op_type == "Conv" for node in model.graph)
-    return convolutions >= CONVOLUTIONS and LEVELS <= version(device) < (10, 0)
+    return 0 if convolutions >= CONVOLUTIONS and LEVELS <= version(device) < (10, 0) else None
+
+
+def portions(size: int, precision: str) -> tuple[float, int]:
+    """Of a decoder with constants of `size` bytes: how many a piece may have, and how many pieces are built at once, so
+    that the memory that is free now is enough."""
+    space, free = SPACE[precision in FLOATS], available_bytes()
+    if free is None or BUILDER + space * size <= free:
+        return size, 1
+    return max((free - BUILDER) / space, LEAST), 1
 
 
 def build(model: ir.Model, job: Job) -> Built:
     import tensorrt as trt
 
     job = replace(job, device=replace(job.device, tensorrt=str(trt.__version__)))  # the installed one decides
-    form, weak = lower(model, job), version(job.device) < STRONG
-    shapes, level = profiles(model, job), 0 if quick(model, job.device) else None
-    cache = _TimingCache(trt, job.cache)
+    form, wanted = lower(model, job), level(model, job.device)
+    most, at_once = portions(pieces.constant_bytes(model), job.precision)
+    parts = pieces.cut(model, most) if job.component == "decoder" else [model]
+    settings: dict[str, Any] = {
+        "version": str(trt.__version__),
+        "sm": cuda.architecture(),
+        "optimization_level": wanted,
+    }
+    others = 0
     with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
-        path = Path(folder) / "lowered.onnx"
-        ir.save(model, path, external_data=f"{path.name}.data")
-        forget(model)
-        flags = ("EXPLICIT_BATCH",) if weak else ("EXPLICIT_BATCH", "STRONGLY_TYPED")
-        parsed = tensorrt_network.parse(trt, path, job.component, flags)
-    if weak:
-        _type_weakly(trt, parsed)
-
-    def configure(config: Any) -> None:
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then names precisions
-        if level is not None:
-            config.builder_optimization_level = level
-        if weak:
-            flags = ["FP16", "PREFER_PRECISION_CONSTRAINTS"] + ["INT8"] * (job.precision not in FLOATS)
-            for flag in flags:
-                config.set_flag(getattr(trt.BuilderFlag, flag))
-        if job.calibration is not None:
-            tensorrt_calibrator.use(trt, parsed.builder, config, job.calibration, cuda.Gpu())
-        cache.use(config)
-
-    engine = tensorrt_network.serialise(parsed, shapes, configure)
-    try:
-        inspected = _inspected(trt, parsed, engine, weak)
-    except VlmcError:  # of six engines of CLIP's text encoder by 8.6 three could not run; those built next could
-        engine = tensorrt_network.serialise(parsed, shapes, configure)
-        inspected = _inspected(trt, parsed, engine, weak)
-    (job.folder / ENGINE).write_bytes(engine)
-    cache.keep()
-    settings = {"version": str(trt.__version__), "sm": cuda.architecture(), "optimization_level": level} | inspected
+        if len(parts) == 1:
+            shapes, place = profiles(model, job), Path(folder)
+            _save(model, place)
+            forget(model)
+            settings |= tensorrt_piece.make(place, shapes, job.component, wanted, job.cache, job.calibration)
+            (place / ENGINE).rename(job.folder / ENGINE)
+        else:
+            found, others = _in_pieces(parts, at_once, Path(folder), job, wanted)
+            settings |= found
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
-    return Built(ENGINE, settings, contract)
+    return Built(ENGINE, settings, contract, others)
+
+
+def _in_pieces(
+    parts: Sequence[ir.Model], at_once: int, folder: Path, job: Job, wanted: int | None
+) -> tuple[dict[str, Any], int]:
+    """The engines of all parts in the job's one file; what there is to know of them, and the memory that building them
+    took. A piece that fails is built once more when the others are done: memory may have been short."""
+
+    def make(index: int) -> dict[str, Any]:
+        place = folder / str(index)
+        place.mkdir(exist_ok=True)
+        _save(parts[index], place)
+        write_json(place / tensorrt_piece.PROFILES, profiles(parts[index], job))
+        what = f"Piece {index + 1} of {len(parts)} of the {job.component}"
+        given = (str(place), job.component, "" if wanted is None else str(wanted), str(job.cache))
+        found: dict[str, Any] = json.loads(child.run("tensorrt_piece", what, *given))
+        return found
+
+    def first(index: int) -> dict[str, Any] | None:
+        try:
+            return make(index)
+        except VlmcError:
+            return None
+
+    with ThreadPoolExecutor(at_once) as pool:
+        tried = list(pool.map(first, range(len(parts))))
+    found = [make(index) if one is None else one for index, one in enumerate(tried)]
+    sizes = []
+    with (job.folder / ENGINE).open("wb") as file:
+        for index in range(len(parts)):
+            made = folder / str(index) / ENGINE
+            sizes.append(made.stat().st_size)
+            with made.open("rb") as engine:
+                shutil.copyfileobj(engine, file)
+            made.unlink()
+    largest = sorted(one["peak_bytes"] for one in found)[-at_once:]
+    return tensorrt_piece.summed(found) | {"pieces": sizes}, sum(largest)
+
+
+def _save(model: ir.Model, folder: Path) -> None:
+    network = tensorrt_piece.NETWORK
+    ir.save(model, folder / network, external_data=f"{network}.data")
 
 
 def products(path: Path, settings: dict[str, Any]) -> dict[str, int]:
     """As the builder read them when it had the engine in hand."""
     counts: dict[str, int] = settings["products"]
-    return counts
-
-
-def _type_weakly(trt: Any, parsed: Parsed) -> None:
-    """What FP16 must not touch, and what it must: norms stay float32, for squares leave FP16's range; the KV cache is
-    FP16, which halves what a step reads."""
-    network = parsed.network
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.name.endswith(norms.PARTS):
-            layer.precision = trt.float32
-            layer.set_output_type(0, trt.float32)
-    tensors = [network.get_input(i) for i in range(network.num_inputs)]
-    tensors += [network.get_output(i) for i in range(network.num_outputs)]
-    for tensor in tensors:
-        if tensor.name.startswith(STATES):
-            tensor.dtype = trt.float16
-
-
-class _TimingCache:
-    """What kernels were timed before, kept in the artefact for every engine of the device."""
-
-    def __init__(self, trt: Any, path: Path) -> None:
-        self._trt, self._path = trt, path
-        self._cache: Any = None
-
-    def use(self, config: Any) -> None:
-        known = self._path.read_bytes() if self._path.is_file() else b""
-        self._cache = config.create_timing_cache(known)
-        if self._cache is None or not config.set_timing_cache(self._cache, ignore_mismatch=False):
-            self._cache = config.create_timing_cache(b"")  # another GPU's, or another version's
-            config.set_timing_cache(self._cache, ignore_mismatch=False)
-
-    def keep(self) -> None:
-        assert self._cache is not None
-        write_bytes(self._path, bytes(self._cache.serialize()))
-
-
-def _inspected(trt: Any, parsed: Parsed, engine: Any, weak: bool) -> dict[str, Any]:
-    """`products`, from the inspector where it shows layers; a region that Myelin fused shows none, so there what was
-    asked for is counted and the key says so. `scratch_bytes`: device memory that the engine needs while it runs."""
-    loaded = trt.Runtime(logger(trt)).deserialize_cuda_engine(engine)
-    new_context(trt, loaded)  # an engine that cannot run is no engine
-    text = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    layers = json.loads(text, strict=False).get("Layers", [])  # its strings may hold raw control characters
-    return {
-        "products": executed(layers, tensorrt_network.products(parsed), weak),
-        "scratch_bytes": scratch_bytes(loaded),
-        "layers": len(layers),
-    }
-
-
-def executed(layers: Sequence[Any], asked: Mapping[str, int], weak: bool) -> dict[str, int]:
-    """Matrix products by precision from the inspector's layers, one dictionary each, and from what was asked for;
-    a `weak` network's floats may be either width."""
-    if any("ForeignNode" in str(layer) for layer in layers):
-        floats = "float16 or float32" if weak else "float32"
-        return {kind.replace("float32", floats) + ASKED: count for kind, count in asked.items()}
-    counts: dict[str, int] = {}
-    for layer in layers:
-        if isinstance(layer, dict) and layer.get("LayerType") in PRODUCTS:
-            datatype = str([tensor.get("Format/Datatype") for tensor in layer.get("Inputs", [])][:1])
-            kind = next((name for word, name in DATATYPES.items() if word in datatype.lower()), "float32")
-            counts[kind] = counts.get(kind, 0) + 1
     return counts

@@ -38,6 +38,8 @@ def apply(model: ir.Model) -> int:
         if value.dtype == FLOAT and _is_state(value):
             value.type = ir.TensorType(HALF)
     for node in list(graph):
+        if node.op_type == "Shape":  # of whatever type
+            continue
         floats = [value for value in node.inputs if value is not None and value.dtype in (FLOAT, HALF)]
         variable = [value for value in floats if value.const_value is None]
         made = [value for value in node.outputs if value.dtype in (FLOAT, HALF)]

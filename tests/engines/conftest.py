@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -63,6 +64,23 @@ def linear() -> Callable[..., ir.Model]:
         y.name, y.shape, y.type = "y", ir.Shape(["rows", weight.shape[1]]), float32
         graph = ir.Graph([x], [y], nodes=nodes, initializers=weights, opset_imports={"": 24}, name="small")
         return ir.Model(graph, ir_version=10)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def written() -> Callable[..., ir.Model]:
+    """written(text, constants, opset=17): ONNX's textual form as a model, its shapes inferred, with those of the
+    constants that it reads; its nodes are node0, node1 and so on."""
+
+    def make(text: str, constants: dict[str, np.ndarray], opset: int = 17) -> ir.Model:
+        proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> g {text}')
+        read = {name for node in proto.graph.node for name in node.input}
+        tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items() if name in read]
+        proto.graph.initializer.extend(tensors)
+        for index, node in enumerate(proto.graph.node):
+            node.name = f"node{index}"
+        return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
     return make
 

@@ -19,7 +19,7 @@ from vlmc.artifact import Artifact
 from vlmc.calibration import samples
 from vlmc.calibration.plan import read_plan, write_plan
 from vlmc.engines import build as stage
-from vlmc.engines import builders, candidate, tensorrt_network
+from vlmc.engines import builders, candidate, tensorrt_network, tensorrt_piece
 from vlmc.engines.build import candidates, quantises
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.candidate import Candidate
@@ -96,8 +96,8 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> TensorRT:
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(tensorrt_network, "parse", lambda *_: parsed)
     monkeypatch.setattr(tensorrt_network, "serialise", made.serialise)
-    monkeypatch.setattr(builder, "_TimingCache", lambda *_: cache)
-    monkeypatch.setattr(builder, "_inspected", lambda *_: {"products": {}})
+    monkeypatch.setattr(tensorrt_piece, "_TimingCache", lambda *_: cache)
+    monkeypatch.setattr(tensorrt_piece, "_inspected", lambda *_: {"products": {}})
     monkeypatch.setattr(builder.cuda, "Gpu", lambda: gpu)
     monkeypatch.setattr(builder.cuda, "architecture", lambda: 90)
     return made
@@ -222,10 +222,47 @@ def test_an_engine_that_cannot_run_is_built_once_more(
             raise VlmcError(f"{engine.decode()} cannot run")
         return {"products": {}}
 
-    monkeypatch.setattr(builder, "_inspected", inspected)
+    monkeypatch.setattr(tensorrt_piece, "_inspected", inspected)
     one = replace(VISION, precision="fp16")
     if bad == 1:
         assert engine(artifact, one) == b"engine 1"
     else:
         with pytest.raises(VlmcError, match="engine 1 cannot run"):
             engine(artifact, one)
+
+
+@pytest.mark.parametrize(("precision", "scales"), [("fp16", False), ("int8", True), ("int8", False)])
+def test_int8_is_allowed_where_the_network_has_scales(
+    precision: str, scales: bool, artifact: Artifact, trt: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece of an int8 decoder that only looks embeddings up has none, and 8.6 ends a build in INT8 without."""
+    monkeypatch.setattr(tensorrt_piece, "_quantised", lambda parsed: scales)
+    engine(artifact, replace(VISION, precision=precision))
+    assert trt.flags == ["FP16", "PREFER"] + ["INT8"] * scales
+
+
+def test_the_network_is_off_the_disk_once_it_is_read(
+    artifact: Artifact, trt: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serialise(*_: Any) -> bytes:
+        assert not list(artifact.root.rglob("lowered.onnx*"))
+        return b"made"
+
+    monkeypatch.setattr(tensorrt_network, "serialise", serialise)
+    assert engine(artifact, replace(VISION, precision="fp16")) == b"made"
+
+
+def test_memory_of_other_processes_of_the_builder_counts(
+    artifact: Artifact, trt: TensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, usual = replace(VISION, precision="fp16"), builder.build
+    monkeypatch.setattr(builder, "build", lambda *given: replace(usual(*given), others_bytes=10**15))
+    spec = candidate.build(artifact, one)
+    assert spec.report.peak_memory_bytes > 10**15
+
+
+def test_only_a_decoder_is_cut(artifact: Artifact, trt: TensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "portions", lambda size, precision: (1, 1))
+    engine(artifact, replace(VISION, precision="fp16"))
+    spec, _ = artifact.engine("h100", "vision_encoder", "tensorrt-fp16")
+    assert "pieces" not in spec.settings

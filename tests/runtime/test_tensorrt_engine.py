@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,12 +54,37 @@ def test_a_buffer_is_as_large_as_the_largest_profile_needs(
     monkeypatch.setattr(tensorrt_engine, "architecture", lambda: 90)
     made = Made(planned, "vision_encoder", "fp16", tmp_path)
     profiles = made.shapes[::order]
-    trt = fake_trt(lambda data: FakeEngine(made.gpu, made.path, profiles))
+    trt = fake_trt(lambda data: FakeEngine(made.gpu, tmp_path / "0.onnx", profiles))
     engine = Engine(trt, made.gpu, spec(), made.path)  # type: ignore[arg-type]
     monkeypatch.setattr(made.gpu, "allocate", lambda size: size)
     most = max(shapes["pixel_values"][2][0] for shapes in profiles)
     sizes = {"pixel_values": 4 * most * 3 * 32 * 32, "image_features": 4 * most * 4 * 64}
     assert engine.allocate(engine.context()) == sizes
+
+
+def test_an_engine_in_pieces_takes_what_the_whole_does_and_the_largest_scratch_memory(
+    planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_engine, "architecture", lambda: 90)
+    (tmp_path / "whole").mkdir()
+    whole = Made(planned, "decoder", "fp16", tmp_path / "whole").engine()
+    made, sizes, taken = Made(planned, "decoder", "fp16", tmp_path, count=3), iter([10, 30, 20, 5, 5, 5]), list[int]()
+    monkeypatch.setattr(tensorrt_engine, "scratch_bytes", lambda engine: next(sizes))
+    monkeypatch.setattr(made.gpu, "allocate", taken.append)
+    engine = made.engine()
+    assert taken == [30]
+    assert set(engine.inputs) == set(whole.inputs) and set(engine.outputs) > set(whole.outputs)
+    assert engine.profiles == whole.profiles
+
+
+@pytest.mark.parametrize("sizes", [[9], [9] * 99, [-9, 18], [9.0], [10**18, -(10**18)], ["9"]])
+def test_a_file_without_the_pieces_that_its_record_names_is_refused(
+    sizes: list[Any], planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_engine, "architecture", lambda: 90)
+    made = Made(planned, "decoder", "fp16", tmp_path, count=3)
+    with pytest.raises(VlmcError, match=r"engine\.trt does not hold the pieces.*run `vlmc build"):
+        Engine(made.trt, made.gpu, spec(pieces=sizes), made.path)  # type: ignore[arg-type]
 
 
 def test_an_engine_that_can_have_no_context_is_refused_in_a_sentence() -> None:

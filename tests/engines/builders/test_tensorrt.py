@@ -1,10 +1,13 @@
-"""What the builder for TensorRT decides before TensorRT is there: dialect, shapes, what stays float32, what was run.
+"""What the builder for TensorRT decides before TensorRT is there: dialect, shapes, pieces.
 
 The rest is seen on a GPU (benchmarks/gpu_host.py).
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +20,13 @@ import pytest
 import tensorrt_rtx
 from vlmc.artifact import Artifact, KvSpec
 from vlmc.calibration.plan import read_plan
-from vlmc.engines import builders, tensorrt_network
+from vlmc.engines import builders, child, tensorrt_network
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.passes import quantize
 from vlmc.engines.tensorrt_profiles import Range
+from vlmc.errors import VlmcError
 from vlmc.exporter import golden
+from vlmc.files import read_json
 from vlmc.profiles.device import load_device
 
 ORIN = load_device("orin")
@@ -61,6 +66,15 @@ def test_the_graph_speaks_the_devices_tensorrt(
     assert list(past.shape or ()) == [1, 2, planned.manifest.kv.capacity, 16]
     assert past.dtype == floats
     assert {"input_ids", "inputs_embeds"} <= {str(value.name) for value in model.graph.inputs}
+
+
+def test_the_tables_that_a_decoder_looks_up_in_are_no_larger_than_tensorrt_takes(
+    planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(builder.large_tables, "apply", lambda model: seen.extend(model.graph.initializers))
+    lowered(planned, "decoder", "8.6", tmp_path)
+    assert any(name.startswith("embed_tokens.") for name in seen)
 
 
 def test_a_decoder_has_a_profile_for_the_step_and_prompts_by_length(planned: Artifact, tmp_path: Path) -> None:
@@ -137,39 +151,14 @@ def logits(model: ir.Model, feeds: dict[str, Any], folder: Path) -> Any:
     return session.run(["logits"], feeds)[0]
 
 
-@pytest.mark.parametrize(
-    ("version", "convolutions", "quick"), [("8.6", 8, True), ("8.6", 7, False), ("10.3", 8, False)]
-)
-def test_a_convolutional_network_is_built_quickly_by_tensorrt_8(version: str, convolutions: int, quick: bool) -> None:
+@pytest.mark.parametrize(("version", "convolutions", "level"), [("8.6", 8, 0), ("8.6", 7, None), ("10.3", 8, None)])
+def test_a_convolutional_network_is_built_quickly_by_tensorrt_8(
+    version: str, convolutions: int, level: int | None
+) -> None:
     image = ir.Value(name="image")
     nodes = [ir.node("Conv", [image, image]) for _ in range(convolutions)]
     model = ir.Model(ir.Graph([image], [], nodes=[*nodes, ir.node("MatMul", [image, image])]), ir_version=10)
-    assert builder.quick(model, replace(ORIN, tensorrt=version)) is quick
-
-
-def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
-    class Layer:
-        def __init__(self, name: str) -> None:
-            self.name, self.precision, self.output = name, "", ""
-
-        def set_output_type(self, index: int, kind: str) -> None:
-            self.output = kind
-
-    layers = [Layer("layers.0.norm.square"), Layer("layers.0.mlp.up_proj"), Layer("layers.0.norm.normal")]
-    inputs = [SimpleNamespace(name=name, dtype="f32") for name in ("inputs_embeds", "past_key_values.0.key")]
-    outputs = [SimpleNamespace(name=name, dtype="f32") for name in ("logits", "present.0.key")]
-    network = SimpleNamespace(
-        num_layers=3,
-        get_layer=layers.__getitem__,
-        num_inputs=2,
-        get_input=inputs.__getitem__,
-        num_outputs=2,
-        get_output=outputs.__getitem__,
-    )
-    parsed: Any = SimpleNamespace(network=network)
-    builder._type_weakly(SimpleNamespace(float32="f32", float16="f16"), parsed)
-    assert [layer.precision for layer in layers] == ["f32", "", "f32"]
-    assert [tensor.dtype for tensor in inputs + outputs] == ["f32", "f16", "f32", "f16"]
+    assert builder.level(model, replace(ORIN, tensorrt=version)) == level
 
 
 @pytest.mark.parametrize(
@@ -190,42 +179,85 @@ def test_a_bound_from_below_is_a_maximum_where_floats_are_typed_weakly(
     assert operator in [node.op_type for node in model.graph]
 
 
-def test_products_are_the_inspectors_where_it_shows_layers() -> None:
-    layers = [
-        {"LayerType": "CaskGemm", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]},
-        {"LayerType": "gemm", "Inputs": [{"Format/Datatype": "Row major linear FP16 format"}]},
-        {"LayerType": "PointWise", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]},
-    ]
-    assert builder.executed(layers, {"int8": 9}, True) == {"int8": 1, "float16": 1}
-
-
-def test_a_fused_region_shows_none_and_the_report_says_so() -> None:
-    region, asked = [{"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin"}], {"int8": 9, "float32 attention": 2}
-    assert builder.executed(region, asked, weak=False) == {"int8 (asked)": 9, "float32 attention (asked)": 2}
-    weakly = {"int8 (asked)": 9, "float16 or float32 attention (asked)": 2}
-    assert builder.executed(region, asked, weak=True) == weakly
-    beside = {"LayerType": "CaskGemm", "Inputs": [{"Format/Datatype": "Row major Int8 format"}]}
-    assert builder.executed([beside, *region], asked, weak=True) == weakly
-
-
 @pytest.mark.parametrize(
-    ("kept", "fits", "taken"), [(b"ours", True, b"ours"), (b"another GPU's", False, b""), (b"", True, b"")]
+    ("precision", "free", "expected"),
+    [
+        ("fp16", None, 10e9),  # nobody tells
+        ("fp16", 31.5e9, 10e9),
+        ("fp16", 31.4e9, 25.9e9 / 2.6),
+        ("int8", 79.5e9, 10e9),
+        ("int8", 20.3e9, 2e9),
+        ("int8", 4e9, builder.LEAST),
+    ],
 )
-def test_a_timing_cache_of_another_gpu_is_begun_anew(kept: bytes, fits: bool, taken: bytes, tmp_path: Path) -> None:
-    if kept:
-        (tmp_path / "timing.cache").write_bytes(kept)
-    used: list[Any] = []
+def test_a_piece_is_as_large_as_memory_allows(
+    precision: str, free: float | None, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder, "available_bytes", lambda: free)
+    assert builder.portions(int(10e9), precision) == (pytest.approx(expected), 1)
 
-    def take(cache: Any, ignore_mismatch: bool) -> bool:
-        used.append(cache)
-        return not ignore_mismatch and (fits or cache.content == b"")
 
-    made = SimpleNamespace(
-        create_timing_cache=lambda content: SimpleNamespace(content=content, serialize=lambda: content + b" and more"),
-        set_timing_cache=take,
-    )
-    cache = builder._TimingCache(None, tmp_path / "timing.cache")
-    cache.use(made)
-    cache.keep()
-    assert used[-1].content == taken
-    assert (tmp_path / "timing.cache").read_bytes() == taken + b" and more"
+@pytest.fixture
+def built_in_pieces(
+    planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[builders.Built, list[int]]]:
+    """built_in_pieces(at_once=1, failures=()): the decoder built by a TensorRT that is not there, and the pieces in the
+    order in which they were tried; those in `failures` fail, one after another."""
+
+    def build(at_once: int = 1, failures: Sequence[int] = ()) -> tuple[builders.Built, list[int]]:
+        tried, left = list[int](), list(failures)
+
+        def make(module: str, what: str, place: str, component: str, level: str, timings: str) -> str:
+            folder, index = Path(place), int(Path(place).name)
+            tried.append(index)
+            assert (module, component, level, what.split()[:2]) == (
+                "tensorrt_piece",
+                "decoder",
+                "",
+                ["Piece", str(index + 1)],
+            )
+            shapes, graph = read_json(folder / "profiles.json"), ir.load(folder / "lowered.onnx")
+            free = {v.name for v in graph.graph.inputs if not all(isinstance(d, int) for d in v.shape or ())}
+            assert [set(profile) for profile in shapes] == [free] * 2  # a step's, and those of prompts
+            if index in left:
+                left.remove(index)
+                raise VlmcError("killed")
+            (folder / "engine.trt").write_text(f"<{index}>")
+            found = {"products": {"int8": 1}, "scratch_bytes": 10 * index, "layers": 2, "peak_bytes": 100 + index}
+            return json.dumps(found)
+
+        monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.0"))
+        monkeypatch.setattr(builder.cuda, "architecture", lambda: 90)
+        monkeypatch.setattr(builder, "portions", lambda size, precision: (size / 4, at_once))
+        monkeypatch.setattr(child, "run", make)
+        model, kv, embed = ir.load(planned.graph("decoder")), planned.manifest.kv, planned.graph("embed_tokens")
+        given = builders.Job("decoder", "fp16", ORIN, kv, tmp_path, lambda: ir.load(embed), {}, tmp_path / "cache")
+        return builder.build(model, given), tried
+
+    return build
+
+
+def test_pieces_become_one_file_and_one_record(built_in_pieces: Any, tmp_path: Path) -> None:
+    built, tried = built_in_pieces()
+    count = len(tried)
+    assert tried == list(range(count)) and count > 2
+    assert built.settings["pieces"] == [3] * count
+    assert (tmp_path / built.file).read_text() == "".join(f"<{index}>" for index in range(count))
+    assert built.settings["products"] == {"int8": count}
+    assert (built.settings["scratch_bytes"], built.settings["layers"]) == (10 * (count - 1), 2 * count)
+    assert built.others_bytes == 100 + count - 1  # one at a time
+    assert built.kv is not None and built.kv.form == "append"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [built.file]
+
+
+def test_several_pieces_at_once_take_their_memory_together(built_in_pieces: Any) -> None:
+    built, tried = built_in_pieces(at_once=2)
+    assert built.others_bytes == sum(sorted(100 + index for index in tried)[-2:])
+
+
+def test_a_piece_that_fails_is_built_once_more_when_the_others_are_done(built_in_pieces: Any) -> None:
+    built, tried = built_in_pieces(failures=[1])
+    assert tried == [*range(len(tried) - 1), 1]
+    assert len(built.settings["pieces"]) == len(tried) - 1
+    with pytest.raises(VlmcError, match="killed"):
+        built_in_pieces(failures=[1, 1])

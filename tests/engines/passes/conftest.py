@@ -72,23 +72,6 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Steps]:
 
 
 @pytest.fixture(scope="session")
-def written() -> Callable[..., ir.Model]:
-    """written(text, constants, opset=17): ONNX's textual form as a model, its shapes inferred, with those of the
-    constants that it reads; its nodes are node0, node1 and so on."""
-
-    def make(text: str, constants: dict[str, np.ndarray], opset: int = 17) -> ir.Model:
-        proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": {opset}]> g {text}')
-        read = {name for node in proto.graph.node for name in node.input}
-        tensors = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items() if name in read]
-        proto.graph.initializer.extend(tensors)
-        for index, node in enumerate(proto.graph.node):
-            node.name = f"node{index}"
-        return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def close() -> Callable[[np.ndarray, np.ndarray], None]:
     """close(found, expected): within 1e-5 of the largest expected number, which float32 sums in another order are."""
 

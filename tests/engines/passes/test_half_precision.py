@@ -109,6 +109,13 @@ def test_one_cast_serves_all_that_read_a_value(planned: Artifact) -> None:
     assert len(casts) == len(set(casts))
 
 
+def test_a_length_is_read_off_the_input_itself(planned: Artifact) -> None:
+    """A piece of a decoder (engines/pieces.py) then needs no other piece for it."""
+    model = lowered(planned, "decoder")
+    sizes = [node.inputs[0] for node in model.graph if node.op_type == "Shape"]
+    assert sizes and all(value is not None and value.is_graph_input() for value in sizes)
+
+
 def test_a_weight_beyond_float16_keeps_its_product_in_float32(linear: Callable[..., ir.Model], run: Any) -> None:
     weight = np.array([[1e6, 0.5], [-3.0, 2.0]], np.float32)
     model = linear(weight)

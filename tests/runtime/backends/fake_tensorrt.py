@@ -20,6 +20,7 @@ from vlmc.calibration.plan import read_plan
 from vlmc.engines import builders
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.passes import quantize
+from vlmc.engines.pieces import constant_bytes, cut
 from vlmc.engines.tensorrt_profiles import ranges
 from vlmc.profiles.device import load_device
 from vlmc.runtime.tensorrt_decoder import TensorrtDecoder
@@ -190,9 +191,11 @@ class FakeContext:
 
 
 class Made:
-    """A lowered component, loaded as an engine."""
+    """A lowered component, loaded as an engine, or about as many as `count` pieces of one."""
 
-    def __init__(self, artifact: Artifact, component: str, recipe: str, folder: Path, profiles: int = 0) -> None:
+    def __init__(
+        self, artifact: Artifact, component: str, recipe: str, folder: Path, profiles: int = 0, count: int = 1
+    ) -> None:
         model = ir.load(artifact.graph(component))
         if recipe != "fp16":
             quantize.apply(model, read_plan(artifact, recipe), component)
@@ -203,15 +206,20 @@ class Made:
         job = builders.Job(component, recipe, device, self.kv, folder, lambda: embed, sizes, folder / "timing.cache")
         self.form = builder.lower(model, job)
         self.shapes = builder.profiles(model, job)[-profiles:]
-        self.path = folder / "model.onnx"
-        ir.save(model, self.path, external_data="model.onnx.data")
-        self.gpu = FakeGpu()
-        fixed = {v.name: tuple(v.shape) for v in model.graph.inputs if all(isinstance(d, int) for d in v.shape)}
-        whole = [{name: (shape,) * 3 for name, shape in fixed.items()} | dict(profile) for profile in self.shapes]
-        self.trt = fake_trt(lambda data: FakeEngine(self.gpu, self.path, whole) if data else None)
+        self.pieces = cut(model, constant_bytes(model) / count)
+        self.path, self.gpu, engines = folder / "engine.trt", FakeGpu(), {}
+        for index, piece in enumerate(self.pieces):
+            path, shapes = folder / f"{index}.onnx", builder.profiles(piece, job)[-profiles:]
+            ir.save(piece, path, external_data=f"{path.name}.data")
+            fixed = {v.name: tuple(v.shape) for v in piece.graph.inputs if all(isinstance(d, int) for d in v.shape)}
+            whole = [{name: (shape,) * 3 for name, shape in fixed.items()} | dict(profile) for profile in shapes]
+            engines[f"piece {index:3}".encode()] = (path, whole)
+        self.path.write_bytes(b"".join(engines))
+        self.trt = fake_trt(lambda data: FakeEngine(self.gpu, *engines[data]) if data in engines else None)
 
     def engine(self) -> Engine:
-        return Engine(self.trt, self.gpu, spec(), self.path)  # type: ignore[arg-type]
+        sizes = {"pieces": [len("piece 000")] * len(self.pieces)} if len(self.pieces) > 1 else {}
+        return Engine(self.trt, self.gpu, spec(**sizes), self.path)  # type: ignore[arg-type]
 
     def decoder(self) -> TensorrtDecoder:
         kv = self.kv

@@ -107,6 +107,16 @@ def test_one_profile_serves_steps_and_prompts(planned: Artifact, tmp_path: Path)
     assert [first, *decoder.decode(len(cases[0]["tokens"]) - 1)] == cases[0]["tokens"]
 
 
+@pytest.mark.parametrize("count", [2, 7])
+def test_a_decoder_in_pieces_says_the_same(count: int, planned: Artifact, tmp_path: Path) -> None:
+    made = Made(planned, "decoder", "fp16", tmp_path, count=count)
+    assert len(made.pieces) > 1
+    decoder, (cases, arrays) = made.decoder(), golden.read(planned)
+    for index, case in enumerate(cases[:2]):
+        embeds, more = arrays[f"{index}.inputs_embeds"], len(case["tokens"]) - 1
+        assert [decoder.prefill(embeds), *decoder.decode(more)] == list(case["tokens"])
+
+
 def test_feeding_a_token_replaces_the_chosen_one(make: Callable[..., Made], planned: Artifact) -> None:
     decoder = make("decoder", "fp16").decoder()
     arrays = golden.read(planned)[1]
