@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from gpu_steps import DEVICE
 from vlmc.artifact import Artifact
-from vlmc.calibration.cuda_baseline import GpuDecoder, GpuRunner
+from vlmc.calibration.cuda_baseline import GpuDecoder, GpuRunner, halved
 from vlmc.calibration.fake_quant import apply_plan
 from vlmc.calibration.plan import read_plan
 from vlmc.engines import trial
@@ -103,11 +103,11 @@ def main() -> None:
     artifact, modes = Artifact(Path(sys.argv[1])), sys.argv[2:]
     with np.load(artifact.path_of("golden/golden.npz"), allow_pickle=False) as file:
         golden = {name: file[name] for name in file.files}
-    parts = load_components(artifact).map(lambda _, module: module.half())
+    parts = load_components(artifact).map(lambda _, module: halved(module))
     fake = None
     if "fake-quant" in modes:
         plan, fake = read_plan(artifact, "int8"), load_components(artifact)
-        fake = fake.map(lambda name, module: apply_plan(module, plan, name).half())
+        fake = fake.map(lambda name, module: halved(apply_plan(module, plan, name)))
     (artifact.root / "loaded").touch()
     while not (artifact.root / "go").exists():
         time.sleep(0.1)

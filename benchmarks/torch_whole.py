@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch_times
 from vlmc.artifact import ComponentSpec, TensorSpec
-from vlmc.calibration.cuda_baseline import GpuDecoder
+from vlmc.calibration.cuda_baseline import GpuDecoder, halved
 from vlmc.exporter import checkpoint, graph
 
 CAPACITY, PROMPT, MODES = 1024, 160, ("eager", "graph")
@@ -28,7 +28,7 @@ def measure(preset: str, folder: Path) -> None:
     model = checkpoint.resolve(preset, random_weights=True)
     with torch.device("cuda"):
         whole = checkpoint.load_model(model)
-        parts = model.family.split(whole).map(lambda _, module: module.half())
+        parts = model.family.split(whole).map(lambda _, module: halved(module))
     kv = model.family.kv(whole, CAPACITY)
     with torch.inference_mode():
         made = parts.embed_tokens(torch.arange(PROMPT, device="cuda")[None])

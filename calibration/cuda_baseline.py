@@ -42,7 +42,7 @@ def open_session(
     if plan is not None:
         components = components.map(lambda name, module: apply_plan(module, plan, name))
     specs = artifact.manifest.components
-    halves = components.map(lambda name, module: module.half().to(where))
+    halves = components.map(lambda name, module: halved(module).to(where))
     if isinstance(halves, Encoders):
         vision = GpuRunner(halves.vision_encoder, specs["vision_encoder"], mode, where)
         text = GpuRunner(halves.text_encoder, specs["text_encoder"], mode, where, dynamic=None)
@@ -57,6 +57,17 @@ def open_session(
         decoder=GpuDecoder(halves, specs, artifact.manifest.kv, mode, where),
         fusion=None if halves.fusion is None else GpuRunner(halves.fusion, specs["fusion"], mode, where),
     )
+
+
+def halved(module: nn.Module) -> nn.Module:
+    """The module in float16 as transformers loads one: a rotation's frequencies stay float32, for their angles at
+    positions far on are too large for float16."""
+    exact = {name: buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")}
+    module.half()
+    for name, buffer in exact.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, buffer)
+    return module
 
 
 class GpuRunner:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..artifact import GRAPH_FILES, KvSpec
 from ..errors import VlmcError
-from . import families, onnx_ops
+from . import families, onnx_ops, rotation
 from .nearest import nearest
 from .onnx_ops import IMPLEMENTATION
 
@@ -84,6 +84,8 @@ class Decoder(nn.Module):
         self.model, self.lm_head = copy.copy(model), lm_head
         # The table of embeddings is a component of its own, so this one neither counts nor copies it.
         self.model._modules = {k: m for k, m in model._modules.items() if not isinstance(m, nn.Embedding)}
+        if (rotary := self.model._modules.get("rotary_emb")) is not None:
+            self.model._modules["rotary_emb"] = rotation.steady(rotary)
 
     def forward(
         self, inputs_embeds: Tensor, position_ids: Tensor, write_index: Tensor, logits_index: Tensor, past: list[Tensor]
@@ -240,7 +242,8 @@ def layers_up_to(state: int, layers: Any) -> Any:
 
 def standard_kv(text: Any, capacity: int) -> KvSpec:
     """The cache of a decoder whose layers are all alike, from its config: refused where its attention is another than
-    `Decoder` computes, to all tokens before."""
+    `Decoder` computes, to all tokens before, or its rotation would change within the cache."""
+    rotation.check(text, capacity)
     slides = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
     # A config keeps any value that it is given; of a decoder that has windows the field is its class's.
     window = text.sliding_window if slides and hasattr(type(text), "sliding_window") else None

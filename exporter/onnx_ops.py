@@ -19,7 +19,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ..errors import VlmcError
+
 IMPLEMENTATION = "vlmc"  # the name under which transformers finds attention() and its mask
+MORE = ("softcap", "s_aux", "position_bias")  # what transformers' models hand over that changes the scores
 
 
 def exporting() -> bool:
@@ -38,10 +41,17 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    **_: object,
+    **further: object,
 ) -> tuple[Tensor, None]:
     """Attention-23. query (batch, heads, length, dim), key and value (batch, kv_heads, keys, dim), boolean mask
-    broadcastable to (batch, heads, length, keys); returns (batch, length, heads, dim)."""
+    broadcastable to (batch, heads, length, keys); returns (batch, length, heads, dim). A model that asks for more, as
+    capped scores (Gemma 2) or sinks (gpt-oss), is a VlmcError, for the parity ladder has the same on both sides."""
+    if asked := [name for name in MORE if further.get(name) is not None]:
+        raise VlmcError(
+            "The model's attention does more than vlmc follows",
+            found=", ".join(asked),
+            expected="scores that are scaled and masked and nothing else",
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if exporting():
         inputs = [query, key, value] + ([] if attention_mask is None else [attention_mask])

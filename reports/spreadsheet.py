@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from .document import Number, Report, Score, Statistics, Variant
 from .tables import STATISTICS
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 COLUMNS = ("model", "weights", "device", "variant", "kind", "recipe", "metric", "statistic", "value", "unit", "note")
 
 Line = tuple[str, str, Number, str]  # metric, statistic, value or reason, unit
@@ -25,9 +26,15 @@ def render(report: Report) -> str:
     for variant in report.variants:
         start = (report.artifact.name, weights, report.device_name, variant.name, variant.kind, variant.recipe)
         for metric, statistic, value, unit in [*_lines(report, variant), *_speedups(report, variant)]:
-            found = ("", unit, value) if isinstance(value, str) else (repr(value), unit, "")
-            writer.writerow((*start, metric, statistic, *found))
+            number, note = ("", value) if isinstance(value, str) else (repr(value), "")
+            before = map(_plain, (*start, metric, statistic))
+            writer.writerow((*before, number, unit, _plain(note)))
     return text.getvalue()
+
+
+def _plain(text: str) -> str:
+    """Names are anybody's, and a spreadsheet computes what begins as a formula does (OWASP, CSV Injection)."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def _lines(report: Report, variant: Variant) -> Iterator[Line]:

@@ -94,7 +94,7 @@ class Engine:
         self.inputs = list(dict.fromkeys(name for piece in self._pieces for name in piece.inputs if name not in made))
         self.outputs = [name for piece in self._pieces for name in piece.outputs]
         self.dtypes = {name: dtype for piece in self._pieces for name, dtype in piece.dtypes(trt).items()}
-        count = self._pieces[0].engine.num_optimization_profiles
+        count = max(piece.profiles for piece in self._pieces)
         self.profiles = [{name: self._range(name, index)[2] for name in self.inputs} for index in range(count)]
         self._scratch_bytes = max(scratch_bytes(piece.engine) for piece in self._pieces)
         self._scratch = gpu.allocate(self._scratch_bytes)
@@ -184,6 +184,7 @@ class _Piece:
 
     def __init__(self, trt: Any, engine: Any) -> None:
         self.engine = engine
+        self.profiles = int(engine.num_optimization_profiles)  # one where no size is free
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if name not in self.inputs]
@@ -203,7 +204,8 @@ class Context:
         """`shapes` are those of the engine's inputs; what pieces hand over follows from them."""
         known = dict(shapes)
         for piece, context in self._pieces:
-            if index != self._profile and not context.set_optimization_profile_async(index, self._stream):
+            new = index != self._profile and index < piece.profiles
+            if new and not context.set_optimization_profile_async(index, self._stream):
                 raise VlmcError("The engine has no such optimisation profile", found=str(index))
             for name in piece.inputs:
                 if name in known and not context.set_input_shape(name, known[name]):

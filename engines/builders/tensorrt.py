@@ -121,14 +121,15 @@ def lower(model: ir.Model, job: Job) -> str:
 
 
 def profiles(model: ir.Model, job: Job) -> list[Profile]:
-    """The shapes that an engine is made for: of a decoder a step, then prompts by length; of another component one of
-    a batch, then several."""
+    """The shapes that an engine is made for: of a decoder a step, then prompts by length, of a piece without free sizes
+    none; of another component one of a batch, then several."""
     if job.component != "decoder":
         return one_and_more(model, job.sizes, MOST)
     capacity = job.kv.capacity
     lengths = [length for length in PROMPTS if length < capacity] + [capacity]
     ranges = [Range(1, 1, 1), *(Range(1, length, length) for length in lengths)]
-    return [profile(model, {**job.sizes, "length": sizes}) for sizes in ranges]
+    found = [profile(model, {**job.sizes, "length": sizes}) for sizes in ranges]
+    return found if any(found) else []
 
 
 def level(model: ir.Model, device: Device) -> int | None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...artifact import KvSpec
 from ...errors import VlmcError
 from ..family import Components, Decoder, Family, layers_up_to
 
@@ -59,8 +58,6 @@ class InternVl(Family):
         patch = config.vision_config.patch_size[0]
         if height != width or config.vision_config.patch_size[1] != patch:
             raise VlmcError("This InternVL's tiles are not square", found=f"{height} × {width}")
-        # Dynamic RoPE changes its frequencies only beyond max_position_embeddings, where kv() lets no cache reach.
-        inner.language_model.rotary_emb.rope_type = "default"
         return Components(
             vision_encoder=VisionEncoder(
                 inner.vision_tower,
@@ -72,15 +69,3 @@ class InternVl(Family):
             embed_tokens=inner.language_model.get_input_embeddings(),
             decoder=Decoder(inner.language_model, model.lm_head),
         )
-
-    def kv(self, model: Any, capacity: int) -> KvSpec:
-        spec, text = super().kv(model, capacity), model.config.text_config
-        rope = text.rope_parameters["rope_type"]
-        if rope not in ("default", "dynamic") or (rope == "dynamic" and capacity > text.max_position_embeddings):
-            raise VlmcError(
-                "The decoder's rotary positions are not the same for every length",
-                found=f"{rope} RoPE, a KV cache of {capacity}",
-                expected=f"default, or dynamic and no more than {text.max_position_embeddings} positions",
-                fix="export with a smaller --capacity" if rope == "dynamic" else "",
-            )
-        return spec

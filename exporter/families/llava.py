@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...artifact import KvSpec
 from ...errors import VlmcError
 from ..family import Components, Decoder, Family, layers_up_to
 
@@ -78,14 +77,6 @@ class Llava(Family):
             embed_tokens=inner.language_model.get_input_embeddings(),
             decoder=Decoder(inner.language_model, model.lm_head),
         )
-
-    def kv(self, model: Any, capacity: int) -> KvSpec:
-        spec, rope = super().kv(model, capacity), model.config.text_config.rope_parameters["rope_type"]
-        if rope in ("dynamic", "longrope"):
-            raise VlmcError(
-                "The decoder's rotary positions are not the same for every length", found=f"rope_type {rope}"
-            )
-        return spec
 
 
 def clip_tower(original: dict[str, Any], name: str, title: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ...errors import VlmcError
 from ...files import read_json
 from .. import onnx_ops
 from ..family import Components, Decoder, OwnProcessor, decoder_config, from_tensors, require_all
+from ..rotation import steady
 from .llava import Llava, VisionEncoder, clip_tower
 
 _HEADS = 8  # of the compressor
@@ -149,7 +150,7 @@ class LlavaMini(Llava):
         inner, vision = model.model, model.config.vision_config
         table, patches = inner.language_model.get_input_embeddings(), (vision.image_size // vision.patch_size) ** 2
         projector = Projector(model.compressor, inner.multi_modal_projector, patches)
-        rotary, padding = inner.language_model.rotary_emb, table.weight[0].detach()
+        rotary, padding = steady(inner.language_model.rotary_emb), table.weight[0].detach()
         return Components(
             vision_encoder=VisionEncoder(inner.vision_tower, projector, model.config.vision_feature_layer, 1),
             embed_tokens=table,

@@ -59,20 +59,6 @@ class Connector(nn.Module):
         return features
 
 
-class Rotation(nn.Module):
-    """LongRoPE within the length that the model was trained with first: cos and sin (1, length, head_dim)."""
-
-    def __init__(self, rotary: Any) -> None:
-        super().__init__()
-        self.inv_freq: Tensor
-        self.register_buffer("inv_freq", rotary.original_inv_freq, persistent=False)
-        self.scale = float(rotary.attention_scaling)
-
-    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = (position_ids[..., None].to(hidden.dtype) * self.inv_freq).repeat(1, 1, 2)
-        return angles.cos() * self.scale, angles.sin() * self.scale
-
-
 class Phi3V(Family):
     model_types: ClassVar[tuple[str, ...]] = ("phi3_v",)
 
@@ -104,26 +90,14 @@ class Phi3V(Family):
         return Composed(vision, _connector(config), text)
 
     def split(self, model: Any) -> Components:
-        decoder = Decoder(model.text.model, model.text.lm_head)
-        if model.text.config.rope_parameters["rope_type"] == "longrope":
-            decoder.model.rotary_emb = Rotation(model.text.model.rotary_emb)
         return Components(
             vision_encoder=VisionEncoder(model.vision, model.connector, -2, 1),
             embed_tokens=model.text.get_input_embeddings(),
-            decoder=decoder,
+            decoder=Decoder(model.text.model, model.text.lm_head),
         )
 
     def kv(self, model: Any, capacity: int) -> KvSpec:
-        text = model.text.config
-        longest = text.rope_parameters.get("original_max_position_embeddings", text.max_position_embeddings)
-        if capacity > longest:
-            raise VlmcError(
-                "Phi-3 rotates texts beyond its first context by other angles, which vlmc does not follow",
-                found=f"a KV cache of {capacity} positions",
-                expected=f"at most {longest}",
-                fix=f"export with --capacity {longest} or less",
-            )
-        return standard_kv(text, capacity)
+        return standard_kv(model.text.config, capacity)
 
     def image_size(self, model: Any) -> tuple[int, int]:
         size = model.vision.config.image_size

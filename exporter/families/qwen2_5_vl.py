@@ -21,7 +21,7 @@ from ..family import Components, Decoder, Family, VisionInput, standard_kv
 class VisionEncoder(nn.Module):
     """Any number of pictures as (tokens, …) one after the other → image_features (tokens, hidden)."""
 
-    frequencies: Tensor
+    inv_freq: Tensor
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class VisionEncoder(nn.Module):
         self.patch_embed.weight = nn.Parameter(kernel.flatten(1), requires_grad=False)
         self.blocks, self.merger = visual.blocks, visual.merger
         self.whole = frozenset(getattr(visual, "fullatt_block_indexes", ()))
-        self.register_buffer("frequencies", visual.rotary_pos_emb.inv_freq, persistent=False)
+        self.register_buffer("inv_freq", visual.rotary_pos_emb.inv_freq, persistent=False)
 
     def forward(
         self,
@@ -45,14 +45,15 @@ class VisionEncoder(nn.Module):
         window_places (tokens,): where each token is among the windows' places, all counted. Without windows every block
         sees all of a picture."""
         patches = pixel_values.shape[1]
-        angles = (patch_positions[..., None] * self.frequencies).flatten(2)
+        angles = (patch_positions[..., None] * self.inv_freq).flatten(2)
         pictures = image_ids[:, None].expand(-1, patches).reshape(1, 1, 1, -1)
-        whole = _turns(angles, 1), pictures == pictures.mT
+        whole = _turns(angles, 1, pixel_values.dtype), pictures == pictures.mT
         if window_index is not None:
             taken, windows = window_index.flatten().clamp(min=0), window_index.shape[0]
             inside = (window_index >= 0)[..., None].expand(-1, -1, patches).reshape(windows, 1, 1, -1)
             # ONNX Runtime's Attention wants a row of the mask for each query, though they are all the same.
-            window = _turns(angles.index_select(0, taken), windows), inside.expand(-1, -1, inside.shape[-1], -1)
+            turns = _turns(angles.index_select(0, taken), windows, pixel_values.dtype)
+            window = turns, inside.expand(-1, -1, inside.shape[-1], -1)
 
         hidden = self.patch_embed(pixel_values)
         for index, block in enumerate(self.blocks):
@@ -68,10 +69,10 @@ class VisionEncoder(nn.Module):
         return features
 
 
-def _turns(angles: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+def _turns(angles: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines (batch, patches, channels / 2) of (tokens, patches, channels / 2)."""
     flat = angles.reshape(batch, -1, angles.shape[-1])
-    return flat.cos(), flat.sin()
+    return flat.cos().to(dtype), flat.sin().to(dtype)
 
 
 def _attend(attention: Any, states: Tensor, turns: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
+from vlmc.errors import VlmcError
 from vlmc.exporter import onnx_ops
 
 
@@ -44,6 +45,14 @@ def test_attention_groups_its_heads_and_scales() -> None:
     torch.testing.assert_close(found, expected.transpose(1, 2))
     plain, _ = onnx_ops.attention(nn.Module(), query, query, query, None)
     torch.testing.assert_close(plain.transpose(1, 2), functional.scaled_dot_product_attention(query, query, query))
+
+
+@pytest.mark.parametrize("name", onnx_ops.MORE)
+def test_attention_that_does_more_is_refused(name: str) -> None:
+    query = torch.randn(1, 4, 3, 8)
+    onnx_ops.attention(nn.Module(), query, query, query, None, **{name: None}, dropout=0.0)
+    with pytest.raises(VlmcError, match=f"does more than vlmc follows.*{name}"):
+        onnx_ops.attention(nn.Module(), query, query, query, None, **{name: torch.zeros(4)})
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -2,6 +2,7 @@ import csv
 import io
 from typing import Any
 
+import pytest
 from vlmc.reports.document import parse
 from vlmc.reports.spreadsheet import COLUMNS, render
 
@@ -22,6 +23,13 @@ def test_every_statistic_comes_back_as_it_was(sample: dict[str, Any]) -> None:
             row = back[variant["name"], "accuracy.attributes", key]
             assert float(row["value"]) == variant["accuracy"]["tasks"]["attributes"][key]
         assert float(back[variant["name"], "memory.disk_bytes", "value"]["value"]) == variant["memory"]["disk_bytes"]
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t"])
+def test_a_name_is_no_formula(first: str, sample: dict[str, Any]) -> None:
+    name = f'{first}HYPERLINK("https://example.com")'
+    sample["artifact"]["name"] = name
+    assert {row["model"] for row in rows(sample)} == {f"'{name}"}
 
 
 def test_each_line_is_whole_and_each_key_occurs_once(sample: dict[str, Any]) -> None:

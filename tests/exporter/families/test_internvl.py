@@ -191,17 +191,6 @@ def test_what_the_family_does_not_cover_is_refused(model: InternVLForConditional
     model.config.vision_feature_select_strategy = "full"
     with pytest.raises(VlmcError, match="without the class token"):
         family.split(model)
-    model.config.text_config.rope_parameters = {"rope_type": "yarn"}
-    with pytest.raises(VlmcError, match="yarn RoPE"):
-        family.kv(model, 8)
-
-
-def test_dynamic_rope_is_followed_as_far_as_it_is_the_plain_one(model: InternVLForConditionalGeneration) -> None:
-    family, text = family_for("internvl", "here"), model.config.text_config
-    text.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
-    assert family.kv(model, text.max_position_embeddings).capacity == text.max_position_embeddings
-    with pytest.raises(VlmcError, match="smaller --capacity"):
-        family.kv(model, text.max_position_embeddings + 1)
 
 
 def as_published(**text: Any) -> dict[str, Any]:

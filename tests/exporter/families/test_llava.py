@@ -200,11 +200,29 @@ def with_decoder(model_type: str, **more: Any) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize("model_type", Llava.decoders)
-def test_every_decoder_that_is_taken_computes_what_transformers_does(model_type: str, randomise: Any) -> None:
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10.0, "short_factor": [1.5] * 8, "long_factor": [9.0] * 8}
+ROTATIONS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_type": "linear", "rope_theta": 10.0, "factor": 3.0}),
+    ("llama", LLAMA3 | {"original_max_position_embeddings": 8}),
+    ("llama", {"rope_type": "yarn", "rope_theta": 10.0, "factor": 4.0, "original_max_position_embeddings": 8}),
+    ("llama", {"rope_type": "dynamic", "rope_theta": 10.0, "factor": 2.0}),
+    ("phi3", LONG),
+]
+MOST = {"max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rotation"),
+    [*((name, None) for name in Llava.decoders), *ROTATIONS],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else value or "plain",
+)
+def test_every_decoder_that_is_taken_computes_what_transformers_does(
+    model_type: str, rotation: dict[str, Any] | None, randomise: Any
+) -> None:
     """bakLlava's is Mistral, xtuner/llava-phi-3-mini-hf's Phi-3, and Qwen's are in many. Without a cache on one side;
     on the other a prompt and three steps, through the operators that the graphs have."""
-    model = with_decoder(model_type)
+    model = with_decoder(model_type, **{"rope_parameters": rotation} | MOST if rotation else {})
     randomise(model, 7)
     ids = torch.randint(4, 99, (1, 12), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -236,10 +254,15 @@ def test_another_decoder_is_refused_before_its_weights_are_read(model_type: str,
         family_for(family, "here").kv(model, 8)
 
 
-def test_rotary_positions_that_depend_on_the_length_are_refused() -> None:
-    model = with_decoder("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    with pytest.raises(VlmcError, match=r"not the same for every length.*dynamic"):
-        family_for("llava", "here").kv(model, 8)
+@pytest.mark.parametrize("family", ["llava", "internvl", "smolvlm"])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_the_cache_ends_where_a_rotation_would_change(kind: str, family: str) -> None:
+    ((decoder, rotation),) = ((decoder, one) for decoder, one in ROTATIONS if one["rope_type"] == kind)
+    ends = {"max_position_embeddings": 99, "original_max_position_embeddings": 16}
+    model = with_decoder(decoder, rope_parameters=rotation, **ends if kind == "longrope" else MOST)
+    assert family_for(family, "here").kv(model, 16).capacity == 16
+    with pytest.raises(VlmcError, match=rf"{kind} RoPE, a KV cache of 17 positions.*--capacity 16 or less"):
+        family_for(family, "here").kv(model, 17)
 
 
 def test_only_clips_last_layer_and_the_norm_behind_it_are_left_out(whole: Whole) -> None:

@@ -114,7 +114,7 @@ class FakeEngine:
         self._gpu, self._profiles = gpu, profiles
         self.values = {v.name: v for v in [*self.session.get_inputs(), *self.session.get_outputs()]}
         self.names = list(self.values)
-        self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(profiles)
+        self.num_io_tensors, self.num_optimization_profiles = len(self.names), max(len(profiles), 1)
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -156,7 +156,7 @@ class FakeContext:
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         assert stream == self._gpu.stream
         self._profile = index
-        return True
+        return index < self._engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         known = self._engine._profiles[self._profile].get(name)
@@ -212,7 +212,9 @@ class Made:
             path, shapes = folder / f"{index}.onnx", builder.profiles(piece, job)[-profiles:]
             ir.save(piece, path, external_data=f"{path.name}.data")
             fixed = {v.name: tuple(v.shape) for v in piece.graph.inputs if all(isinstance(d, int) for d in v.shape)}
-            whole = [{name: (shape,) * 3 for name, shape in fixed.items()} | dict(profile) for profile in shapes]
+            whole = [
+                {name: (shape,) * 3 for name, shape in fixed.items()} | dict(profile) for profile in shapes or [{}]
+            ]
             engines[f"piece {index:3}".encode()] = (path, whole)
         self.path.write_bytes(b"".join(engines))
         self.trt = fake_trt(lambda data: FakeEngine(self.gpu, *engines[data]) if data in engines else None)
