@@ -20,6 +20,7 @@ from .tensorrt_network import Parsed
 from .tensorrt_profiles import Profile
 
 STRONG = (10, 12)  # from here on precision is in the graph
+NO_KERNEL = "Could not find any implementation"  # how TensorRT refuses a region
 NETWORK, PROFILES = "lowered.onnx", "profiles.json"
 PRODUCTS = (
     "CaskConvolution",
@@ -43,7 +44,9 @@ def make(
 ) -> dict[str, Any]:
     """Writes ENGINE into the folder, of the NETWORK there, which goes once it is read. `level` is TensorRT's
     optimisation level where it is not the usual one; `timings` the file of its timing cache. Returns `products`,
-    `scratch_bytes` and `layers` (see `_inspected`)."""
+    `scratch_bytes` and `layers` (see `_inspected`), and `half_norms`: how many layers of norms that the graph spells
+    out were left to FP16, for TensorRT has no kernel with them in float32. Whether that is near enough shows when the
+    engine is compared with the golden outputs."""
     import tensorrt as trt
 
     weak = version(str(trt.__version__)) < STRONG
@@ -52,8 +55,7 @@ def make(
     parsed = tensorrt_network.parse(trt, path, component, flags)
     for read in (path, path.with_name(f"{NETWORK}.data")):
         read.unlink(missing_ok=True)
-    if weak:
-        _type_weakly(trt, parsed)
+    exact = _type_weakly(trt, parsed) if weak else []
 
     def configure(config: Any) -> None:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector then names precisions
@@ -68,7 +70,18 @@ def make(
             tensorrt_calibrator.use(trt, parsed.builder, config, calibration, cuda.Gpu())
         cache.use(config)
 
-    engine = tensorrt_network.serialise(parsed, shapes, configure)
+    left = 0
+    try:
+        engine = tensorrt_network.serialise(parsed, shapes, configure)
+    except VlmcError as refusal:
+        if not exact or NO_KERNEL not in str(refusal):
+            raise
+        for layer in exact:
+            layer.reset_precision()
+            layer.reset_output_type(0)
+        parsed.errors.clear()
+        left = len(exact)
+        engine = tensorrt_network.serialise(parsed, shapes, configure)
     try:
         inspected = _inspected(trt, parsed, engine, weak)
     except VlmcError:  # of six engines of CLIP's text encoder by 8.6 three could not run; those built next could
@@ -76,7 +89,7 @@ def make(
         inspected = _inspected(trt, parsed, engine, weak)
     (folder / ENGINE).write_bytes(engine)
     cache.keep()
-    return inspected
+    return inspected | {"half_norms": left}
 
 
 def version(text: str) -> tuple[int, int]:
@@ -91,8 +104,8 @@ def summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for one in found:
         for kind, count in one["products"].items():
             products[kind] = products.get(kind, 0) + count
-    scratch, layers = max(one["scratch_bytes"] for one in found), sum(one["layers"] for one in found)
-    return {"products": products, "scratch_bytes": scratch, "layers": layers}
+    counts = {name: sum(one[name] for one in found) for name in ("layers", "half_norms")}
+    return {"products": products, "scratch_bytes": max(one["scratch_bytes"] for one in found)} | counts
 
 
 def _quantised(parsed: Parsed) -> bool:
@@ -100,20 +113,22 @@ def _quantised(parsed: Parsed) -> bool:
     return any(network.get_layer(index).type.name == "QUANTIZE" for index in range(network.num_layers))
 
 
-def _type_weakly(trt: Any, parsed: Parsed) -> None:
+def _type_weakly(trt: Any, parsed: Parsed) -> list[Any]:
     """What FP16 must not touch, and what it must: norms stay float32, for squares leave FP16's range; the KV cache is
-    FP16, which halves what a step reads."""
-    network = parsed.network
+    FP16, which halves what a step reads. Returns the layers of norms that the graph spells out, which few models do."""
+    network, spelt = parsed.network, []
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.name.endswith(norms.PARTS):
             layer.precision = trt.float32
             layer.set_output_type(0, trt.float32)
+            spelt += [layer] * (norms.SPELT in layer.name)
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     for tensor in tensors:
         if tensor.name.startswith(STATES):
             tensor.dtype = trt.float16
+    return spelt
 
 
 class _TimingCache:

@@ -1,4 +1,4 @@
-"""Norms that a graph spells out, found and named as decompositions.py names those that it spells out itself.
+"""Norms that a graph spells out, found and named as decompositions.py names those that it spells out itself, but SPELT.
 
 A sum of squares leaves float16's range where what it is the norm of does not: 256² is beyond 65504. So passes and
 builders keep the nodes of these names in float32, from the square to the root.
@@ -12,6 +12,7 @@ import onnx_ir as ir
 from . import array_of
 
 SQUARE, NORMAL = ".square", ".normal"
+SPELT = ".spelt"  # in the names of norms that were found so
 PARTS = (SQUARE, ".mean", ".total", ".shifted", ".root", NORMAL)  # how the names of a norm's nodes end
 SUMS = ("ReduceMean", "ReduceSum")
 SHIFTED = ("Add", "Max", "Clip", "Mul", "Div")  # by a constant
@@ -25,7 +26,7 @@ def apply(model: ir.Model) -> int:
         sums = [use.node for use in node.outputs[0].uses() if use.node.op_type in SUMS and use.idx == 0]
         if not sums or not _squares(node) or str(node.name).endswith(PARTS):
             continue
-        norm = str(node.name)
+        norm = f"{node.name}{SPELT}"
         node.name = norm + SQUARE
         for total in sums:
             total.name = f"{norm}.{total.name}.total"

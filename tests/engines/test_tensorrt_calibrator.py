@@ -91,7 +91,8 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> TensorRT:
     )
     made = TensorRT(gpu)
     network = SimpleNamespace(num_layers=0, num_inputs=0, num_outputs=0)
-    parsed = SimpleNamespace(network=network, builder=SimpleNamespace(create_optimization_profile=profile))
+    made_by = SimpleNamespace(create_optimization_profile=profile)
+    parsed = SimpleNamespace(network=network, builder=made_by, errors=[])
     cache = SimpleNamespace(use=lambda config: None, keep=lambda: None)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr(tensorrt_network, "parse", lambda *_: parsed)
@@ -266,3 +267,51 @@ def test_only_a_decoder_is_cut(artifact: Artifact, trt: TensorRT, monkeypatch: p
     engine(artifact, replace(VISION, precision="fp16"))
     spec, _ = artifact.engine("h100", "vision_encoder", "tensorrt-fp16")
     assert "pieces" not in spec.settings
+
+
+class Exact:
+    """A layer of a norm that the graph spells out, typed float32."""
+
+    typed = True
+
+    def reset_precision(self) -> None:
+        self.typed = False
+
+    def reset_output_type(self, index: int) -> None:
+        assert index == 0 and not self.typed
+
+
+REGION = "10: Could not find any implementation for node {ForeignNode[a...b]}"
+
+
+@pytest.mark.parametrize(
+    ("refusals", "layers", "left"),
+    [([], 2, 0), ([REGION], 2, 2), ([REGION, REGION], 2, None), ([REGION], 0, None), (["out of memory"], 2, None)],
+    ids=["built at once", "then in FP16", "refused again", "without such norms", "for another reason"],
+)
+def test_norms_that_a_graph_spells_out_are_left_to_fp16_where_there_is_no_kernel(
+    refusals: list[str],
+    layers: int,
+    left: int | None,
+    artifact: Artifact,
+    trt: TensorRT,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gemma 3n's decoder by 8.6 (docs/experiments.md)."""
+    exact, waiting = [Exact() for _ in range(layers)], list(refusals)
+
+    def serialise(parsed: Any, *_: Any) -> bytes:
+        if waiting:
+            raise VlmcError("TensorRT does not build the decoder", found=waiting.pop(0))
+        return b"made"
+
+    monkeypatch.setattr(tensorrt_piece, "_type_weakly", lambda *_: exact)
+    monkeypatch.setattr(tensorrt_network, "serialise", serialise)
+    one = replace(VISION, precision="fp16")
+    if left is None:
+        with pytest.raises(VlmcError, match=refusals[-1][:9]):
+            engine(artifact, one)
+    else:
+        assert engine(artifact, one) == b"made"
+        assert artifact.engine("h100", "vision_encoder", "tensorrt-fp16")[0].settings["half_norms"] == left
+        assert [layer.typed for layer in exact] == [left == 0] * layers

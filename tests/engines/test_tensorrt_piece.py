@@ -20,11 +20,12 @@ def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
         def set_output_type(self, index: int, kind: str) -> None:
             self.output = kind
 
-    layers = [Layer("layers.0.norm.square"), Layer("layers.0.mlp.up_proj"), Layer("layers.0.norm.normal")]
+    names = ("layers.0.norm.square", "layers.0.mlp.up_proj", "layers.0.norm.normal", "pow_8.spelt.mean_9.total")
+    layers = [Layer(name) for name in names]
     inputs = [SimpleNamespace(name=name, dtype="f32") for name in ("inputs_embeds", "past_key_values.0.key")]
     outputs = [SimpleNamespace(name=name, dtype="f32") for name in ("logits", "present.0.key")]
     network = SimpleNamespace(
-        num_layers=3,
+        num_layers=len(layers),
         get_layer=layers.__getitem__,
         num_inputs=2,
         get_input=inputs.__getitem__,
@@ -32,8 +33,9 @@ def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
         get_output=outputs.__getitem__,
     )
     parsed: Any = SimpleNamespace(network=network)
-    tensorrt_piece._type_weakly(SimpleNamespace(float32="f32", float16="f16"), parsed)
-    assert [layer.precision for layer in layers] == ["f32", "", "f32"]
+    spelt = tensorrt_piece._type_weakly(SimpleNamespace(float32="f32", float16="f16"), parsed)
+    assert [layer.precision for layer in layers] == ["f32", "", "f32", "f32"]
+    assert spelt == layers[3:]
     assert [tensor.dtype for tensor in inputs + outputs] == ["f32", "f16", "f32", "f16"]
 
 
@@ -68,10 +70,10 @@ def test_a_process_makes_the_engine_of_its_folder(
 
 def test_pieces_are_summed_up_as_one_engine() -> None:
     found = [
-        {"products": {"int8": 3, "float16": 1}, "scratch_bytes": 5, "layers": 2},
-        {"products": {"int8": 2}, "scratch_bytes": 9, "layers": 1},
+        {"products": {"int8": 3, "float16": 1}, "scratch_bytes": 5, "layers": 2, "half_norms": 0},
+        {"products": {"int8": 2}, "scratch_bytes": 9, "layers": 1, "half_norms": 6},
     ]
-    summed = {"products": {"int8": 5, "float16": 1}, "scratch_bytes": 9, "layers": 3}
+    summed = {"products": {"int8": 5, "float16": 1}, "scratch_bytes": 9, "layers": 3, "half_norms": 6}
     assert tensorrt_piece.summed(found) == summed
 
 

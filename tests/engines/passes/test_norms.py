@@ -74,7 +74,7 @@ def test_all_from_the_square_to_the_root_is_named_once(text: str, graph: Any) ->
     model = graph(text)
     assert norms.apply(model) == 1
     names = [str(node.name) for node in model.graph]
-    assert names[0] == "node0.square"
+    assert names[0] == "node0.spelt.square"
     behind = len(names) - (2 if text == CHANNELS else 1)  # what divides by the root is none of it
     assert all(name.startswith("node0.") and name.endswith(norms.PARTS) for name in names[:behind])
     assert names[behind - 1].endswith(".root")
