@@ -71,9 +71,10 @@ def build(folder: Path, component: str, form: str, precision: str) -> None:
     tensorrt.profiles, tensorrt.lower, tensorrt_network.serialise = profiles, lowered, serialised
     numbers = {start: int(word.removeprefix(start)) for word in words for start in NUMBERED if word.startswith(start)}
     if LEVEL in numbers:
-        tensorrt.level = lambda model, device: numbers[LEVEL]
+        tensorrt.optimization_level = lambda model, device: numbers[LEVEL]
     if PIECES in numbers:
-        tensorrt.portions = lambda size, precision: (size / numbers[PIECES], AT_ONCE)
+        tensorrt.piece_bytes = lambda size, precision: size / numbers[PIECES]
+        tensorrt.AT_ONCE = AT_ONCE
     if "half-norms" in words:
         tensorrt.norms.apply = lambda model: 0
     place = folder / "engines" / form / component / f"tensorrt-{precision}"

@@ -210,8 +210,7 @@ class Context:
             for name in piece.inputs:
                 if name in known and not context.set_input_shape(name, known[name]):
                     raise VlmcError(f"The engine does not take {name} of this shape", found=str(known[name]))
-            if len(self._pieces) > 1:
-                known |= {name: tuple(context.get_tensor_shape(name)) for name in piece.outputs}
+            known |= {name: tuple(context.get_tensor_shape(name)) for name in piece.outputs}
         self._profile = index
 
     def bind(self, addresses: Mapping[str, int]) -> None:

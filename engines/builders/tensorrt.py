@@ -59,8 +59,9 @@ LEVELS = (8, 6)  # optimisation levels
 CONVOLUTIONS = 8  # from so many on a network is convolutional
 PROMPTS = (256,)  # prompt lengths that get an optimisation profile, beside the whole capacity
 MOST = 8  # tiles or texts at once; more run in parts
-BUILDER = 5.5e9  # bytes that a build takes at its peak beside those for its weights (docs/experiments.md), and what it
-SPACE = {True: 2.6, False: 7.4}  # takes of float32 weights, of floats and of what is quantised
+BUILDER = 5.5e9  # bytes that a build takes at its peak beside those for its weights (docs/experiments.md), and how many
+SPACE = {True: 3.0, False: 7.0}  # times the float32 weights it takes besides: of floats, and of what is quantised
+AT_ONCE = 1  # pieces; each takes BUILDER too
 LEAST = 1 << 28  # bytes of weights below which a piece is mostly what every build takes
 
 
@@ -132,8 +133,8 @@ def profiles(model: ir.Model, job: Job) -> list[Profile]:
     return found if any(found) else []
 
 
-def level(model: ir.Model, device: Device) -> int | None:
-    """The optimisation level, None for the usual one. At 0 TensorRT takes the first kernels that work and does not look
+def optimization_level(model: ir.Model, device: Device) -> int | None:
+    """TensorRT's, None for the usual one. At 0 TensorRT takes the first kernels that work and does not look
     for the fastest: 8.6 writes, compiles and times up to 68 for every pointwise layer between two convolutions, and is
     not through with Gemma 3n's tower within ten minutes on an H100, where it takes five this way (docs/experiments.md).
     A transformer's lie in one region."""
@@ -141,26 +142,26 @@ def level(model: ir.Model, device: Device) -> int | None:
     return 0 if convolutions >= CONVOLUTIONS and LEVELS <= version(device) < (10, 0) else None
 
 
-def portions(size: int, precision: str) -> tuple[float, int]:
-    """Of a decoder with constants of `size` bytes: how many a piece may have, and how many pieces are built at once, so
-    that the memory that is free now is enough."""
+def piece_bytes(size: int, precision: str) -> float:
+    """How many of a decoder's `size` bytes of constants a piece may have, so that the memory that is free now is enough
+    to build it."""
     space, free = SPACE[precision in FLOATS], available_bytes()
     if free is None or BUILDER + space * size <= free:
-        return size, 1
-    return max((free - BUILDER) / space, LEAST), 1
+        return size
+    return max((free - BUILDER) / space, LEAST)
 
 
 def build(model: ir.Model, job: Job) -> Built:
     import tensorrt as trt
 
     job = replace(job, device=replace(job.device, tensorrt=str(trt.__version__)))  # the installed one decides
-    form, wanted = lower(model, job), level(model, job.device)
-    most, at_once = portions(pieces.constant_bytes(model), job.precision)
+    form, level = lower(model, job), optimization_level(model, job.device)
+    most = piece_bytes(pieces.constant_bytes(model), job.precision)
     parts = pieces.cut(model, most) if job.component == "decoder" else [model]
     settings: dict[str, Any] = {
         "version": str(trt.__version__),
         "sm": cuda.architecture(),
-        "optimization_level": wanted,
+        "optimization_level": level,
     }
     others = 0
     with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
@@ -168,19 +169,17 @@ def build(model: ir.Model, job: Job) -> Built:
             shapes, place = profiles(model, job), Path(folder)
             _save(model, place)
             forget(model)
-            settings |= tensorrt_piece.make(place, shapes, job.component, wanted, job.cache, job.calibration)
+            settings |= tensorrt_piece.make(place, shapes, job.component, level, job.cache, job.calibration)
             (place / ENGINE).rename(job.folder / ENGINE)
         else:
-            found, others = _in_pieces(parts, at_once, Path(folder), job, wanted)
+            found, others = _in_pieces(parts, Path(folder), job, level)
             settings |= found
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
     return Built(ENGINE, settings, contract, others)
 
 
-def _in_pieces(
-    parts: Sequence[ir.Model], at_once: int, folder: Path, job: Job, wanted: int | None
-) -> tuple[dict[str, Any], int]:
+def _in_pieces(parts: Sequence[ir.Model], folder: Path, job: Job, level: int | None) -> tuple[dict[str, Any], int]:
     """The engines of all parts in the job's one file; what there is to know of them, and the memory that building them
     took. A piece that fails is built once more when the others are done: memory may have been short."""
 
@@ -190,7 +189,7 @@ def _in_pieces(
         _save(parts[index], place)
         write_json(place / tensorrt_piece.PROFILES, profiles(parts[index], job))
         what = f"Piece {index + 1} of {len(parts)} of the {job.component}"
-        given = (str(place), job.component, "" if wanted is None else str(wanted), str(job.cache))
+        given = (str(place), job.component, "" if level is None else str(level), str(job.cache))
         found: dict[str, Any] = json.loads(child.run("tensorrt_piece", what, *given))
         return found
 
@@ -200,7 +199,7 @@ def _in_pieces(
         except VlmcError:
             return None
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         tried = list(pool.map(first, range(len(parts))))
     found = [make(index) if one is None else one for index, one in enumerate(tried)]
     sizes = []
@@ -211,7 +210,7 @@ def _in_pieces(
             with made.open("rb") as engine:
                 shutil.copyfileobj(engine, file)
             made.unlink()
-    largest = sorted(one["peak_bytes"] for one in found)[-at_once:]
+    largest = sorted(one["peak_bytes"] for one in found)[-AT_ONCE:]
     return tensorrt_piece.summed(found) | {"pieces": sizes}, sum(largest)
 
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from . import array_of, constant, drop, insert, replace, size
+from . import constant, drop, insert, replace, size
 
 MOST = 2**31 - 1  # elements
 
@@ -42,6 +42,8 @@ def _columns(graph: ir.Graph | ir.GraphView, table: ir.Value, start: int, end: i
     assert isinstance(graph, ir.Graph) and whole is not None
     shape = ir.Shape((size(table, 0), end - start))
     name = f"{table.name}.{start}"
-    keep = ir.Value(const_value=whole)  # `drop` takes the table's own
-    make = lambda: ir.tensor(np.ascontiguousarray(array_of(keep)[:, start:end]))  # noqa: E731
+
+    def make() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(whole.numpy()[:, start:end]))
+
     return constant(graph, name, ir.LazyTensor(make, dtype=whole.dtype, shape=shape, name=name))

@@ -263,7 +263,7 @@ def test_memory_of_other_processes_of_the_builder_counts(
 
 
 def test_only_a_decoder_is_cut(artifact: Artifact, trt: TensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "portions", lambda size, precision: (1, 1))
+    monkeypatch.setattr(builder, "piece_bytes", lambda size, precision: 1)
     engine(artifact, replace(VISION, precision="fp16"))
     spec, _ = artifact.engine("h100", "vision_encoder", "tensorrt-fp16")
     assert "pieces" not in spec.settings

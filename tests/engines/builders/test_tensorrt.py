@@ -158,7 +158,7 @@ def test_a_convolutional_network_is_built_quickly_by_tensorrt_8(
     image = ir.Value(name="image")
     nodes = [ir.node("Conv", [image, image]) for _ in range(convolutions)]
     model = ir.Model(ir.Graph([image], [], nodes=[*nodes, ir.node("MatMul", [image, image])]), ir_version=10)
-    assert builder.level(model, replace(ORIN, tensorrt=version)) == level
+    assert builder.optimization_level(model, replace(ORIN, tensorrt=version)) == level
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_a_bound_from_below_is_a_maximum_where_floats_are_typed_weakly(
     ("precision", "free", "expected"),
     [
         ("fp16", None, 10e9),  # nobody tells
-        ("fp16", 31.5e9, 10e9),
-        ("fp16", 31.4e9, 25.9e9 / 2.6),
-        ("int8", 79.5e9, 10e9),
-        ("int8", 20.3e9, 2e9),
+        ("fp16", 35.5e9, 10e9),
+        ("fp16", 35.4e9, 29.9e9 / 3),
+        ("int8", 75.5e9, 10e9),
+        ("int8", 19.5e9, 2e9),
         ("int8", 4e9, builder.LEAST),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_piece_is_as_large_as_memory_allows(
     precision: str, free: float | None, expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builder, "available_bytes", lambda: free)
-    assert builder.portions(int(10e9), precision) == (pytest.approx(expected), 1)
+    assert builder.piece_bytes(int(10e9), precision) == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -228,7 +228,8 @@ def built_in_pieces(
 
         monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.0"))
         monkeypatch.setattr(builder.cuda, "architecture", lambda: 90)
-        monkeypatch.setattr(builder, "portions", lambda size, precision: (size / 4, at_once))
+        monkeypatch.setattr(builder, "piece_bytes", lambda size, precision: size / 4)
+        monkeypatch.setattr(builder, "AT_ONCE", at_once)
         monkeypatch.setattr(child, "run", make)
         model, kv, embed = ir.load(planned.graph("decoder")), planned.manifest.kv, planned.graph("embed_tokens")
         given = builders.Job("decoder", "fp16", ORIN, kv, tmp_path, lambda: ir.load(embed), {}, tmp_path / "cache")
