@@ -62,7 +62,7 @@ def measure(preset: str, folder: Path) -> None:
         try:
             runner = GpuDecoder(parts, specs, kv, mode, "cuda")
             found[mode] = torch_times.times(artifact, {}, runner, golden)
-        except Exception as error:  # PyTorch captures no graph of Gemma 3n's step
+        except Exception as error:  # PyTorch captures no graph of Gemma 3n's step by transformers 5.17
             found[mode] = f"{type(error).__name__}: {str(error)[:300]}"
         print(preset, mode, found[mode], flush=True)
         (folder / "torch.json").write_text(json.dumps(found, indent=1))

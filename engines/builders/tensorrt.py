@@ -37,6 +37,7 @@ from ..passes import (
     float_weights,
     forget,
     half_precision,
+    half_tables,
     large_tables,
     lower_bounds,
     norm_weights,
@@ -116,6 +117,7 @@ def lower(model: ir.Model, job: Job) -> str:
         else:
             norm_weights.apply(model)
         if job.component == "decoder":
+            half_tables.apply(model)
             rotary_tables.apply(model, job.kv.capacity)
     tensorrt_network.fix_dimension(model, "capacity", job.kv.capacity)
     return form

@@ -78,17 +78,17 @@ def _fits(node: ir.Node, opset: int) -> bool:
     for value in node.inputs:
         if value is not None and value.const_value is not None and value.dtype == FLOAT:
             array = array_of(value)
-            if LARGEST < _magnitude(array) < np.inf:
+            if LARGEST < magnitude(array) < np.inf:
                 return False
             if value is scale and array[array > 0].min(initial=1) < SMALLEST_SCALE:
                 return False
     return True
 
 
-def _magnitude(array: NDArray[Any]) -> float:
+def magnitude(array: NDArray[Any]) -> float:
     """The largest absolute value; of an array with infinities, which float16 has too, that of the others."""
     largest = max(array.max(initial=0), -array.min(initial=0))
-    return float(largest if np.isfinite(largest) else _magnitude(array[np.isfinite(array)]))
+    return float(largest if np.isfinite(largest) else magnitude(array[np.isfinite(array)]))
 
 
 def _as(graph: ir.Graph, value: ir.Value, wanted: ir.DataType, user: ir.Node) -> ir.Value:

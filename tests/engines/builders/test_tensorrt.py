@@ -77,6 +77,16 @@ def test_the_tables_that_a_decoder_looks_up_in_are_no_larger_than_tensorrt_takes
     assert any(name.startswith("embed_tokens.") for name in seen)
 
 
+@pytest.mark.parametrize("version", ["8.6", "10.13"])
+def test_a_decoder_looks_embeddings_up_in_float16(
+    version: str, planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder.half_tables.apply, "__defaults__", (1,))
+    model, _ = lowered(planned, "decoder", version, tmp_path)
+    tables = [value for name, value in model.graph.initializers.items() if name.startswith("embed_tokens.")]
+    assert ir.DataType.FLOAT16 in {table.dtype for table in tables if len(table.shape or ()) == 2}
+
+
 def test_a_decoder_has_a_profile_for_the_step_and_prompts_by_length(planned: Artifact, tmp_path: Path) -> None:
     model, _ = lowered(planned, "decoder", "8.6", tmp_path)
     step, prompt = builder.profiles(model, job("decoder", 128))
