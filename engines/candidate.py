@@ -91,6 +91,7 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
             embed=lambda: ir.load(artifact.graph("embed_tokens")),
             sizes=tensorrt_profiles.ranges(artifact, candidate.component),
             cache=candidate.folder(artifact).parent.parent / "timing.cache",
+            key=key(artifact, candidate),
             calibration=calibration,
         )
         built = builder.build(model, job)
@@ -109,7 +110,7 @@ def build(artifact: Artifact, candidate: Candidate) -> EngineSpec:
             precision=candidate.precision,
             device=candidate.device,
             file=built.file,
-            key=key(artifact, candidate),
+            key=job.key,
             source_sha256=artifact.manifest.source.sha256,
             inputs=spec.inputs,
             outputs=spec.outputs,

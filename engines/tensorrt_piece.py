@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..artifact import ASKED
 from ..errors import VlmcError
 from ..files import read_json, write_bytes
 from ..profiles.memory import peak_rss_bytes
+from ..records import SCHEMA, write_record
 from ..runtime import cuda
 from ..runtime.tensorrt_engine import ENGINE, logger, new_context, scratch_bytes
 from . import builders, child, tensorrt_calibrator, tensorrt_network
@@ -21,7 +23,7 @@ from .tensorrt_profiles import Profile
 
 STRONG = (10, 12)  # from here on precision is in the graph
 NO_KERNEL = "Could not find any implementation"  # how TensorRT refuses a region
-NETWORK, PROFILES = "lowered.onnx", "profiles.json"
+NETWORK, PROFILES, MADE = "lowered.onnx", "profiles.json", "made.json"
 PRODUCTS = (
     "CaskConvolution",
     "Convolution",
@@ -34,6 +36,21 @@ PRODUCTS = (
 DATATYPES = {"int8": "int8", "fp16": "float16", "half": "float16"}
 
 
+@dataclass(frozen=True)
+class Made:
+    """What there is to know of an engine: its matrix products by precision, the device memory that it needs while it
+    runs, its layers, how many layers of norms that the graph spells out were left to FP16, for TensorRT has no kernel
+    with them in float32 (whether that is near enough shows when the engine is compared with the golden outputs), and
+    the memory of the process that built it."""
+
+    schema: int
+    products: dict[str, int]
+    scratch_bytes: int
+    layers: int
+    half_norms: int
+    peak_bytes: int
+
+
 def make(
     folder: Path,
     shapes: Sequence[Profile],
@@ -41,12 +58,9 @@ def make(
     level: int | None,
     timings: Path,
     calibration: builders.Calibration | None = None,
-) -> dict[str, Any]:
+) -> Made:
     """Writes ENGINE into the folder, of the NETWORK there, which goes once it is read. `level` is TensorRT's
-    optimisation level where it is not the usual one; `timings` the file of its timing cache. Returns `products`,
-    `scratch_bytes` and `layers` (see `_inspected`), and `half_norms`: how many layers of norms that the graph spells
-    out were left to FP16, for TensorRT has no kernel with them in float32. Whether that is near enough shows when the
-    engine is compared with the golden outputs."""
+    optimisation level where it is not the usual one; `timings` the file of its timing cache."""
     import tensorrt as trt
 
     weak = version(str(trt.__version__)) < STRONG
@@ -89,7 +103,7 @@ def make(
         inspected = _inspected(trt, parsed, engine, weak)
     (folder / ENGINE).write_bytes(engine)
     cache.keep()
-    return inspected | {"half_norms": left}
+    return Made(SCHEMA, **inspected, half_norms=left, peak_bytes=peak_rss_bytes() or 0)
 
 
 def version(text: str) -> tuple[int, int]:
@@ -98,14 +112,18 @@ def version(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def summed(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What `make` says of several pieces, as of one engine: scratch memory is one piece's at a time."""
+def summed(found: Sequence[Made]) -> dict[str, Any]:
+    """`products`, `scratch_bytes`, `layers` and `half_norms` of all pieces: scratch memory is one piece's at a time."""
     products: dict[str, int] = {}
     for one in found:
-        for kind, count in one["products"].items():
+        for kind, count in one.products.items():
             products[kind] = products.get(kind, 0) + count
-    counts = {name: sum(one[name] for one in found) for name in ("layers", "half_norms")}
-    return {"products": products, "scratch_bytes": max(one["scratch_bytes"] for one in found)} | counts
+    return {
+        "products": products,
+        "scratch_bytes": max(one.scratch_bytes for one in found),
+        "layers": sum(one.layers for one in found),
+        "half_norms": sum(one.half_norms for one in found),
+    }
 
 
 def _quantised(parsed: Parsed) -> bool:
@@ -180,16 +198,16 @@ def executed(layers: Sequence[Any], asked: Mapping[str, int], weak: bool) -> dic
 
 
 def main(folder: str, component: str, level: str, timings: str) -> str:
-    """`child.run("tensorrt_piece", …)`: `make` of the NETWORK and PROFILES in the folder; it answers what that returns,
-    and `peak_bytes` of memory, as JSON. An empty level is the usual one."""
+    """`child.run("tensorrt_piece", …)`: `make` of NETWORK and PROFILES in the folder, then MADE, which says that the
+    engine is whole. An empty level is the usual one."""
     place = Path(folder)
     known = read_json(place / PROFILES)
     shapes: list[Profile] = [
         {name: (tuple(low), tuple(usual), tuple(high)) for name, (low, usual, high) in profile.items()}
         for profile in known
     ]
-    found = make(place, shapes, component, int(level) if level else None, Path(timings))
-    return json.dumps(found | {"peak_bytes": peak_rss_bytes() or 0})
+    write_record(place / MADE, make(place, shapes, component, int(level) if level else None, Path(timings)))
+    return ""
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ class Calibration:
 class Job:
     """What is to be built, beside the graph: `folder` is where the engine goes; `embed()` gives the canonical graph of
     embed_tokens, for decoders that look up the next token themselves; `sizes` has the range of each of its free sizes;
-    `cache` is a file that all engines of the device share, for what a builder finds out by timing; `calibration` where
-    the recipe leaves the scales to the builder."""
+    `cache` is a file that all engines of the device share, for what a builder finds out by timing, and `key` the hash
+    of what goes into this one, for what is kept beside it until the engine is whole; `calibration` where the recipe
+    leaves the scales to the builder."""
 
     component: str
     precision: str
@@ -56,6 +57,7 @@ class Job:
     embed: Callable[[], ir.Model]
     sizes: Mapping[str, Range]
     cache: Path
+    key: str = ""
     calibration: Calibration | None = None
 
 

@@ -11,7 +11,9 @@ timing cache lies in the device's folder of the artefact, for all its engines.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +27,10 @@ import onnx_ir as ir
 from ...artifact import FLOATS, KvContract
 from ...calibration import recipes
 from ...errors import VlmcError
-from ...files import write_json
+from ...files import write_json, writing
 from ...profiles.device import Device
 from ...profiles.memory import available_bytes
+from ...records import read_record
 from ...runtime import cuda
 from ...runtime.backends import tensorrt as backend
 from ...runtime.tensorrt_engine import ENGINE
@@ -48,7 +51,7 @@ from ..passes import (
     token_loop,
     two_segment_attention,
 )
-from ..tensorrt_piece import STRONG
+from ..tensorrt_piece import STRONG, Made
 from ..tensorrt_profiles import Profile, Range, one_and_more, profile
 from . import Built, Job, block_bits
 
@@ -166,36 +169,47 @@ def build(model: ir.Model, job: Job) -> Built:
         "optimization_level": level,
     }
     others = 0
-    with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
-        if len(parts) == 1:
+    if len(parts) == 1:
+        with TemporaryDirectory(dir=job.folder) as folder:  # on the disk that has room for the engine
             shapes, place = profiles(model, job), Path(folder)
             _save(model, place)
             forget(model)
-            settings |= tensorrt_piece.make(place, shapes, job.component, level, job.cache, job.calibration)
+            made = tensorrt_piece.make(place, shapes, job.component, level, job.cache, job.calibration)
+            settings |= tensorrt_piece.summed([made])
             (place / ENGINE).rename(job.folder / ENGINE)
-        else:
-            found, others = _in_pieces(parts, Path(folder), job, level)
-            settings |= found
+    else:
+        found, others = _in_pieces(parts, job, level)
+        settings |= found
     kv = job.kv
     contract = KvContract(form, kv.layers, kv.kv_heads, kv.head_dim, kv.capacity, "float16") if form else None
     return Built(ENGINE, settings, contract, others)
 
 
-def _in_pieces(parts: Sequence[ir.Model], folder: Path, job: Job, level: int | None) -> tuple[dict[str, Any], int]:
+def _in_pieces(parts: Sequence[ir.Model], job: Job, level: int | None) -> tuple[dict[str, Any], int]:
     """The engines of all parts in the job's one file; what there is to know of them, and the memory that building them
-    took. A piece that fails is built once more when the others are done: memory may have been short."""
+    took. A piece that fails is built once more when the others are done: memory may have been short. What a build that
+    ended early has made of the same parts is there still, beside the device's engines, and is not made again."""
+    folder = job.cache.with_name(f"pieces-{job.component}-{job.precision}")
+    places = [folder / _digest(part, job, level) for part in parts]
+    if folder.is_symlink():  # not ours, and what it points to is not to be cleared away
+        folder.unlink()
+    for old in folder.iterdir() if folder.is_dir() else ():
+        if old not in places:  # another cut's, or other weights'
+            shutil.rmtree(old, ignore_errors=True)
 
-    def make(index: int) -> dict[str, Any]:
-        place = folder / str(index)
-        place.mkdir(exist_ok=True)
+    def make(index: int) -> Made:
+        place = places[index]
+        if (kept := _kept(place)) is not None:
+            return kept
+        place.mkdir(parents=True, exist_ok=True)
         _save(parts[index], place)
         write_json(place / tensorrt_piece.PROFILES, profiles(parts[index], job))
         what = f"Piece {index + 1} of {len(parts)} of the {job.component}"
         given = (str(place), job.component, "" if level is None else str(level), str(job.cache))
-        found: dict[str, Any] = json.loads(child.run("tensorrt_piece", what, *given))
-        return found
+        child.run("tensorrt_piece", what, *given)
+        return read_record(Made, place / tensorrt_piece.MADE)
 
-    def first(index: int) -> dict[str, Any] | None:
+    def first(index: int) -> Made | None:
         try:
             return make(index)
         except VlmcError:
@@ -204,16 +218,30 @@ def _in_pieces(parts: Sequence[ir.Model], folder: Path, job: Job, level: int | N
     with ThreadPoolExecutor(AT_ONCE) as pool:
         tried = list(pool.map(first, range(len(parts))))
     found = [make(index) if one is None else one for index, one in enumerate(tried)]
-    sizes = []
-    with (job.folder / ENGINE).open("wb") as file:
-        for index in range(len(parts)):
-            made = folder / str(index) / ENGINE
-            sizes.append(made.stat().st_size)
-            with made.open("rb") as engine:
+    sizes = [(place / ENGINE).stat().st_size for place in places]
+    with writing(job.folder), (job.folder / ENGINE).open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(sizes))  # a disk that is full says so before the first piece goes
+        for place in places:
+            with (place / ENGINE).open("rb") as engine:
                 shutil.copyfileobj(engine, file)
-            made.unlink()
-    largest = sorted(one["peak_bytes"] for one in found)[-AT_ONCE:]
+            (place / ENGINE).unlink()
+    shutil.rmtree(folder)
+    largest = sorted(one.peak_bytes for one in found)[-AT_ONCE:]
     return tensorrt_piece.summed(found) | {"pieces": sizes}, sum(largest)
+
+
+def _digest(part: ir.Model, job: Job, level: int | None) -> str:
+    """Names the engine of this part: of all that goes into the decoder's, and of what lies in the part."""
+    names = [str(one.name) for one in (*part.graph, *part.graph.inputs, *part.graph.outputs)]
+    return hashlib.sha256(json.dumps([job.key, cuda.architecture(), level, names]).encode()).hexdigest()[:16]
+
+
+def _kept(place: Path) -> Made | None:
+    """What an earlier build says of the engine that it left there, where it is whole."""
+    try:
+        return read_record(Made, place / tensorrt_piece.MADE) if (place / ENGINE).is_file() else None
+    except VlmcError:
+        return None
 
 
 def _save(model: ir.Model, folder: Path) -> None:

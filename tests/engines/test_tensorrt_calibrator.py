@@ -98,7 +98,7 @@ def trt(monkeypatch: pytest.MonkeyPatch) -> TensorRT:
     monkeypatch.setattr(tensorrt_network, "parse", lambda *_: parsed)
     monkeypatch.setattr(tensorrt_network, "serialise", made.serialise)
     monkeypatch.setattr(tensorrt_piece, "_TimingCache", lambda *_: cache)
-    monkeypatch.setattr(tensorrt_piece, "_inspected", lambda *_: {"products": {}})
+    monkeypatch.setattr(tensorrt_piece, "_inspected", lambda *_: {"products": {}, "scratch_bytes": 0, "layers": 1})
     monkeypatch.setattr(builder.cuda, "Gpu", lambda: gpu)
     monkeypatch.setattr(builder.cuda, "architecture", lambda: 90)
     return made
@@ -221,7 +221,7 @@ def test_an_engine_that_cannot_run_is_built_once_more(
     def inspected(trt: Any, parsed: Any, engine: bytes, weak: bool) -> dict[str, Any]:
         if int(engine.split()[1]) < bad:
             raise VlmcError(f"{engine.decode()} cannot run")
-        return {"products": {}}
+        return {"products": {}, "scratch_bytes": 0, "layers": 1}
 
     monkeypatch.setattr(tensorrt_piece, "_inspected", inspected)
     one = replace(VISION, precision="fp16")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vlmc.engines import tensorrt_piece
+from vlmc.engines.tensorrt_piece import Made
 from vlmc.files import write_json
+from vlmc.records import SCHEMA, read_record
 
 
 def test_norms_stay_float32_and_the_cache_becomes_float16() -> None:
@@ -57,21 +58,22 @@ def test_a_process_makes_the_engine_of_its_folder(
     write_json(tmp_path / "profiles.json", shapes)
     given: list[Any] = []
 
-    def make(*arguments: Any) -> dict[str, Any]:
+    made = Made(SCHEMA, {"int8": 3}, scratch_bytes=5, layers=2, half_norms=0, peak_bytes=7)
+
+    def make(*arguments: Any) -> Made:
         given.extend(arguments)
-        return {"layers": 3}
+        return made
 
     monkeypatch.setattr(tensorrt_piece, "make", make)
-    answer = json.loads(tensorrt_piece.main(str(tmp_path), "decoder", level, "times"))
+    assert tensorrt_piece.main(str(tmp_path), "decoder", level, "times") == ""
     assert given == [tmp_path, shapes, "decoder", wanted, Path("times")]
-    assert answer.pop("peak_bytes") > 1e6
-    assert answer == {"layers": 3}
+    assert read_record(Made, tmp_path / "made.json") == made
 
 
 def test_pieces_are_summed_up_as_one_engine() -> None:
     found = [
-        {"products": {"int8": 3, "float16": 1}, "scratch_bytes": 5, "layers": 2, "half_norms": 0},
-        {"products": {"int8": 2}, "scratch_bytes": 9, "layers": 1, "half_norms": 6},
+        Made(SCHEMA, {"int8": 3, "float16": 1}, scratch_bytes=5, layers=2, half_norms=0, peak_bytes=1),
+        Made(SCHEMA, {"int8": 2}, scratch_bytes=9, layers=1, half_norms=6, peak_bytes=1),
     ]
     summed = {"products": {"int8": 5, "float16": 1}, "scratch_bytes": 9, "layers": 3, "half_norms": 6}
     assert tensorrt_piece.summed(found) == summed

@@ -5,7 +5,7 @@ The rest is seen on a GPU (benchmarks/gpu_host.py).
 
 from __future__ import annotations
 
-import json
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,11 +23,13 @@ from vlmc.calibration.plan import read_plan
 from vlmc.engines import builders, child, tensorrt_network
 from vlmc.engines.builders import tensorrt as builder
 from vlmc.engines.passes import quantize
+from vlmc.engines.tensorrt_piece import Made
 from vlmc.engines.tensorrt_profiles import Range
 from vlmc.errors import VlmcError
 from vlmc.exporter import golden
 from vlmc.files import read_json
 from vlmc.profiles.device import load_device
+from vlmc.records import SCHEMA, write_record
 
 ORIN = load_device("orin")
 KV = KvSpec(layers=2, kv_heads=2, head_dim=16, capacity=128)
@@ -211,21 +213,19 @@ def test_a_piece_is_as_large_as_memory_allows(
 def built_in_pieces(
     planned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[builders.Built, list[int]]]:
-    """built_in_pieces(at_once=1, failures=()): the decoder built by a TensorRT that is not there, and the pieces in the
-    order in which they were tried; those in `failures` fail, one after another."""
+    """built_in_pieces(at_once=1, failures=(), key="", count=4): the decoder built by a TensorRT that is not there in
+    about so many pieces, and these in the order in which they were tried; those in `failures` fail, one after
+    another."""
 
-    def build(at_once: int = 1, failures: Sequence[int] = ()) -> tuple[builders.Built, list[int]]:
+    def build(
+        at_once: int = 1, failures: Sequence[int] = (), key: str = "", count: int = 4
+    ) -> tuple[builders.Built, list[int]]:
         tried, left = list[int](), list(failures)
 
         def make(module: str, what: str, place: str, component: str, level: str, timings: str) -> str:
-            folder, index = Path(place), int(Path(place).name)
+            folder, index = Path(place), int(what.split()[1]) - 1
             tried.append(index)
-            assert (module, component, level, what.split()[:2]) == (
-                "tensorrt_piece",
-                "decoder",
-                "",
-                ["Piece", str(index + 1)],
-            )
+            assert (module, component, level) == ("tensorrt_piece", "decoder", "")
             shapes, graph = read_json(folder / "profiles.json"), ir.load(folder / "lowered.onnx")
             free = {v.name for v in graph.graph.inputs if not all(isinstance(d, int) for d in v.shape or ())}
             assert [set(profile) for profile in shapes] == [free] * 2 * bool(free)  # a step's, and those of prompts
@@ -233,17 +233,17 @@ def built_in_pieces(
                 left.remove(index)
                 raise VlmcError("killed")
             (folder / "engine.trt").write_text(f"<{index}>")
-            found = {"products": {"int8": 1}, "scratch_bytes": 10 * index, "layers": 2, "half_norms": 0}
-            return json.dumps(found | {"peak_bytes": 100 + index})
+            write_record(folder / "made.json", Made(SCHEMA, {"int8": 1}, 10 * index, 2, 0, 100 + index))
+            return ""
 
         monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="8.6.0"))
         monkeypatch.setattr(builder.cuda, "architecture", lambda: 90)
-        monkeypatch.setattr(builder, "piece_bytes", lambda size, precision: size / 4)
+        monkeypatch.setattr(builder, "piece_bytes", lambda size, precision: size / count)
         monkeypatch.setattr(builder, "AT_ONCE", at_once)
         monkeypatch.setattr(child, "run", make)
         model, kv, embed = ir.load(planned.graph("decoder")), planned.manifest.kv, planned.graph("embed_tokens")
-        given = builders.Job("decoder", "fp16", ORIN, kv, tmp_path, lambda: ir.load(embed), {}, tmp_path / "cache")
-        return builder.build(model, given), tried
+        job = builders.Job("decoder", "fp16", ORIN, kv, tmp_path, lambda: ir.load(embed), {}, tmp_path / "cache", key)
+        return builder.build(model, job), tried
 
     return build
 
@@ -272,3 +272,58 @@ def test_a_piece_that_fails_is_built_once_more_when_the_others_are_done(built_in
     assert len(built.settings["pieces"]) == len(tried) - 1
     with pytest.raises(VlmcError, match="killed"):
         built_in_pieces(failures=[1, 1])
+
+
+def test_a_build_that_ended_early_goes_on_with_the_pieces_that_it_had(built_in_pieces: Any, tmp_path: Path) -> None:
+    whole, every = built_in_pieces()
+    content = (tmp_path / whole.file).read_text()
+    with pytest.raises(VlmcError, match="killed"):
+        built_in_pieces(failures=[1, 1])
+    again, tried = built_in_pieces()
+    assert tried == [1]
+    assert again == whole
+    assert (tmp_path / again.file).read_text() == content
+    assert built_in_pieces()[1] == every  # and nothing is left of it
+
+
+@pytest.mark.parametrize(("changed", "same"), [({"key": "other weights"}, 0), ({"count": 3}, 2)])
+def test_pieces_of_another_engine_are_not_taken(changed: Any, same: int, built_in_pieces: Any, tmp_path: Path) -> None:
+    """Of another cut those that are the same in both are: the embeddings and the head."""
+    with pytest.raises(VlmcError, match="killed"):
+        built_in_pieces(failures=[1, 1])
+    built, tried = built_in_pieces(**changed)
+    assert len(tried) == len(built.settings["pieces"]) - same
+    assert sorted(path.name for path in tmp_path.iterdir()) == [built.file]
+
+
+@pytest.mark.parametrize("damage", ["made.json", "engine.trt"])
+def test_a_piece_that_is_not_whole_is_built_again(damage: str, built_in_pieces: Any, tmp_path: Path) -> None:
+    with pytest.raises(VlmcError, match="killed"):
+        built_in_pieces(failures=[1, 1])
+    kept = sorted(tmp_path.glob(f"pieces-decoder-fp16/*/{damage}"))
+    if damage == "engine.trt":
+        kept[0].unlink()
+    else:
+        kept[0].write_text(kept[0].read_text()[:-9])
+    assert len(built_in_pieces()[1]) == 2
+
+
+def test_a_disk_without_room_for_the_engine_costs_no_piece(
+    built_in_pieces: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder.os, "posix_fallocate", full)
+        with pytest.raises(VlmcError, match="No space is left"):
+            built_in_pieces()
+    assert built_in_pieces()[1] == []
+
+
+def test_a_link_where_pieces_are_kept_is_not_followed(built_in_pieces: Any, tmp_path: Path) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "thesis.txt").write_text("mine")
+    (tmp_path / "pieces-decoder-fp16").symlink_to(elsewhere)
+    built_in_pieces()
+    assert [path.name for path in elsewhere.iterdir()] == ["thesis.txt"]
