@@ -150,7 +150,7 @@ def _build_all(
         report(f"building {candidate.component} {candidate.engine}", index, len(todo))
         spec = cached(artifact, candidate)
         if spec is None:
-            _build(artifact, candidate)
+            _build(artifact, candidate, report, index, len(todo))
             spec = cached(artifact, candidate)
             assert spec is not None, "the builder's process ended well and left its engine"
         else:
@@ -288,10 +288,14 @@ def _work(artifact: Artifact, candidate: Candidate, spec: EngineSpec) -> dict[st
     return prefill | step | {"decode_kv_bytes": cached_bytes, "length": float(length)} | weights
 
 
-def _build(artifact: Artifact, candidate: Candidate) -> None:
+def _build(artifact: Artifact, candidate: Candidate, report: Report, done: int, total: int) -> None:
     what = f"Building {candidate.component} as {candidate.engine} for {candidate.device}"
+
+    def listen(more: str) -> None:
+        report(f"building {candidate.component} {candidate.engine}, {more}", done, total)
+
     try:
-        child.run("candidate", what, str(artifact.root), *dataclasses.astuple(candidate))
+        child.run("candidate", what, str(artifact.root), *dataclasses.astuple(candidate), listen=listen)
     finally:  # where it was killed it could not tidy up
         remove_leftovers(candidate.folder(artifact))
 

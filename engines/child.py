@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
+from threading import Thread
 
 from ..errors import VlmcError
 from ..profiles.process import command, replies
@@ -17,10 +19,12 @@ MEMORY = (  # docs/experiments.md has the measurements
     "ONNX Runtime and TensorRT-RTX took less than twice"
 )
 REFUSED = 3  # the exit code with which the step's VlmcError is its answer
+SAYS = "vlmc says: "  # begins a line of a step's stderr that is for `listen`
 
 
-def run(module: str, what: str, *arguments: str) -> str:
+def run(module: str, what: str, *arguments: str, listen: Callable[[str], object] = lambda text: None) -> str:
     """Runs the module of this room with these arguments and returns its answer; `what` says in an error what failed.
+    `listen` gets what the step says meanwhile, in a thread of its own.
 
     The step ends with this process, however that ends: an exception here, Ctrl-C included, kills it, and so does the
     kernel once this process is gone.
@@ -28,9 +32,18 @@ def run(module: str, what: str, *arguments: str) -> str:
     step = command(sys.executable, f"{__package__}.{module}", str(os.getpid()), *arguments)
     pipe = subprocess.PIPE
     # In a session of its own it gets no Ctrl-C: that is for the parent.
-    with subprocess.Popen(step, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+    # Whatever a library prints: a byte that is no UTF-8 must not end the build.
+    with subprocess.Popen(
+        step, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        lines = deque[str](maxlen=1)  # the last one that says something
+        hearing = Thread(target=_hear, args=(process.stderr, lines, listen))
         try:
-            output, errors = process.communicate()
+            hearing.start()
+            output = process.stdout.read()
+            hearing.join()
+            process.wait()
         except BaseException:
             process.kill()
             process.wait()  # so that it is known to be gone when its leftovers are cleared away
@@ -39,13 +52,26 @@ def run(module: str, what: str, *arguments: str) -> str:
         return output
     if process.returncode == REFUSED:
         raise VlmcError(output.strip())
-    found, fix = (errors.strip().splitlines() or ["no message"])[-1], "see the message; the artefact is unchanged"
+    found, fix = lines[-1] if lines else "no message", "see the message; the artefact is unchanged"
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         found = f"the process was killed by {name}"
         if name == "SIGKILL":
             found, fix = f"{found}; it may have run out of memory", MEMORY
     raise VlmcError(f"{what} failed", found=found, fix=fix)
+
+
+def _hear(stderr: Iterable[str], lines: deque[str], listen: Callable[[str], object]) -> None:
+    for line in stderr:
+        if line.startswith(SAYS):
+            listen(line.removeprefix(SAYS).strip())
+        elif line.strip():
+            lines.append(line.strip())
+
+
+def say(text: str) -> None:
+    """One line from within a step to who waits for it."""
+    print(f"{SAYS}{text}", file=sys.stderr, flush=True)
 
 
 def main(step: Callable[..., str]) -> None:

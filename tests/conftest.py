@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
@@ -171,7 +171,7 @@ def step_here() -> Callable[..., str]:
     """Does in this process, and fast, what `engines.child.run` does in one of its own: trials take one round."""
     from vlmc.engines import candidate, trial
 
-    def step(module: str, what: str, root: str, *arguments: str) -> str:
+    def step(module: str, what: str, root: str, *arguments: str, **_: Any) -> str:
         if module == "candidate":
             candidate.main(root, *arguments)
             return ""

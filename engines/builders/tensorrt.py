@@ -204,9 +204,10 @@ def _in_pieces(parts: Sequence[ir.Model], job: Job, level: int | None) -> tuple[
         place.mkdir(parents=True, exist_ok=True)
         _save(parts[index], place)
         write_json(place / tensorrt_piece.PROFILES, profiles(parts[index], job))
-        what = f"Piece {index + 1} of {len(parts)} of the {job.component}"
+        which = f"piece {index + 1} of {len(parts)}"
+        child.say(which)
         given = (str(place), job.component, "" if level is None else str(level), str(job.cache))
-        child.run("tensorrt_piece", what, *given)
+        child.run("tensorrt_piece", f"{which.capitalize()} of the {job.component}", *given)
         return read_record(Made, place / tensorrt_piece.MADE)
 
     def first(index: int) -> Made | None:

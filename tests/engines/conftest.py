@@ -108,7 +108,7 @@ def in_process(step_here: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -
     """Steps of a build run in this process; the list gets the module and the arguments of each."""
     done: list[tuple[str, ...]] = []
 
-    def step(module: str, what: str, *arguments: str) -> str:
+    def step(module: str, what: str, *arguments: str, **_: Any) -> str:
         done.append((module, *arguments[1:]))
         return step_here(module, what, *arguments)
 

@@ -161,3 +161,28 @@ def test_a_step_runs_nothing_from_the_working_folder(tmp_path: Path, monkeypatch
     with pytest.raises(VlmcError, match=r"no artefact|manifest"):
         child.run("candidate", "Building", str(tmp_path), *EMBED)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("end", ["print('done', end='')", "sys.exit('it broke')"])
+def test_what_a_step_says_is_heard_while_it_works(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no part of what is said of its end, and a library's bytes that are no text do not matter."""
+    program = f"""
+import os, pathlib, sys, time
+from vlmc.engines import child
+child.say("half")
+while not pathlib.Path({str(tmp_path / "half")!r}).exists():
+    time.sleep(0.01)
+os.write(2, b"\\xff\\n")
+child.say("more")
+{end}"""
+    monkeypatch.setattr(child, "command", lambda *_: [sys.executable, "-c", program])
+
+    def run() -> str:
+        return child.run("candidate", "Building", listen=lambda text: (tmp_path / text).touch())
+
+    if "done" in end:
+        assert run() == "done"
+    else:
+        with pytest.raises(VlmcError, match="it broke"):
+            run()
+    assert (tmp_path / "more").exists()

@@ -261,6 +261,12 @@ def test_pieces_become_one_file_and_one_record(built_in_pieces: Any, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == [built.file]
 
 
+def test_who_waits_is_told_which_piece_is_being_built(built_in_pieces: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    _, tried = built_in_pieces()
+    said = [f"{child.SAYS}piece {index + 1} of {len(tried)}" for index in tried]
+    assert capfd.readouterr().err.splitlines() == said
+
+
 def test_several_pieces_at_once_take_their_memory_together(built_in_pieces: Any) -> None:
     built, tried = built_in_pieces(at_once=2)
     assert built.others_bytes == sum(sorted(100 + index for index in tried)[-2:])
