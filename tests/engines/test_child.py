@@ -170,8 +170,11 @@ def test_what_a_step_says_is_heard_while_it_works(end: str, tmp_path: Path, monk
 import os, pathlib, sys, time
 from vlmc.engines import child
 child.say("half")
-while not pathlib.Path({str(tmp_path / "half")!r}).exists():
+end = time.monotonic() + 20
+while not pathlib.Path({str(tmp_path / "half")!r}).exists() and time.monotonic() < end:
     time.sleep(0.01)
+if time.monotonic() >= end:
+    sys.exit("nobody heard")
 os.write(2, b"\\xff\\n")
 child.say("more")
 {end}"""
