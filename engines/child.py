@@ -31,8 +31,7 @@ def run(module: str, what: str, *arguments: str, listen: Callable[[str], object]
     """
     step = command(sys.executable, f"{__package__}.{module}", str(os.getpid()), *arguments)
     pipe = subprocess.PIPE
-    # In a session of its own it gets no Ctrl-C: that is for the parent.
-    # Whatever a library prints: a byte that is no UTF-8 must not end the build.
+    # In a session of its own it gets no Ctrl-C, which is for the parent; what a library prints may be no UTF-8.
     with subprocess.Popen(
         step, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
     ) as process:

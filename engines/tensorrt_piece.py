@@ -101,7 +101,7 @@ def make(
     except VlmcError:  # of six engines of CLIP's text encoder by 8.6 three could not run; those built next could
         engine = tensorrt_network.serialise(parsed, shapes, configure)
         inspected = _inspected(trt, parsed, engine, weak)
-    (folder / ENGINE).write_bytes(engine)
+    write_bytes(folder / ENGINE, engine)  # in one step: a piece may be taken up by a later build
     cache.keep()
     return Made(SCHEMA, **inspected, half_norms=left, peak_bytes=peak_rss_bytes() or 0)
 
